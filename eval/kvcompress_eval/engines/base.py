@@ -1,0 +1,71 @@
+"""What an engine does for the suite: continue prompts greedily, and score given tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A greedy continuation; the token that ended it is not part of it."""
+
+    tokens: tuple[int, ...]
+    text: str
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Teacher-forced scores of a sequence of T tokens. Entry t is about token t + 1, given tokens 0 to t."""
+
+    log_probs_T: NDArray[np.float32]
+    """Natural log probability of the token that follows, [T - 1]."""
+    top1_T: NDArray[np.int64]
+    """Most probable token, [T - 1]."""
+    distribution_TV: NDArray[np.float32] | None = None
+    """Log probabilities of the whole vocabulary, [T - 1, V], where asked for and the engine has them."""
+
+
+class Engine(Protocol):
+    """One model, ready to run. Prompts are token ids, so that every model and engine sees the same ones."""
+
+    @property
+    def name(self) -> str:
+        """transformers, vllm or openai."""
+
+    @property
+    def batch_size(self) -> int:
+        """Prompts worth handing over in one call."""
+
+    @property
+    def has_distribution(self) -> bool:
+        """Whether `score` can return whole distributions."""
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_tokens: int, until: Sequence[Sequence[str]] | None = None
+    ) -> list[Generation]:
+        """Greedy continuations of at most `max_tokens` tokens, ended by the model's end-of-sequence token.
+
+        Args:
+            until: per prompt, texts after all of which (case ignored) a continuation may end early. A score that
+                counts references found cannot change from there on.
+        """
+
+    def score(self, tokens: Sequence[int], *, distribution: bool = False) -> Scores:
+        """Score one sequence. A compressed model attends every token in its stored form."""
+
+    def capacity_tokens(self) -> int | None:
+        """Tokens that the engine says its KV cache holds, or None where it has no fixed cache."""
+
+    def close(self) -> None:
+        """Give back memory."""
+
+
+def contains_all(text: str, wanted: Sequence[str]) -> bool:
+    """Whether every wanted text occurs, case ignored."""
+    lowered = text.lower()
+    return all(item.lower() in lowered for item in wanted)

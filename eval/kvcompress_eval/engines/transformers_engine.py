@@ -1,0 +1,124 @@
+"""Hugging Face transformers as the engine: plain models, and compressed ones through `CompressedCache`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kvcompress_eval.engines.base import Generation, Scores, contains_all
+from kvcompress_eval.models import is_compressed
+from kvcompress_eval.tokenizer import TextTokenizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PREFILL_CHUNK = 2048
+"""Tokens per forward pass of a prompt. Bounds memory; results do not depend on it."""
+
+
+class TransformersEngine:
+    """Batch size 1, greedy.
+
+    Args:
+        model: folder of a plain or compressed checkpoint.
+        dtype: torch dtype name, or auto: the checkpoint's on an accelerator, float32 on a CPU, which is slow in bfloat16.
+        device: torch device, or auto.
+    """
+
+    name = "transformers"
+    batch_size = 1
+    has_distribution = True
+
+    def __init__(self, model: Path, tokenizer: TextTokenizer, *, dtype: str = "auto", device: str = "auto") -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if dtype == "auto" and device == "cpu":
+            dtype = "float32"
+        self._tokenizer = tokenizer
+        self._new_cache = cache_factory(model)
+        self._model: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, trust_remote_code=False)
+        self._model.to(device).eval()
+        ends = self._model.generation_config.eos_token_id
+        self._ends = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_tokens: int, until: Sequence[Sequence[str]] | None = None
+    ) -> list[Generation]:
+        wanted = until or [()] * len(prompts)
+        return [self._continue(prompt, max_tokens, texts) for prompt, texts in zip(prompts, wanted, strict=True)]
+
+    def _continue(self, prompt: Sequence[int], max_tokens: int, wanted: Sequence[str]) -> Generation:
+        cache = self._new_cache()
+        made: list[int] = []
+        text = ""
+        next_token = int(self._forward(prompt, cache, last_only=True)[-1].argmax())
+        while next_token not in self._ends:
+            made.append(next_token)
+            text = self._tokenizer.decode(made)
+            if len(made) == max_tokens or (wanted and contains_all(text, wanted)):
+                break
+            next_token = int(self._forward([next_token], cache, last_only=True)[-1].argmax())
+        return Generation(tuple(made), text)
+
+    def score(self, tokens: Sequence[int], *, distribution: bool = False) -> Scores:
+        import torch
+
+        log_probs, top1, distributions = [], [], []
+        cache = self._new_cache()
+        for start in range(0, len(tokens) - 1, PREFILL_CHUNK):
+            chunk = tokens[start : min(start + PREFILL_CHUNK, len(tokens) - 1)]
+            logits_TV = self._forward(chunk, cache).float()
+            follow_T = torch.tensor(tokens[start + 1 : start + 1 + len(chunk)], device=logits_TV.device)
+            log_probs_TV = logits_TV.log_softmax(-1)
+            log_probs.append(log_probs_TV.gather(1, follow_T[:, None])[:, 0].cpu().numpy())
+            top1.append(logits_TV.argmax(-1).cpu().numpy())
+            if distribution:
+                distributions.append(log_probs_TV.cpu().numpy())
+        return Scores(
+            np.concatenate(log_probs), np.concatenate(top1), np.concatenate(distributions) if distribution else None
+        )
+
+    def _forward(self, tokens: Sequence[int], cache: Any, *, last_only: bool = False) -> Tensor:
+        """Append tokens to the cache in chunks; logits [T, V], or [1, V] of the last token."""
+        import torch
+
+        parts = []
+        with torch.inference_mode():
+            for start in range(0, len(tokens), PREFILL_CHUNK):
+                chunk = torch.tensor([tokens[start : start + PREFILL_CHUNK]], device=self._model.device)
+                keep = 1 if last_only else 0
+                out = self._model(input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=keep)
+                parts.append(out.logits[0])
+            return parts[-1] if last_only else torch.cat(parts)
+
+    def capacity_tokens(self) -> int | None:
+        return None
+
+    def close(self) -> None:
+        import gc
+
+        import torch
+
+        del self._model
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def cache_factory(model: Path) -> Callable[[], Any]:
+    """A function that makes an empty cache for one sequence."""
+    if not is_compressed(model):
+        from transformers import DynamicCache
+
+        return DynamicCache
+    from kvcompress.serving.loading import load_codec
+    from kvcompress.serving.transformers import CompressedCache
+
+    codecs = load_codec(model)
+    return lambda: CompressedCache(codecs)

@@ -1,0 +1,125 @@
+"""vLLM as the engine, offline and in this process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvcompress_eval.engines.base import Generation, Scores, contains_all
+from kvcompress_eval.models import end_tokens
+from kvcompress_eval.tokenizer import TextTokenizer
+
+# Set only where the caller has not: one process starts in seconds, and one GiB holds any prompt of a small model.
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}
+
+
+class VllmEngine:
+    """vLLM's `LLM`, greedy.
+
+    Args:
+        model: folder of a plain or compressed checkpoint; a compressed one needs the kvcompress plug-in installed.
+        max_context: longest prompt plus continuation in tokens.
+        dtype: torch dtype name, or auto.
+        options: further arguments of `vllm.LLM`.
+    """
+
+    name = "vllm"
+    batch_size = 32
+    has_distribution = False
+
+    def __init__(
+        self, model: Path, tokenizer: TextTokenizer, *, max_context: int, dtype: str = "auto", **options: Any
+    ) -> None:
+        for key, value in ENVIRONMENT.items():
+            os.environ.setdefault(key, value)
+        try:
+            from vllm import LLM
+        except ImportError as error:
+            raise ValueError(f"engine vllm needs vLLM installed, and importing it failed: {error}") from error
+        import torch
+
+        if dtype == "auto" and not torch.cuda.is_available():
+            dtype = "float32"
+        self._tokenizer = tokenizer
+        self._ends = end_tokens(model)
+        arguments = {
+            "skip_tokenizer_init": True,
+            "enforce_eager": not torch.cuda.is_available(),
+            "max_num_seqs": self.batch_size,
+            "disable_log_stats": True,
+            **options,
+        }
+        self._llm: Any = LLM(model=str(model), dtype=dtype, max_model_len=max_context, **arguments)
+        self._requests = 0
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_tokens: int, until: Sequence[Sequence[str]] | None = None
+    ) -> list[Generation]:
+        # The engine is stepped by hand, so that a continuation can be ended by what its text contains.
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params = SamplingParams(
+            temperature=0.0,
+            max_tokens=max_tokens,
+            stop_token_ids=sorted(self._ends),
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.CUMULATIVE,
+        )
+        engine = self._llm.llm_engine
+        position: dict[str, int] = {}
+        for index, prompt in enumerate(prompts):
+            self._requests += 1
+            key = f"kvcompress-eval-{self._requests}"
+            position[key] = index
+            engine.add_request(key, {"prompt_token_ids": list(prompt)}, params)
+        done: list[Generation | None] = [None] * len(prompts)
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                index = position[output.request_id]
+                if done[index] is not None:
+                    continue
+                tokens = [token for token in output.outputs[0].token_ids if token not in self._ends]
+                text = self._tokenizer.decode(tokens)
+                answered = bool(until and until[index]) and contains_all(text, until[index] if until else ())
+                if output.finished or answered:
+                    done[index] = Generation(tuple(tokens), text)
+                if answered and not output.finished:
+                    engine.abort_request([output.request_id])
+        assert all(item is not None for item in done), "vLLM dropped a request"
+        return [item for item in done if item is not None]
+
+    def score(self, tokens: Sequence[int], *, distribution: bool = False) -> Scores:
+        if distribution:
+            raise ValueError("vLLM gives no whole distributions; use engine transformers for the KL divergence")
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1, detokenize=False)
+        prompt = {"prompt_token_ids": list(tokens)}
+        rows = self._llm.generate([prompt], params, use_tqdm=False)[0].prompt_logprobs[1:]
+        log_probs = [row[token].logprob for row, token in zip(rows, tokens[1:], strict=True)]
+        top1 = [next(token for token, entry in row.items() if entry.rank == 1) for row in rows]
+        return Scores(np.asarray(log_probs, np.float32), np.asarray(top1, np.int64))
+
+    def capacity_tokens(self) -> int | None:
+        """Cache blocks times block size, as the engine settled them at start-up."""
+        config = self._llm.llm_engine.vllm_config.cache_config
+        return int(config.num_gpu_blocks) * int(config.block_size)
+
+    def close(self) -> None:
+        import gc
+
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        del self._llm
+        gc.collect()
+        cleanup_dist_env_and_memory()

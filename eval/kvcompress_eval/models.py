@@ -1,0 +1,143 @@
+"""What the suite must know of a model folder: compressed or not, bytes per token, context, end tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvcompress.codec.spec import CodecSpec
+from kvcompress.geometry import ModelGeometry
+
+MANIFEST = "kvcompress/manifest.json"
+CODEC = "kvcompress/codec.safetensors"
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model of an evaluation."""
+
+    name: str
+    """Unique within the evaluation and fit for a file name."""
+    path: str
+    """As the user gave it."""
+    folder: Path
+    role: str
+    """baseline or candidate."""
+    compressed: bool
+    bytes_per_token: float | None
+    """KV cache bytes per token over all layers, every scale and gain included; None where the config does not say."""
+    manifest_sha256: str | None
+    context: int | None
+    """Longest sequence in tokens that the model was made for."""
+    fingerprint: str
+    """Hash that changes whenever the folder's weights, codec or config do; names results that may be reused."""
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder.
+
+    Raises:
+        ValueError: there is none, or it is not JSON.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} has no config.json; expected a model folder")
+    try:
+        config: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    return config
+
+
+def is_compressed(folder: Path) -> bool:
+    """Whether the folder's cache goes through a kvcompress codec."""
+    return codec_spec(read_config(folder)) is not None
+
+
+def codec_spec(config: dict[str, Any]) -> CodecSpec | None:
+    """The codec that config.json describes, if any."""
+    section = config.get("quantization_config") or {}
+    if section.get("quant_method") != "kvcompress" or not section.get("codec"):
+        return None
+    return CodecSpec.from_json(section["codec"])
+
+
+def end_tokens(folder: Path) -> set[int]:
+    """Tokens that end a sequence, from generation_config.json, else config.json."""
+    path = folder / "generation_config.json"
+    ends = json.loads(path.read_text("utf-8")).get("eos_token_id") if path.is_file() else None
+    if ends is None:
+        ends = read_config(folder).get("eos_token_id")
+    return set(ends) if isinstance(ends, list) else set() if ends is None else {int(ends)}
+
+
+def describe_models(candidates: Sequence[str | Path], baseline: str | Path | None) -> list[Model]:
+    """Read every model folder, the baseline first.
+
+    Raises:
+        ValueError: none was given, or one is no model folder.
+    """
+    from kvcompress.checkpoint.source import resolve
+
+    given = [] if baseline is None else [(str(baseline), "baseline")]
+    given += [(str(path), "candidate") for path in candidates]
+    if not given:
+        raise ValueError("nothing to evaluate: give at least one model folder")
+    models: list[Model] = []
+    for path, role in given:
+        folder = Path(resolve(path))
+        config = read_config(folder)
+        # A single uncompressed model is its own reference point.
+        if len(given) == 1 and codec_spec(config) is None:
+            role = "baseline"
+        models.append(_describe(path, folder, config, role, taken={model.name for model in models}))
+    return models
+
+
+def _describe(path: str, folder: Path, config: dict[str, Any], role: str, taken: set[str]) -> Model:
+    stem = Path(path.rstrip("/")).name or folder.resolve().name
+    name, number = stem, 2
+    while name in taken:
+        name, number = f"{stem}-{number}", number + 1
+    manifest = folder / MANIFEST
+    spec = codec_spec(config)
+    return Model(
+        name=name,
+        path=path,
+        folder=folder,
+        role=role,
+        compressed=spec is not None,
+        bytes_per_token=bytes_per_token(config, spec),
+        manifest_sha256=hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else None,
+        context=config.get("max_position_embeddings"),
+        fingerprint=fingerprint(folder),
+    )
+
+
+def bytes_per_token(config: dict[str, Any], spec: CodecSpec | None) -> float | None:
+    """KV cache bytes per token of one model, at the dtype its config names; None for an unknown architecture."""
+    try:
+        geometry = ModelGeometry.from_config(config)
+    except ValueError:
+        return None
+    plain = geometry.kv_bytes_per_token()
+    if spec is None:
+        return plain
+    plain_layer = plain / geometry.num_layers
+    return sum(plain_layer if layer is None else layer.bytes_per_token for layer in spec.layers)
+
+
+def fingerprint(folder: Path) -> str:
+    """Hash over config, manifest, codec and the size and modification time of every weight file."""
+    digest = hashlib.sha256()
+    for name in ("config.json", "generation_config.json", MANIFEST, CODEC):
+        if (folder / name).is_file():
+            digest.update(name.encode() + (folder / name).read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        stat = path.stat()
+        digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}".encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""What is measured: long-context tasks, perplexity, agreement with the base model."""

@@ -1,0 +1,160 @@
+"""How closely a compressed model follows its base: same most probable token, KL divergence, first divergence.
+
+Teacher-forced over the same tokens: held-out text, and the base model's own greedy continuations of task prompts. The
+first divergence compares free-running greedy continuations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kvcompress_eval.engines.base import Engine, Scores
+from kvcompress_eval.statistics import bootstrap_interval
+
+MAX_DISTRIBUTION_BYTES = 2**30
+"""The base model's distributions wait in memory for the candidates; beyond this the KL covers fewer sequences."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Tokens to score, of which the first `context` are only context."""
+
+    tokens: tuple[int, ...]
+    context: int
+    source: str
+    """text or tasks."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the base model said: the sequences, its scores on them, and its continuations of the prompts."""
+
+    sequences: list[Scored]
+    scores: list[Scores]
+    prompts: list[list[int]]
+    continuations: list[tuple[int, ...]]
+
+
+def collect_reference(
+    engine: Engine,
+    texts: Sequence[Sequence[int]],
+    prompts: Sequence[list[int]],
+    *,
+    new_tokens: int,
+    progress: Callable[[int, int], None],
+) -> Reference:
+    """Run the base model: continue each prompt by `new_tokens`, then score the texts and the continued prompts."""
+    total = 2 * len(prompts) + len(texts)
+    continuations: list[tuple[int, ...]] = []
+    for prompt in prompts:
+        continuations.append(engine.generate([prompt], new_tokens)[0].tokens)
+        progress(len(continuations), total)
+    sequences = [Scored(tuple(text), 1, "text") for text in texts]
+    sequences += [
+        Scored((*prompt, *continuation), len(prompt), "tasks")
+        for prompt, continuation in zip(prompts, continuations, strict=True)
+        if continuation
+    ]
+    scores: list[Scores] = []
+    held_bytes = 0
+    for sequence in sequences:
+        whole = engine.has_distribution and held_bytes < MAX_DISTRIBUTION_BYTES
+        scored = cut(engine.score(sequence.tokens, distribution=whole), sequence.context)
+        held_bytes += 0 if scored.distribution_TV is None else scored.distribution_TV.nbytes
+        scores.append(scored)
+        progress(len(continuations) + len(scores), total)
+    return Reference(sequences, scores, list(prompts), continuations)
+
+
+def cut(scores: Scores, context: int) -> Scores:
+    """Scores of the tokens after the first `context`."""
+    start = context - 1
+    distribution = scores.distribution_TV
+    return Scores(
+        scores.log_probs_T[start:],
+        scores.top1_T[start:],
+        None if distribution is None else distribution[start:].copy(),
+    )
+
+
+def measure(
+    engine: Engine,
+    reference: Reference,
+    *,
+    new_tokens: int,
+    seed: int,
+    progress: Callable[[int, int], None],
+) -> dict[str, Any]:
+    """Agreement of a candidate with the reference.
+
+    Returns:
+        per source (`text`, `tasks`): tokens, top1 (share of equal most probable tokens) with interval, kl (mean
+        KL(base || candidate) in nats per token, None where the engine has no distributions) with interval; and
+        `divergence`: prompts, identical (share of equal continuations), median_first (tokens before the first
+        difference, a continuation without one counting in full).
+    """
+    total = len(reference.sequences) + len(reference.prompts)
+    rows: dict[str, list[tuple[int, int, float]]] = {}
+    done = 0
+    for sequence, base in zip(reference.sequences, reference.scores, strict=True):
+        whole = base.distribution_TV is not None and engine.has_distribution
+        scored = cut(engine.score(sequence.tokens, distribution=whole), sequence.context)
+        same = int((scored.top1_T == base.top1_T).sum())
+        kl = float("nan")
+        if base.distribution_TV is not None and scored.distribution_TV is not None:
+            kl = kl_sum(base.distribution_TV, scored.distribution_TV)
+        rows.setdefault(sequence.source, []).append((same, len(base.top1_T), kl))
+        done += 1
+        progress(done, total)
+    firsts = []
+    for prompt, expected in zip(reference.prompts, reference.continuations, strict=True):
+        firsts.append(first_difference(expected, engine.generate([prompt], new_tokens)[0].tokens))
+        done += 1
+        progress(done, total)
+    result: dict[str, Any] = {source: _summary(found, seed) for source, found in rows.items()}
+    if firsts:
+        lengths = [len(expected) if at is None else at for at, expected in zip(firsts, reference.continuations, strict=True)]
+        result["divergence"] = {
+            "prompts": len(firsts),
+            "identical": sum(at is None for at in firsts) / len(firsts),
+            "median_first": float(np.median(lengths)),
+            "new_tokens": new_tokens,
+        }
+    return result
+
+
+def kl_sum(base_TV: np.ndarray[Any, Any], other_TV: np.ndarray[Any, Any]) -> float:
+    """Sum over tokens of KL(base || other) in nats, from log probabilities [T, V]."""
+    base, other = base_TV.astype(np.float64), other_TV.astype(np.float64)
+    # A probability of zero contributes nothing, and its logarithm must not turn that into nan.
+    terms = np.where(base > -np.inf, np.exp(base) * (base - other), 0.0)
+    return float(terms.sum())
+
+
+def first_difference(expected: Sequence[int], found: Sequence[int]) -> int | None:
+    """Tokens before the two continuations part; None if they are the same."""
+    for at, (a, b) in enumerate(zip(expected, found, strict=False)):
+        if a != b:
+            return at
+    return None if len(expected) == len(found) else min(len(expected), len(found))
+
+
+def _summary(rows: list[tuple[int, int, float]], seed: int) -> dict[str, Any]:
+    table = np.array(rows, float)
+    top1 = table[:, :2]
+    kl = table[~np.isnan(table[:, 2])][:, [2, 1]]
+
+    def ratio(means: Any) -> Any:
+        return means[:, 0] / means[:, 1]
+
+    return {
+        "tokens": int(table[:, 1].sum()),
+        "top1": float(top1[:, 0].sum() / top1[:, 1].sum()),
+        "top1_ci95": list(bootstrap_interval(top1, statistic=ratio, seed=seed)),
+        "kl": float(kl[:, 0].sum() / kl[:, 1].sum()) if len(kl) else None,
+        "kl_ci95": list(bootstrap_interval(kl, statistic=ratio, seed=seed)) if len(kl) else None,
+    }

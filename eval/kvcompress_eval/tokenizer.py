@@ -1,0 +1,69 @@
+"""The tokenizer of a model folder: token counts, prompts, text, and a hash that names it in every cache."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model")
+
+
+class TextTokenizer:
+    """A Hugging Face tokenizer, loaded from a local folder or a hub id without running the repository's code."""
+
+    def __init__(self, model: str | Path) -> None:
+        from transformers import AutoTokenizer
+
+        self.model = str(model)
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(self.model, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"no tokenizer could be loaded from {self.model}: {reason}") from error
+        # The Rust tokenizer inside does what tokenize() does, without building the token strings.
+        self._fast: Any = getattr(self._tokenizer, "backend_tokenizer", None)
+        if self._fast is not None:
+            self._fast.no_truncation()
+            self._fast.no_padding()
+
+    def count(self, text: str) -> int:
+        """Tokens of the text, special tokens not added: `len(tokenize(text))`."""
+        if self._fast is not None:
+            return len(self._fast.encode(text, add_special_tokens=False))
+        return len(self._tokenizer.tokenize(text))
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Token ids of the text, with the tokens that the tokenizer puts around a prompt if `special`."""
+        return [int(token) for token in self._tokenizer.encode(text, add_special_tokens=special)]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of generated tokens, special tokens left out, spaces as they are."""
+        return str(
+            self._tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        )
+
+    @cached_property
+    def prefix(self) -> list[int]:
+        """The tokens that the tokenizer puts before a prompt, often one that begins a sequence."""
+        plain = self.encode("a", special=False)
+        full = self.encode("a")
+        starts = [at for at in range(len(full)) if full[at : at + len(plain)] == plain]
+        return full[: starts[0]] if starts else []
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the tokenizer's files, or of its vocabulary where it was loaded from the hub."""
+        folder = Path(self.model)
+        found = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+        digest = hashlib.sha256()
+        if found and found[0].name == "tokenizer.json":
+            digest.update(found[0].read_bytes())
+        elif found:
+            for path in found:
+                digest.update(path.name.encode() + path.read_bytes())
+        else:
+            digest.update((self._fast.to_str() if self._fast else repr(sorted(self._tokenizer.get_vocab()))).encode())
+        return digest.hexdigest()

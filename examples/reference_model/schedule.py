@@ -1,0 +1,43 @@
+"""The phases of training: from which step on, how long and how many the sequences are, and the share of each task."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Sequences of `length` tokens, `rows` of them a step, from step `start` on."""
+
+    start: int
+    length: int
+    rows: int
+    shares: dict[str, float]
+
+
+# Look-up must be learned in the drill first: prompts of the benchmark alone leave it at chance.
+PHASES = [
+    Phase(0, 128, 16, {"recall": 0.7, "repeats": 0.1, "text": 0.2}),
+    Phase(
+        1600,
+        192,
+        16,
+        {"recall": 0.3, "repeats": 0.1, "text": 0.2, "single": 0.08, "multikey": 0.1, "multivalue": 0.07}
+        | {"needles": 0.08, "tracking_drill": 0.07},
+    ),
+]
+TOTAL_STEPS = 14000
+WARMUP_STEPS = 50
+DECAY_SHARE = 0.35
+MUON_RATE = 0.02
+ADAM_RATE = 3e-3
+
+
+def phase_at(step: int, phases: list[Phase]) -> Phase:
+    """The phase that a step belongs to."""
+    return [p for p in phases if p.start <= step][-1]
+
+
+def rate_factor(step: int, total: int) -> float:
+    """Share of the full learning rate: warm-up, plateau, linear decay to 2 %."""
+    warm = min(1.0, (step + 1) / WARMUP_STEPS)
+    left = (total - step) / (DECAY_SHARE * total)
+    return warm * max(0.02, min(1.0, left))

@@ -1,0 +1,118 @@
+"""Runs a checkpoint one decoder layer at a time and shows each layer's queries, keys and values to a collector.
+
+Only the layer at work and the hidden states of the calibration samples are in memory. Any transformers decoder with
+`model.layers`, a rotary embedding and the attention-function interface fits; the architectures we support all do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvcompress.calibration.corpus import Calibration
+from kvcompress.checkpoint.reader import Checkpoint
+from kvcompress.checkpoint.rows import read_rows
+
+Collector = Callable[[Tensor, Tensor, Tensor, float], None]
+"""Called with post-RoPE query_BHTD, key_BHTD, value_BHTD and the softmax scale."""
+
+_ATTENTION = "kvcompress_capture"
+
+
+class LayerRunner:
+    """The decoder layers of a checkpoint, materialised one by one."""
+
+    def __init__(self, checkpoint: Checkpoint, device: str, dtype: torch.dtype) -> None:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        _register_attention()
+        self.checkpoint, self.device, self.dtype = checkpoint, torch.device(device), dtype
+        config = AutoConfig.from_pretrained(checkpoint.path)
+        config._attn_implementation = _ATTENTION
+        with torch.device("meta"):
+            self.model = AutoModelForCausalLM.from_config(config, dtype=dtype).model
+        # Rotary tables are computed, not stored, so they cannot stay on the meta device.
+        self.rotary = type(self.model.rotary_emb)(config).to(self.device)
+
+    def embed(self, calibration: Calibration) -> Tensor:
+        """Hidden states before the first layer, `[samples, length, hidden]`. Reads only the rows that occur."""
+        tokens_NT = torch.from_numpy(calibration.tokens_NT)
+        used, inverse = tokens_NT.unique(return_inverse=True)
+        rows = read_rows(self.checkpoint, "model.embed_tokens.weight", used)
+        return rows.to(self.device, self.dtype)[inverse.to(self.device)]
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        """Decoder layer `index` with its weights; they are released on leaving.
+
+        Raises:
+            ValueError: the checkpoint lacks one of its tensors.
+        """
+        layer: nn.Module = self.model.layers[index]
+        prefix = f"model.layers.{index}."
+        state = {}
+        for name, parameter in layer.state_dict().items():
+            tensor = self.checkpoint.read(prefix + name)
+            if tensor.shape != parameter.shape:
+                raise ValueError(
+                    f"{prefix}{name} has shape {tuple(tensor.shape)}; config.json asks for {tuple(parameter.shape)}"
+                )
+            state[name] = tensor.to(self.device, self.dtype)
+        layer.load_state_dict(state, assign=True)
+        layer.eval()
+        try:
+            yield layer
+        finally:
+            layer.to("meta")
+
+    @torch.no_grad()
+    def forward(self, layer: nn.Module, hidden_TC: Tensor, offset: int, collect: Collector | None) -> Tensor:
+        """One sample through one layer: hidden states `[length, hidden]` at positions from `offset`."""
+        hidden = hidden_TC[None]
+        positions = torch.arange(offset, offset + hidden.shape[1], device=self.device)[None]
+        attention: Any = layer.self_attn
+        attention.kvcompress_collect = collect
+        try:
+            output = layer(
+                hidden,
+                attention_mask=None,
+                position_ids=positions,
+                position_embeddings=self.rotary(hidden, positions),
+                past_key_values=None,
+                use_cache=False,
+            )
+        finally:
+            attention.kvcompress_collect = None
+        return output[0] if isinstance(output, Tensor) else output[0][0]
+
+
+def _register_attention() -> None:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS[_ATTENTION] = _attention
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """Exact causal attention; shows its inputs to the collector on the way. The mask is rebuilt from the window."""
+    scale = float(options["scaling"])
+    collect: Collector | None = getattr(module, "kvcompress_collect", None)
+    if collect is not None:
+        collect(query, key, value, scale)
+    return exact_attention(query, key, value, scale, options.get("sliding_window")).transpose(1, 2), None
+
+
+def exact_attention(query_BHTD: Tensor, key_BHTD: Tensor, value_BHTD: Tensor, scale: float, window: int | None = None) -> Tensor:
+    """Causal grouped-query attention of whole sequences, `[batch, query heads, tokens, head_dim]`."""
+    tokens = query_BHTD.shape[2]
+    mask = None
+    if window is not None and window < tokens:
+        mask = torch.ones(tokens, tokens, dtype=torch.bool, device=query_BHTD.device).tril().triu(1 - window)
+    return nn.functional.scaled_dot_product_attention(
+        query_BHTD, key_BHTD, value_BHTD, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
+    )

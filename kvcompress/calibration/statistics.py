@@ -1,0 +1,90 @@
+"""Second moments of what an attention layer sees, accumulated in float64 so that the order of batches hardly matters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean `[heads, head_dim]` and covariance `[heads, head_dim, head_dim]`, float64."""
+
+    mean_HD: Tensor
+    covariance_HDD: Tensor
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """What the methods may know about one layer. Keys and queries after RoPE; all tensors float64 on the CPU."""
+
+    keys: Moments
+    values: Moments
+    query_moment_HDD: Tensor
+    """E[q q^T] over tokens and over the query heads of each KV head's group, softmax scale included."""
+    output_moment_HDD: Tensor
+    """Sum over the group's query heads of W_o,h^T W_o,h: how the layer's output sees an error in the values."""
+    tokens: int
+
+
+class MomentAccumulator:
+    """Running mean and second moment per head, on the device of the data."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.sum_HD: Tensor | None = None
+        self.square_HDD: Tensor | None = None
+
+    def add(self, x_THD: Tensor) -> None:
+        x = x_THD.double().transpose(0, 1)
+        total, square = x.sum(1), x.mT @ x
+        self.sum_HD = total if self.sum_HD is None else self.sum_HD + total
+        self.square_HDD = square if self.square_HDD is None else self.square_HDD + square
+        self.count += x.shape[1]
+
+    def second_moment(self) -> Tensor:
+        """E[x x^T], not centred."""
+        assert self.square_HDD is not None, "no data was added"
+        return (self.square_HDD / self.count).cpu()
+
+    def moments(self) -> Moments:
+        assert self.sum_HD is not None, "no data was added"
+        mean = (self.sum_HD / self.count).cpu()
+        return Moments(mean, self.second_moment() - mean[..., :, None] * mean[..., None, :])
+
+
+class LayerAccumulator:
+    """Collects one layer's statistics from the tensors its attention function receives."""
+
+    def __init__(self) -> None:
+        self.keys, self.values, self.queries = MomentAccumulator(), MomentAccumulator(), MomentAccumulator()
+
+    def add(self, query_BHTD: Tensor, key_BHTD: Tensor, value_BHTD: Tensor, softmax_scale: float) -> None:
+        """One batch of post-RoPE queries `[batch, query heads, tokens, head_dim]`, keys and values."""
+        kv_heads = key_BHTD.shape[1]
+        self.keys.add(_tokens_first(key_BHTD))
+        self.values.add(_tokens_first(value_BHTD))
+        grouped = query_BHTD.unflatten(1, (kv_heads, -1)).transpose(1, 2).flatten(0, 1)
+        self.queries.add(_tokens_first(grouped) * softmax_scale)
+
+    def finish(self, output_weight: Tensor) -> LayerStatistics:
+        """Close the layer.
+
+        Args:
+            output_weight: o_proj's weight `[hidden, query heads * head_dim]`.
+        """
+        kv_heads, head_dim = self.keys.moments().mean_HD.shape
+        weight = output_weight.detach().double().cpu().unflatten(1, (kv_heads, -1, head_dim))
+        return LayerStatistics(
+            keys=self.keys.moments(),
+            values=self.values.moments(),
+            query_moment_HDD=self.queries.second_moment(),
+            output_moment_HDD=torch.einsum("ohgd,ohge->hde", weight, weight),
+            tokens=self.keys.count,
+        )
+
+
+def _tokens_first(x_BHTD: Tensor) -> Tensor:
+    return x_BHTD.transpose(1, 2).flatten(0, 1)

@@ -1,0 +1,152 @@
+"""The codec of one attention layer: the tensors that turn keys and values into latents, and the two directions.
+
+    latent = (x - mean) @ basis          x ~ mean + latent @ inverse          per KV head, keys after RoPE
+
+For a plain orthogonal basis `inverse` is its transpose; a basis found in the metric that attention sees (S) stores
+basis = S U and inverse = U^T S^-1. Channels are ordered by importance, most first. `scale` is the standard deviation
+of each latent channel on the calibration data, the unit in which `scalar` quantizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kvcompress.codec import scalar
+from kvcompress.codec.spec import CodecSpec, LayerSpec, SideSpec
+
+SIDES = ("k", "v")
+TENSORS = ("mean", "basis", "inverse", "scale")
+
+
+@dataclass(frozen=True)
+class SideCodec:
+    """Keys or values of one layer. All tensors are float32."""
+
+    spec: SideSpec
+    mean_HD: Tensor
+    basis_HDR: Tensor
+    inverse_HRD: Tensor
+    scale_HR: Tensor
+    encode_HDR: Tensor = field(init=False, repr=False)
+    """basis with the static scale divided out: x to normalized latents."""
+    decode_HRD: Tensor = field(init=False, repr=False)
+    """inverse with the static scale multiplied in: normalized latents to x."""
+    weight_HR: Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        heads, head_dim, rank = self.basis_HDR.shape
+        assert rank == self.spec.rank
+        assert self.mean_HD.shape == (heads, head_dim)
+        assert self.inverse_HRD.shape == (heads, rank, head_dim)
+        assert self.scale_HR.shape == (heads, rank)
+        object.__setattr__(self, "encode_HDR", self.basis_HDR / self.scale_HR[:, None, :])
+        object.__setattr__(self, "decode_HRD", self.inverse_HRD * self.scale_HR[:, :, None])
+        object.__setattr__(self, "weight_HR", self.scale_HR.square())
+
+    def encode(self, x_THD: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Keys or values `[tokens, heads, head_dim]` to (gain_TH or None, codes_THB)."""
+        latent_THR = torch.einsum("thd,hdr->thr", x_THD.float() - self.mean_HD, self.encode_HDR)
+        return scalar.encode(latent_THR, self.weight_HR, self.spec)
+
+    def decode(self, gain_TH: Tensor | None, codes_THB: Tensor) -> Tensor:
+        """Codes to normalized latents `[tokens, heads, rank]`, float32."""
+        return scalar.decode(gain_TH, codes_THB, self.spec)
+
+    def reconstruct(self, gain_TH: Tensor | None, codes_THB: Tensor) -> Tensor:
+        """Codes back to keys or values `[tokens, heads, head_dim]`, float32."""
+        return torch.einsum("thr,hrd->thd", self.decode(gain_TH, codes_THB), self.decode_HRD) + self.mean_HD
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"mean": self.mean_HD, "basis": self.basis_HDR, "inverse": self.inverse_HRD, "scale": self.scale_HR}
+
+    def to(self, device: torch.device | str) -> SideCodec:
+        return SideCodec(
+            self.spec,
+            self.mean_HD.to(device),
+            self.basis_HDR.to(device),
+            self.inverse_HRD.to(device),
+            self.scale_HR.to(device),
+        )
+
+    def heads(self, start: int, stop: int) -> SideCodec:
+        """The codec of KV heads [start, stop): what one tensor-parallel rank needs."""
+        return SideCodec(
+            self.spec,
+            self.mean_HD[start:stop],
+            self.basis_HDR[start:stop],
+            self.inverse_HRD[start:stop],
+            self.scale_HR[start:stop],
+        )
+
+
+@dataclass(frozen=True)
+class LayerCodec:
+    """Keys and values of one attention layer."""
+
+    k: SideCodec
+    v: SideCodec
+
+    @property
+    def spec(self) -> LayerSpec:
+        heads, head_dim = self.k.mean_HD.shape
+        return LayerSpec(heads, head_dim, self.k.spec, self.v.spec)
+
+    def to(self, device: torch.device | str) -> LayerCodec:
+        return LayerCodec(self.k.to(device), self.v.to(device))
+
+    def heads(self, start: int, stop: int) -> LayerCodec:
+        return LayerCodec(self.k.heads(start, stop), self.v.heads(start, stop))
+
+
+def tensor_names(layer: int) -> Iterator[tuple[str, str, str]]:
+    """(side, tensor, name in codec.safetensors) of one layer."""
+    for side in SIDES:
+        for tensor in TENSORS:
+            yield side, tensor, f"layers.{layer}.{side}.{tensor}"
+
+
+def to_tensors(index: int, codec: LayerCodec) -> dict[str, Tensor]:
+    """The tensors of one layer under the names they have in codec.safetensors."""
+    sides = {"k": codec.k.tensors(), "v": codec.v.tensors()}
+    return {name: sides[side][tensor].contiguous() for side, tensor, name in tensor_names(index)}
+
+
+def from_tensors(spec: CodecSpec, tensors: Mapping[str, Tensor]) -> list[LayerCodec | None]:
+    """Build every layer's codec from codec.safetensors.
+
+    Raises:
+        ValueError: a tensor is missing, has another shape than the spec says, or is not finite and usable.
+    """
+    return [None if layer is None else _layer(index, layer, tensors) for index, layer in enumerate(spec.layers)]
+
+
+def _layer(index: int, layer: LayerSpec, tensors: Mapping[str, Tensor]) -> LayerCodec:
+    sides = {}
+    for side, spec in (("k", layer.k), ("v", layer.v)):
+        heads, head_dim, rank = layer.num_kv_heads, layer.head_dim, spec.rank
+        shapes = {
+            "mean": (heads, head_dim),
+            "basis": (heads, head_dim, rank),
+            "inverse": (heads, rank, head_dim),
+            "scale": (heads, rank),
+        }
+        found = {key: _tensor(f"layers.{index}.{side}.{key}", shape, tensors) for key, shape in shapes.items()}
+        if not bool((found["scale"] > 0).all()):
+            raise ValueError(f"layers.{index}.{side}.scale has values that are not positive; the codec file is damaged")
+        sides[side] = SideCodec(spec, found["mean"], found["basis"], found["inverse"], found["scale"])
+    return LayerCodec(sides["k"], sides["v"])
+
+
+def _tensor(name: str, shape: tuple[int, ...], tensors: Mapping[str, Tensor]) -> Tensor:
+    if name not in tensors:
+        raise ValueError(f"codec tensor {name} is missing; the codec file does not belong to this config.json")
+    tensor = tensors[name].float()
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"codec tensor {name} has shape {tuple(tensor.shape)}; config.json says {shape}")
+    if not bool(torch.isfinite(tensor).all()):
+        raise ValueError(f"codec tensor {name} has values that are not finite; the codec file is damaged")
+    return tensor

@@ -1,0 +1,132 @@
+"""The codec of a model as plain data: which channels are kept and in how many bits. No torch.
+
+Source of the form: transform coding; an orthogonal basis orders channels by variance and bits follow by reverse
+water-filling (Cover & Thomas, Elements of Information Theory, 10.3). Rank truncation is the special case of 0 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+CODE_BITS = (16, 8, 4, 2)
+"""Code widths a channel can be stored in. 16 is an IEEE half; the others are uniform quantizer codes."""
+
+CHANNEL_GROUP = 8
+"""Channels are kept and packed in groups of this size, so that every band is a whole number of bytes."""
+
+EXPECTED_ERROR = {16: 0.0, 8: 8.73e-5, 4: 0.0115, 2: 0.1188, 0: 1.0}
+"""Mean squared error of a unit-variance Gaussian channel at each code width; 0 bits drops the channel."""
+
+GAIN_BYTES = 2
+"""One IEEE half per token, head and side, where any band is quantized."""
+
+
+class Band(NamedTuple):
+    """`width` neighbouring channels stored in `bits` bits each."""
+
+    bits: int
+    width: int
+
+
+@dataclass(frozen=True)
+class SideSpec:
+    """Keys or values of one layer: bands over the kept channels, most bits first."""
+
+    bands: tuple[Band, ...]
+
+    def __post_init__(self) -> None:
+        if not self.bands:
+            raise ValueError("a codec keeps at least one band of channels; found none")
+        for bits, width in self.bands:
+            if bits not in CODE_BITS:
+                raise ValueError(f"found a band of {bits} bits; expected one of {CODE_BITS}")
+            if width <= 0 or width % CHANNEL_GROUP:
+                raise ValueError(f"found a band of {width} channels; expected a positive multiple of {CHANNEL_GROUP}")
+        widths = [band.bits for band in self.bands]
+        if sorted(widths, reverse=True) != widths:
+            raise ValueError(f"bands must go from most to fewest bits, because channels do; found {widths}")
+        if 16 in widths and len(widths) > 1:
+            raise ValueError("a 16-bit band stands alone: it has no gain to share with quantized bands")
+
+    @property
+    def rank(self) -> int:
+        """Channels kept."""
+        return sum(band.width for band in self.bands)
+
+    @property
+    def has_gain(self) -> bool:
+        return self.bands[0].bits != 16
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of codes per token and head."""
+        return sum(band.bits * band.width for band in self.bands) // 8
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes per token and head, gain included."""
+        return self.code_bytes + (GAIN_BYTES if self.has_gain else 0)
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """The codec of one attention layer. Keys and values may keep different numbers of channels."""
+
+    num_kv_heads: int
+    head_dim: int
+    k: SideSpec
+    v: SideSpec
+
+    def __post_init__(self) -> None:
+        for name, side in (("k", self.k), ("v", self.v)):
+            if side.rank > self.head_dim:
+                raise ValueError(f"{name} keeps {side.rank} channels, more than head_dim {self.head_dim}")
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes per token of this layer, all heads, keys and values, gains included."""
+        return self.num_kv_heads * (self.k.bytes_per_token + self.v.bytes_per_token)
+
+
+@dataclass(frozen=True)
+class CodecSpec:
+    """One entry per decoder layer; None leaves that layer's cache as it is."""
+
+    layers: tuple[LayerSpec | None, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"layers": [None if layer is None else _layer_to_json(layer) for layer in self.layers]}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> CodecSpec:
+        """Inverse of `to_json`.
+
+        Raises:
+            ValueError: anything that is not a codec this version can read.
+        """
+        try:
+            layers: Sequence[Any] = data["layers"]
+            return cls(tuple(None if layer is None else _layer_from_json(layer) for layer in layers))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"the codec description cannot be read ({error!r}); was config.json edited?") from None
+
+
+def _layer_to_json(layer: LayerSpec) -> dict[str, Any]:
+    return {
+        "num_kv_heads": layer.num_kv_heads,
+        "head_dim": layer.head_dim,
+        "rope": "post",
+        "k": {"bands": [list(band) for band in layer.k.bands]},
+        "v": {"bands": [list(band) for band in layer.v.bands]},
+    }
+
+
+def _layer_from_json(data: Mapping[str, Any]) -> LayerSpec:
+    if data["rope"] != "post":
+        raise ValueError(f"found a codec for keys with rope={data['rope']!r}; this version reads post-RoPE keys only")
+    sides = {
+        name: SideSpec(tuple(Band(int(bits), int(width)) for bits, width in data[name]["bands"])) for name in ("k", "v")
+    }
+    return LayerSpec(int(data["num_kv_heads"]), int(data["head_dim"]), sides["k"], sides["v"])

@@ -1,0 +1,169 @@
+"""What a recipe will do to a model, from config.json and safetensors headers alone. Imports no torch, reads no weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from kvcompress.checkpoint.reader import Checkpoint, refuse_compressed
+from kvcompress.codec.spec import CodecSpec, LayerSpec, SideSpec
+from kvcompress.geometry import BYTES_PER_ELEMENT, ModelGeometry
+from kvcompress.methods.registry import basis_of, encoding_of
+from kvcompress.recipe import Recipe
+
+DEFAULT_CONTEXT = 32768
+_GIB = 1 << 30
+_RUNTIME_BYTES = 450 << 20
+"""Resident size of Python with torch and transformers imported, before any work."""
+_COMPUTE_BYTES = 4
+"""Calibration runs in float32 unless asked otherwise."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe applied to a model's sizes. `spec` has the exact bytes; where bands depend on the data they are nominal."""
+
+    model: str
+    recipe: Recipe
+    geometry: ModelGeometry
+    spec: CodecSpec
+    weights_bytes: int
+    peak_rss_bytes: int
+    context: int
+    memory_bytes: int
+
+    @property
+    def base_bytes_per_token(self) -> int:
+        return self.geometry.kv_bytes_per_token()
+
+    @property
+    def bytes_per_token(self) -> int:
+        return bytes_per_token(self.spec, self.geometry)
+
+    @property
+    def ratio(self) -> float:
+        return self.base_bytes_per_token / self.bytes_per_token
+
+    def to_json(self) -> dict[str, Any]:
+        """The stable shape that `plan --json` prints."""
+        return {
+            "model": self.model,
+            "recipe": self.recipe.to_json(),
+            "bytes_per_token": {
+                "base": self.base_bytes_per_token,
+                "compressed": self.bytes_per_token,
+                "ratio": round(self.ratio, 4),
+            },
+            "weights_bytes": {"base": self.weights_bytes, "compressed": self.weights_bytes},
+            "peak_rss_bytes": self.peak_rss_bytes,
+            "capacity_tokens": {
+                "memory_bytes": self.memory_bytes,
+                "base": self.memory_bytes // self.base_bytes_per_token,
+                "compressed": self.memory_bytes // self.bytes_per_token,
+            },
+            "context": {
+                "tokens": self.context,
+                "base_bytes": self.context * self.base_bytes_per_token,
+                "compressed_bytes": self.context * self.bytes_per_token,
+            },
+            "layers": [layer_summary(index, self.spec, self.geometry) for index in range(self.geometry.num_layers)],
+        }
+
+
+def make(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    model: str,
+    *,
+    context: int = DEFAULT_CONTEXT,
+    memory_bytes: int = _GIB,
+    calibration_tokens: int = 0,
+) -> Plan:
+    """Check a recipe against a model and say what it will cost and save.
+
+    Args:
+        context: tokens of one request, for the bytes it will take.
+        memory_bytes: cache memory to fill with tokens.
+        calibration_tokens: samples x length that `compress` will run.
+
+    Raises:
+        ValueError: unsupported or already compressed model, or a recipe that does not fit it.
+    """
+    refuse_compressed(checkpoint)
+    if checkpoint.config.get("quantization_config"):
+        method = checkpoint.config["quantization_config"].get("quant_method")
+        raise ValueError(f"the base model has quantized weights ({method}); calibration needs an unquantized checkpoint")
+    geometry = ModelGeometry.from_config(checkpoint.config)
+    if context < 1 or memory_bytes < 1:
+        raise ValueError("context and memory must be positive")
+    sides = _sides(recipe, geometry)
+    layer = LayerSpec(geometry.num_kv_heads, geometry.head_dim, sides["k"], sides["v"])
+    spec = CodecSpec(tuple(None if window else layer for window in geometry.sliding_window))
+    if not any(spec.layers):
+        raise ValueError("every layer of the model has a sliding window, whose cache is bounded already; nothing to compress")
+    return Plan(
+        model=model,
+        recipe=recipe,
+        geometry=geometry,
+        spec=spec,
+        weights_bytes=checkpoint.weights_bytes,
+        peak_rss_bytes=_peak_rss(checkpoint, geometry, calibration_tokens),
+        context=context,
+        memory_bytes=memory_bytes,
+    )
+
+
+def bytes_per_token(spec: CodecSpec, geometry: ModelGeometry) -> int:
+    """Bytes one token takes in all layers; layers without a codec count at the model's own dtype."""
+    plain = geometry.kv_bytes_per_token() // geometry.num_layers
+    return sum(plain if layer is None else layer.bytes_per_token for layer in spec.layers)
+
+
+def layer_summary(index: int, spec: CodecSpec, geometry: ModelGeometry) -> dict[str, Any]:
+    """One layer as `plan`, `inspect` and the manifest show it."""
+    layer = spec.layers[index]
+    if layer is None:
+        window = geometry.sliding_window[index]
+        plain = geometry.kv_bytes_per_token() // geometry.num_layers
+        return {"index": index, "k": None, "v": None, "bytes_per_token": plain, "reason": f"sliding window of {window}"}
+    return {
+        "index": index,
+        "k": _side_summary(layer.k, layer.head_dim),
+        "v": _side_summary(layer.v, layer.head_dim),
+        "bytes_per_token": layer.bytes_per_token,
+    }
+
+
+def _side_summary(side: SideSpec, head_dim: int) -> dict[str, Any]:
+    return {
+        "rank": side.rank,
+        "bits": round(8 * side.code_bytes / head_dim, 4),
+        "bands": [list(band) for band in side.bands],
+    }
+
+
+def _sides(recipe: Recipe, geometry: ModelGeometry) -> dict[str, SideSpec]:
+    basis, basis_stage = basis_of(recipe)
+    encoding, encoding_stage = encoding_of(recipe)
+    try:
+        ranks = dict(zip(("k", "v"), basis.ranks(basis_stage, geometry), strict=True))
+    except ValueError as error:
+        raise recipe.locate(basis_stage, error) from None
+    try:
+        return {side: encoding.spec(encoding_stage, side, rank, geometry.head_dim) for side, rank in ranks.items()}
+    except ValueError as error:
+        raise recipe.locate(encoding_stage, error) from None
+
+
+def _peak_rss(checkpoint: Checkpoint, geometry: ModelGeometry, calibration_tokens: int) -> int:
+    """Runtime, the largest layer in compute precision, the hidden states (in and out) and one layer's statistics."""
+    layers: dict[str, int] = {}
+    for name, info in checkpoint.tensors.items():
+        parts = name.split(".")
+        if "layers" in parts:
+            key = parts[parts.index("layers") + 1]
+            stored = BYTES_PER_ELEMENT.get(geometry.dtype, 2)
+            layers[key] = layers.get(key, 0) + info.nbytes * (1 + _COMPUTE_BYTES // stored)
+    hidden = 2 * calibration_tokens * geometry.hidden_size * _COMPUTE_BYTES
+    statistics = 8 * 8 * geometry.num_kv_heads * geometry.head_dim**2
+    return _RUNTIME_BYTES + max(layers.values(), default=0) + hidden + statistics

@@ -1,0 +1,53 @@
+"""Reading the codec of a compressed checkpoint: what both serving integrations start from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kvcompress.checkpoint.reader import CONFIG_VERSION, is_compressed
+from kvcompress.checkpoint.safetensors_file import load_tensors
+from kvcompress.checkpoint.verify import CODEC_FILE
+from kvcompress.codec.layer import LayerCodec, from_tensors
+from kvcompress.codec.spec import CodecSpec
+
+
+
+def read_spec(config: Mapping[str, Any]) -> CodecSpec:
+    """The codec described by a compressed checkpoint's config.json.
+
+    Raises:
+        ValueError: the checkpoint is not compressed, or by a format this version does not read.
+    """
+    section = config.get("quantization_config") or {}
+    if not is_compressed(config):
+        raise ValueError("config.json has no kvcompress section; expected a folder written by `kvcompress compress`")
+    if section.get("version") != CONFIG_VERSION:
+        raise ValueError(
+            f"the checkpoint has kvcompress format {section.get('version')!r}; this version reads {CONFIG_VERSION}; "
+            "upgrade kvcompress or compress the base model again"
+        )
+    return CodecSpec.from_json(section["codec"])
+
+
+def load_codec(directory: Path, spec: CodecSpec | None = None) -> list[LayerCodec | None]:
+    """Every layer's codec; None where the layer keeps an ordinary cache.
+
+    Args:
+        directory: a compressed checkpoint.
+        spec: its description, if the caller has read it from config.json already.
+
+    Raises:
+        ValueError: the folder is not a compressed checkpoint, or its codec file does not fit its config.json.
+    """
+    if spec is None:
+        config = directory / "config.json"
+        if not config.is_file():
+            raise ValueError(f"{directory} has no config.json; expected a folder written by `kvcompress compress`")
+        spec = read_spec(json.loads(config.read_text()))
+    path = directory / CODEC_FILE
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; the folder is not a complete compressed checkpoint")
+    return from_tensors(spec, load_tensors(path))

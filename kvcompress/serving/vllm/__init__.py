@@ -1,0 +1,23 @@
+"""The vLLM plug-in: `vllm serve DIR` runs a compressed checkpoint of any supported model class, no flag, no model code.
+
+vLLM calls `register` in every process through the entry point `vllm.general_plugins`. From there the way in is the
+quantization hook: `quant_method: kvcompress` in config.json makes vLLM ask `quantization.KVCompressConfig` about every
+attention layer, and layers that have a codec get our cache spec and attention backend.
+"""
+
+from __future__ import annotations
+
+
+def register() -> None:
+    """Make the quantization method and the attention backend known to vLLM. May be called any number of times.
+
+    Raises:
+        RuntimeError: this vLLM is outside the supported range.
+    """
+    from kvcompress.serving.vllm import compat
+
+    compat.register_backend(compat.BACKEND_NAME, "kvcompress.serving.vllm.backend.CompressedAttentionBackend")
+    # Importing the module registers its class under the quantization method's name.
+    from kvcompress.serving.vllm import quantization
+
+    assert quantization.KVCompressConfig.get_name() in compat.QUANTIZATION_METHODS

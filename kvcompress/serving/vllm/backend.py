@@ -1,0 +1,171 @@
+"""The attention backend: vLLM's metadata in, compressed pages written and read.
+
+One forward call stores the step's tokens and then attends to all tokens in their stored form, the new ones included,
+so a result depends neither on how a prompt is chunked nor on prefix hits, preemption or rejected drafts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from kvcompress.codec import pages
+from kvcompress.codec.layer import LayerCodec
+from kvcompress.codec.layout import PART_ALIGNMENT, PageLayout
+from kvcompress.serving.vllm import compat
+from kvcompress.serving.vllm.paged_attention import attend_batch, workspace_bytes
+
+
+class CompressedAttentionBackend(compat.AttentionBackend):
+    """Names the parts. vLLM's own selector never chooses it; a layer with a codec brings it along."""
+
+    forward_includes_kv_cache_update = True
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto"]
+
+    @staticmethod
+    def get_name() -> str:
+        return compat.BACKEND_NAME
+
+    @staticmethod
+    def get_impl_cls() -> type[CompressedAttentionImpl]:
+        return CompressedAttentionImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[CompressedMetadataBuilder]:
+        return CompressedMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | compat.MultipleOf]:
+        return [compat.MultipleOf(PART_ALIGNMENT)]
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[compat.KVCacheLayout, ...]:
+        # A record is one run of bytes: heads outside tokens. Block-outermost comes first because vLLM needs it to
+        # pack layers of different sizes when a model has more than one cache group.
+        return (compat.KVCacheLayout.BLHNC, compat.KVCacheLayout.LBHNC)
+
+    @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+        return False
+
+
+@dataclass
+class CompressedMetadata(compat.AttentionMetadata):
+    """One step's batch. Lists are the host's copies: the reference path loops over requests."""
+
+    num_actual_tokens: int
+    slot_mapping: Tensor
+    block_table: Tensor
+    query_starts: list[int]
+    seq_lens: list[int]
+
+
+class CompressedMetadataBuilder(compat.AttentionMetadataBuilder):
+    """Reads lengths back to the host once per step, not once per layer."""
+
+    _cudagraph_support = compat.AttentionCGSupport.NEVER
+
+    def __init__(
+        self, kv_cache_spec: compat.AttentionSpec, layer_names: list[str], vllm_config: compat.VllmConfig, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: compat.CommonAttentionMetadata, fast_build: bool = False
+    ) -> CompressedMetadata:
+        batch = common_attn_metadata
+        assert batch.causal is True, "layers with a codec are causal decoder layers; anything else is refused at start"
+        return CompressedMetadata(
+            num_actual_tokens=batch.num_actual_tokens,
+            slot_mapping=batch.slot_mapping,
+            block_table=batch.block_table_tensor,
+            query_starts=batch.query_start_loc_cpu.tolist(),
+            seq_lens=batch.seq_lens[: batch.num_reqs].tolist(),
+        )
+
+
+class CompressedAttentionImpl(compat.AttentionImpl):
+    """Attention of one layer. The codec is set once weights are loaded (`use_codec`)."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = compat.AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+    ) -> None:
+        assert alibi_slopes is None and sliding_window is None and not logits_soft_cap, "refused by `limits`"
+        assert kv_sharing_target_layer_name is None and attn_type == compat.AttentionType.DECODER, "refused by `limits`"
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        self._codec: LayerCodec | None = None
+        self._layout: PageLayout | None = None
+        self._workspace_bytes = 0
+
+    def use_codec(self, codec: LayerCodec, longest: int) -> None:
+        """Set the codec of this rank's KV heads, on the layer's device, for requests of up to `longest` tokens."""
+        assert (codec.spec.num_kv_heads, codec.spec.head_dim) == (self.num_kv_heads, self.head_size)
+        self._codec = codec
+        self._workspace_bytes = workspace_bytes(codec, self.num_heads, longest)
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: CompressedMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Store this step's keys and values, then attend.
+
+        Args:
+            query: `[tokens, heads, head_dim]`, post-RoPE like the keys; may be padded at the end.
+            key, value: `[tokens, KV heads, head_dim]`.
+            kv_cache: `uint8 [blocks, KV heads, tokens per block, bytes per token]`, blocks possibly strided.
+            attn_metadata: None in profiling and warm-up runs.
+            output: written in place.
+        """
+        assert output_scale is None and output_block_scale is None, "vLLM asks before it fuses output quantization"
+        if attn_metadata is None:
+            return self._profile(output)
+        codec = self._codec
+        assert codec is not None, "the codec is loaded with the weights"
+        batch = attn_metadata
+        layout = self._layout_of(codec, kv_cache.shape[2])
+        pages_NHX = kv_cache.view(kv_cache.shape[0], layout.num_kv_heads, layout.record_bytes)
+        tokens = batch.num_actual_tokens
+        pages.append(pages_NHX, layout, codec, key[:tokens], value[:tokens], batch.slot_mapping[:tokens])
+        attend_batch(
+            output, query, pages_NHX, layout, codec, batch.block_table, batch.query_starts, batch.seq_lens, self.scale
+        )
+        return output
+
+    def _layout_of(self, codec: LayerCodec, block_size: int) -> PageLayout:
+        # The block size that counts is the allocated cache's: vLLM may scale or split blocks after asking for specs.
+        if self._layout is None or self._layout.block_size != block_size:
+            self._layout = PageLayout.of(codec.spec, block_size)
+        return self._layout
+
+    def _profile(self, output: Tensor) -> Tensor:
+        # vLLM measures how much memory a step needs on devices of fixed memory and gives the rest to the cache;
+        # without this allocation it would give away our workspace, too.
+        if output.device.type != "cpu":
+            torch.empty(self._workspace_bytes, dtype=torch.uint8, device=output.device)
+        return output.fill_(0)

@@ -1,0 +1,150 @@
+"""Everything that depends on the vLLM version: the range we support, the names we import, and the shapes of its calls.
+
+Nothing else in the plug-in imports vLLM. To support another release, change this file and run the end-to-end tests.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from vllm.version import __version__ as vllm_version
+
+SUPPORTED_VLLM = ((0, 32), (0, 33))
+"""First supported and first unsupported (major, minor)."""
+
+BACKEND_NAME = "KVCOMPRESS"
+
+
+def check_version(found: str) -> None:
+    """Refuse a vLLM we have not been tested with, before its changed interfaces fail in stranger ways.
+
+    Raises:
+        RuntimeError: outside `SUPPORTED_VLLM`.
+    """
+    first, stop = SUPPORTED_VLLM
+    match = re.match(r"(\d+)\.(\d+)", found)
+    if match is None or not first <= (int(match[1]), int(match[2])) < stop:
+        supported = f">= {first[0]}.{first[1]}, < {stop[0]}.{stop[1]}"
+        raise RuntimeError(
+            f"found vLLM {found}; kvcompress serves through vLLM {supported}; install such a vLLM or another kvcompress"
+        )
+
+
+check_version(vllm_version)
+
+# The rest exists in this form only in the supported range, so it comes after the check.
+from vllm.config import VllmConfig, get_current_vllm_config  # noqa: E402
+from vllm.distributed import (  # noqa: E402
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+)
+from vllm.distributed.parallel_state import get_world_group  # noqa: E402
+from vllm.logger import init_logger  # noqa: E402
+from vllm.model_executor.layers.attention import Attention, MLAAttention  # noqa: E402
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod  # noqa: E402
+from vllm.model_executor.layers.quantization import (  # noqa: E402
+    QUANTIZATION_METHODS,
+    register_quantization_config,
+)
+from vllm.model_executor.layers.quantization.base_config import (  # noqa: E402
+    QuantizationConfig,
+    QuantizeMethodBase,
+)
+from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod  # noqa: E402
+from vllm.model_executor.models.utils import extract_layer_index  # noqa: E402
+from vllm.v1.attention.backend import (  # noqa: E402
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionImpl,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    AttentionType,
+    CommonAttentionMetadata,
+    MultipleOf,
+)
+from vllm.v1.attention.backends.registry import AttentionBackendEnum  # noqa: E402
+from vllm.v1.attention.backends.registry import register_backend as _register_backend  # noqa: E402
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheLayout  # noqa: E402
+
+__all__ = [
+    "BACKEND_NAME",
+    "QUANTIZATION_METHODS",
+    "SUPPORTED_VLLM",
+    "Attention",
+    "AttentionBackend",
+    "AttentionCGSupport",
+    "AttentionImpl",
+    "AttentionMetadata",
+    "AttentionMetadataBuilder",
+    "AttentionSpec",
+    "AttentionType",
+    "BaseKVCacheMethod",
+    "CommonAttentionMetadata",
+    "FullAttentionSpec",
+    "KVCacheLayout",
+    "LinearBase",
+    "MLAAttention",
+    "MultipleOf",
+    "QuantizationConfig",
+    "QuantizeMethodBase",
+    "UnquantizedLinearMethod",
+    "VllmConfig",
+    "attach",
+    "check_version",
+    "extract_layer_index",
+    "get_current_vllm_config",
+    "is_first_rank_of_machine",
+    "layer_device",
+    "logger",
+    "num_decoder_layers",
+    "register_backend",
+    "register_quantization_config",
+    "tensor_parallel",
+    "total_num_kv_heads",
+    "vllm_version",
+]
+
+logger = init_logger("vllm.kvcompress")
+"""A child of vLLM's own logger: an operator sees our lines among the engine's."""
+
+
+def register_backend(name: str, class_path: str) -> None:
+    """Add an attention backend under its own name; vLLM itself refuses the second registration of one name."""
+    if name not in AttentionBackendEnum.__members__:
+        _register_backend(name, class_path)
+
+
+def attach(layer: Any, backend: type[AttentionBackend], impl: AttentionImpl, get_kv_cache_spec: Any) -> None:
+    """Replace the attention backend, implementation and cache spec that vLLM has chosen for a layer."""
+    layer.attn_backend = backend
+    layer.backend = AttentionBackendEnum[backend.get_name()]
+    layer.impl = impl
+    layer.get_kv_cache_spec = get_kv_cache_spec
+
+
+def num_decoder_layers(config: VllmConfig) -> int:
+    """Decoder layers of the whole model, over all pipeline stages."""
+    return int(config.model_config.hf_text_config.num_hidden_layers)
+
+
+def total_num_kv_heads(config: VllmConfig) -> int:
+    """KV heads of the model, before tensor parallelism divides or replicates them."""
+    return int(config.model_config.get_total_num_kv_heads())
+
+
+def tensor_parallel() -> tuple[int, int]:
+    """(rank, world size) of this process."""
+    return int(get_tensor_model_parallel_rank()), int(get_tensor_model_parallel_world_size())
+
+
+def is_first_rank_of_machine() -> bool:
+    """Whether this process does what is needed once per machine."""
+    return int(get_world_group().local_rank) == 0
+
+
+def layer_device(layer: Any) -> torch.device:
+    """Where vLLM has placed a layer that owns no weights."""
+    device: torch.device = layer._k_scale.device
+    return device

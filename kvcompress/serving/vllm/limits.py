@@ -1,0 +1,79 @@
+"""What a compressed layer cannot do yet. Everything here is checked when the model is built, before weights load."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvcompress.codec.layout import PART_ALIGNMENT
+from kvcompress.codec.spec import CodecSpec, LayerSpec
+from kvcompress.serving.vllm import compat
+
+
+def check_engine(config: compat.VllmConfig, codec: CodecSpec) -> None:
+    """Refuse engine options and models that no layer could serve.
+
+    Raises:
+        ValueError: naming the option or the difference.
+    """
+    layers = compat.num_decoder_layers(config)
+    if layers != len(codec.layers):
+        raise ValueError(
+            f"the codec has {len(codec.layers)} layers and the model {layers}; config.json and the codec do not belong "
+            "together; compress the model again"
+        )
+    if config.model_config.use_mla:
+        raise ValueError("the model uses multi-head latent attention (MLA); kvcompress does not serve such models yet")
+    if config.cache_config.cache_dtype != "auto":
+        raise ValueError(
+            f"found --kv-cache-dtype {config.cache_config.cache_dtype}; the codec decides how the cache is stored; "
+            "leave the option at auto"
+        )
+    block_size = config.cache_config.block_size
+    if block_size % PART_ALIGNMENT:
+        raise ValueError(
+            f"found --block-size {block_size}; compressed pages need a multiple of {PART_ALIGNMENT}, such as "
+            f"{-(-block_size // PART_ALIGNMENT) * PART_ALIGNMENT}"
+        )
+    parallel = config.parallel_config
+    for option in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        size = getattr(parallel, option)
+        if size > 1:
+            flag = "--" + option.replace("_", "-")
+            raise ValueError(f"found {flag} {size}; a compressed cache is not split over context; leave it at 1")
+
+
+def check_layer(layer: Any, name: str, codec: LayerSpec, config: compat.VllmConfig) -> None:
+    """Refuse an attention layer that has a codec and a feature the compressed path lacks.
+
+    Raises:
+        ValueError: naming the layer and the feature.
+    """
+    for unsupported, reason in _features(layer, config):
+        if unsupported:
+            raise ValueError(
+                f"{name} has a codec but {reason}, which a compressed cache does not serve; "
+                "compress the model again with this layer left out"
+            )
+    heads = compat.total_num_kv_heads(config)
+    if (heads, layer.head_size) != (codec.num_kv_heads, codec.head_dim):
+        raise ValueError(
+            f"{name} has {heads} KV heads of {layer.head_size} channels; its codec was made for {codec.num_kv_heads} "
+            f"of {codec.head_dim}; compress this model again"
+        )
+
+
+def _features(layer: Any, config: compat.VllmConfig) -> list[tuple[bool, str]]:
+    # vLLM has built its own implementation of the layer by now; what it was asked to do is recorded there.
+    stock = layer.impl
+    return [
+        (type(layer) is not compat.Attention, f"is a {type(layer).__name__} layer"),
+        (layer.attn_type != compat.AttentionType.DECODER, f"does {layer.attn_type} attention"),
+        (layer.sliding_window is not None, f"attends a sliding window of {layer.sliding_window} tokens"),
+        (getattr(stock, "alibi_slopes", None) is not None or layer.use_alibi_sqrt, "uses ALiBi position biases"),
+        (bool(getattr(stock, "logits_soft_cap", None)), "caps its attention logits"),
+        (layer.has_sink, "has learned attention sinks"),
+        (layer.use_mm_prefix, "attends image tokens in both directions"),
+        (layer.kv_sharing_target_layer_name is not None, "shares another layer's cache"),
+        (layer.head_size_v != layer.head_size, "has values of another size than keys"),
+        (layer.kv_cache_dtype != "auto", f"stores its cache as {layer.kv_cache_dtype}"),
+    ]

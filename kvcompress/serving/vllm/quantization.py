@@ -1,0 +1,105 @@
+"""The quantization method `kvcompress`: vLLM asks it about every layer of every model class.
+
+`config.json` says `quantization_config: {"quant_method": "kvcompress", "version": 1, "codec": ...}`. Linear layers
+keep their ordinary weights. An attention layer with a codec gets the compressed cache, before vLLM sizes its cache.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from kvcompress.serving.loading import QUANT_METHOD, read_spec
+from kvcompress.serving.vllm import compat, limits
+from kvcompress.serving.vllm.backend import CompressedAttentionBackend, CompressedAttentionImpl
+from kvcompress.serving.vllm.cache_spec import cache_spec
+from kvcompress.serving.vllm.startup import Startup
+
+
+@compat.register_quantization_config(QUANT_METHOD)
+class KVCompressConfig(compat.QuantizationConfig):
+    """What config.json says. Made in the front end and sent to the workers, so it holds plain data until they start."""
+
+    def __init__(self, section: dict[str, Any]) -> None:
+        super().__init__()
+        self.codec_spec = read_spec({"quantization_config": section})
+        self._startup: Startup | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy for another process starts there by itself.
+        return {**self.__dict__, "_startup": None}
+
+    @classmethod
+    def get_name(cls) -> str:
+        return QUANT_METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return CompressedAttentionBackend.supported_dtypes
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 0
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> KVCompressConfig:
+        return cls(config)
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> compat.QuantizeMethodBase | None:
+        """The treatment of one layer; None leaves it to vLLM.
+
+        Raises:
+            ValueError: the checkpoint fails verification, or a layer cannot be served compressed.
+        """
+        if isinstance(layer, compat.LinearBase):
+            return compat.UnquantizedLinearMethod()
+        if not isinstance(layer, compat.Attention | compat.MLAAttention):
+            return None
+        known = getattr(layer, "quant_method", None)
+        if isinstance(known, CompressedCacheMethod):
+            return known
+        if self._startup is None:
+            self._startup = Startup.begin(compat.get_current_vllm_config(), self.codec_spec)
+        index = compat.extract_layer_index(prefix)
+        if index >= len(self.codec_spec.layers):
+            raise ValueError(
+                f"{prefix} is layer {index} and the codec has {len(self.codec_spec.layers)}; "
+                "extra prediction layers are not served compressed"
+            )
+        if self.codec_spec.layers[index] is None:
+            self._startup.note_uncompressed(index, layer)
+            return None
+        return CompressedCacheMethod(self, self._startup, index, prefix)
+
+
+class CompressedCacheMethod(compat.BaseKVCacheMethod):
+    """Gives one attention layer its codec, cache spec and attention implementation."""
+
+    def __init__(self, config: KVCompressConfig, startup: Startup, index: int, name: str) -> None:
+        super().__init__(config)
+        self._startup = startup
+        self._index = index
+        self._name = name
+
+    def create_weights(self, layer: Any) -> None:
+        spec = self.quant_config.codec_spec.layers[self._index]
+        limits.check_layer(layer, self._name, spec, self._startup.vllm_config)
+        codec = self._startup.codec_of(self._index)
+        impl = CompressedAttentionImpl(layer.num_heads, layer.head_size, layer.impl.scale, layer.num_kv_heads)
+        # The block size may change between now and the call.
+        compat.attach(
+            layer,
+            CompressedAttentionBackend,
+            impl,
+            lambda vllm_config: cache_spec(codec.spec, vllm_config.cache_config.block_size),
+        )
+        self._startup.note_compressed(self._index, codec.spec)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        codec = self._startup.codec_of(self._index).to(compat.layer_device(layer))
+        layer.impl.use_codec(codec, self._startup.vllm_config.model_config.max_model_len)
+        self._startup.report()

@@ -1,0 +1,41 @@
+"""The operator's line: what one token takes in the cache, and what it would take without a codec."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import groupby
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """Bytes per token of one layer on this rank; `uncompressed` says why a layer has no codec."""
+
+    bytes_per_token: int
+    full_bytes_per_token: int
+    uncompressed: str | None = None
+
+
+def describe(layers: Mapping[int, LayerReport], dtype: str) -> str:
+    """One line for the log."""
+    stored = sum(layer.bytes_per_token for layer in layers.values())
+    full = sum(layer.full_bytes_per_token for layer in layers.values())
+    sizes = _by_value({index: str(layer.bytes_per_token) for index, layer in layers.items()})
+    line = (
+        f"KV cache {stored} bytes per token, {full / stored:.2f}x smaller than {full} in {dtype}; "
+        f"bytes per token and layer: {sizes}"
+    )
+    reasons = _by_value({index: layer.uncompressed for index, layer in layers.items() if layer.uncompressed})
+    return f"{line}; uncompressed layers: {reasons}" if reasons else line
+
+
+def _by_value(values: Mapping[int, str]) -> str:
+    """`0-2: a, 3: b`: runs of layers that share a value."""
+    runs: list[str] = []
+    # Neighbours with the same value have the same difference between index and position.
+    numbered = [(index, position, value) for position, (index, value) in enumerate(sorted(values.items()))]
+    for (value, _), run in groupby(numbered, key=lambda item: (item[2], item[0] - item[1])):
+        indices = [index for index, _, _ in run]
+        name = str(indices[0]) if len(indices) == 1 else f"{indices[0]}-{indices[-1]}"
+        runs.append(f"{name}: {value}")
+    return ", ".join(runs)
