@@ -22,12 +22,13 @@ from kvcompress.checkpoint.manifest import (
     Sizes,
     package_versions,
 )
-from kvcompress.checkpoint.reader import Checkpoint
+from kvcompress.checkpoint.reader import QUANT_METHOD, Checkpoint
+from kvcompress.checkpoint.verify import CODEC_FILE
 from kvcompress.checkpoint.workdir import WorkDir
 from kvcompress.checkpoint.writer import copy_shards, copy_side_files, write_file, write_tensors
 from kvcompress.codec.layer import LayerCodec, SideCodec, to_tensors
 from kvcompress.codec.spec import Band, CodecSpec, LayerSpec, SideSpec
-from kvcompress.serving.loading import CODEC_FILE, FORMAT_VERSION, QUANT_METHOD
+from kvcompress.serving.loading import CONFIG_VERSION
 
 ARCHITECTURES = ("Llama", "Qwen2", "Qwen3", "Mistral")
 NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, VOCABULARY = 4, 4, 2, 32, 128
@@ -107,7 +108,7 @@ def save_compressed(base: Path, directory: Path, spec: CodecSpec, seed: int = 0)
     for index, codec in enumerate(fit_codec(load_model(base), spec, seed)):
         if codec is not None:
             tensors |= to_tensors(index, codec)
-    section = {"quant_method": QUANT_METHOD, "version": FORMAT_VERSION, "codec": spec.to_json()}
+    section = {"quant_method": QUANT_METHOD, "version": CONFIG_VERSION, "codec": spec.to_json()}
     config = json.dumps(checkpoint.config | {"quantization_config": section}).encode()
     full = 2 * NUM_KV_HEADS * HEAD_DIM * 4
     stored = sum(full if layer is None else layer.bytes_per_token for layer in spec.layers)

@@ -23,9 +23,10 @@ def resolve(model: str | Path) -> Path:
         ValueError: neither a folder here nor a model that can be had from the hub.
     """
     path = Path(model).expanduser()
-    if path.is_dir():
+    named = str(model) != ""  # Path("") would be the current folder
+    if named and path.is_dir():
         return path
-    if path.exists():
+    if named and path.exists():
         raise ValueError(f"{path} is a file; expected the folder of a Hugging Face checkpoint, or a hub id")
     if not HUB_ID.fullmatch(str(model)):
         raise ValueError(

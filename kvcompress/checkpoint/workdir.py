@@ -97,15 +97,17 @@ class WorkDir:
         """
         path = check_output(out, resume=resume)
         partial = _partial(path)
-        with disk_full_as_value_error(partial):
+        with disk_full_as_value_error(path):
             created = _make_folders(partial.parent)
             _make_folders(partial)
             _check_ours(partial)
             work = cls(path, _open_journal(partial), created)
             try:
                 work._start(json.loads(json_file.canonical(fingerprint)))
-            except BaseException:
+            except BaseException as error:
                 work._journal.close()
+                if is_disk_full(error):
+                    work.discard()
                 raise
             return work
 

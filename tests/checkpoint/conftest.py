@@ -111,6 +111,12 @@ def compressed(make_checkpoint: CheckpointMaker, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def publish() -> Callable[[Path, Path], Digests]:
+    """A function (source, out) that compresses with a made-up codec and publishes."""
+    return publish_compressed
+
+
+@pytest.fixture
 def child_environment() -> dict[str, str]:
     """Environment in which a child process imports the same kvcompress."""
     root = str(Path(kvcompress.__file__).parents[1])

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from kvcompress.serving.loading import QUANT_METHOD, read_spec
+from kvcompress.checkpoint.reader import QUANT_METHOD
+from kvcompress.serving.loading import read_spec
 from kvcompress.serving.vllm import compat, limits
 from kvcompress.serving.vllm.backend import CompressedAttentionBackend, CompressedAttentionImpl
 from kvcompress.serving.vllm.cache_spec import cache_spec

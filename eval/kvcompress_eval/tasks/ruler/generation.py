@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
+from kvcompress.checkpoint.atomic import atomic_write
 from kvcompress_eval.tasks.ruler.registry import ruler_task
 from kvcompress_eval.tasks.ruler.sample import Count, Request, Sample
 from kvcompress_eval.tasks.ruler.strings import strings_text
@@ -78,11 +77,5 @@ def read_samples(path: Path) -> list[Sample]:
 def write_samples(path: Path, samples: list[Sample]) -> None:
     """Write a set whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in samples)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    lines = (json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in samples)
+    atomic_write(path, "".join(lines).encode())

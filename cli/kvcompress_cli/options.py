@@ -1,0 +1,13 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a Hugging Face checkpoint, or a hub id.")]
+Directory = Annotated[str, typer.Argument(metavar="DIR", help="Folder (or hub id) of a compressed checkpoint.")]
+RecipeFile = Annotated[Path, typer.Option("--recipe", "-r", help="Recipe file (YAML); see examples/recipes.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]

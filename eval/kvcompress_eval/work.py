@@ -1,0 +1,196 @@
+"""The work of an evaluation, spelled out before any model is loaded: prompts, windows of text, and what fits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvcompress_eval.models import Model
+from kvcompress_eval.suite import Suite
+from kvcompress_eval.tasks.perplexity import Window, windows
+from kvcompress_eval.tasks.ruler import NotApplicableError, generate, ruler_task
+from kvcompress_eval.tasks.text import HeldOutText, find_text, read_text
+from kvcompress_eval.tokenizer import TextTokenizer
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much is done, and how much there is."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One task at one length: prompts as token ids, references, and tokens to generate."""
+
+    task: str
+    length: int
+    prompts: list[list[int]]
+    references: list[tuple[str, ...]]
+    max_tokens: int
+    mean_length: float
+    """Tokens used on average, generated ones included."""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A task that cannot be made at this length with this tokenizer."""
+
+    task: str
+    length: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Work:
+    """Everything to be run on every model."""
+
+    suite: Suite
+    units: list[Unit]
+    skipped: list[Skipped]
+    text: HeldOutText | None
+    windows: list[Window]
+    agreement_texts: list[list[int]]
+    agreement_prompts: list[list[int]]
+    serving_prompt: list[int]
+    serving_tokens: int
+    max_context: int
+
+
+def prepare(
+    suite: Suite,
+    models: Sequence[Model],
+    tokenizer: TextTokenizer,
+    *,
+    seed: int,
+    text: str | Path | None,
+    cache_dir: Path,
+    serving_context: int,
+    serving_tokens: int,
+    progress: Progress,
+) -> Work:
+    """Make every prompt and window.
+
+    Raises:
+        ValueError: a model cannot take the lengths, there is no text where the suite needs one, or nothing is left to do.
+    """
+    units, skipped = _units(suite, tokenizer, seed, cache_dir, progress)
+    limits = [model.context for model in models if model.context]
+    limit = min(limits) if limits else None
+    units = [_fitted(unit, limit, len(tokenizer.prefix)) for unit in units]
+    held_out, cut, texts = _text(suite, models, tokenizer, text, limit)
+    prompts = _alternate([unit.prompts for unit in units])[: suite.agreement_prompts]
+    serving = _serving_prompt(units, texts, serving_context) if serving_context else []
+    needs = [len(prompt) + unit.max_tokens for unit in units for prompt in unit.prompts]
+    needs += [len(window.tokens) + 1 for window in cut] + [len(item) + 1 for item in texts]
+    needs += [len(prompt) + suite.agreement_new_tokens + 1 for prompt in prompts]
+    needs += [len(serving) + serving_tokens + 1] if serving else []
+    if not needs:
+        reasons = "; ".join(f"{item.task} at {item.length}: {item.reason}" for item in skipped)
+        raise ValueError(f"nothing to evaluate: {reasons or 'the suite is empty'}")
+    return Work(
+        suite=suite,
+        units=units,
+        skipped=skipped,
+        text=held_out,
+        windows=cut,
+        agreement_texts=texts if suite.agreement_windows else [],
+        agreement_prompts=prompts,
+        serving_prompt=serving,
+        serving_tokens=serving_tokens,
+        max_context=min(max(needs), limit) if limit else max(needs),
+    )
+
+
+def default_cache_dir() -> Path:
+    """~/.cache/kvcompress, or where XDG_CACHE_HOME points."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvcompress"
+
+
+def prompt_sha256(prompt: Sequence[int]) -> str:
+    """Hash of a prompt's token ids."""
+    return hashlib.sha256(json.dumps(list(prompt)).encode()).hexdigest()
+
+
+def _units(
+    suite: Suite, tokenizer: TextTokenizer, seed: int, cache_dir: Path, progress: Progress
+) -> tuple[list[Unit], list[Skipped]]:
+    units: list[Unit] = []
+    skipped: list[Skipped] = []
+    total = len(suite.tasks) * len(suite.lengths)
+    for done, (name, length) in enumerate((name, length) for length in suite.lengths for name in suite.tasks):
+        progress("making prompts", done, total)
+        try:
+            samples = generate(
+                name,
+                length=length,
+                samples=suite.samples,
+                seed=seed,
+                count=tokenizer.count,
+                tokenizer_sha256=tokenizer.sha256,
+                cache_dir=cache_dir,
+            )
+        except NotApplicableError as error:
+            skipped.append(Skipped(name, length, str(error)))
+            continue
+        units.append(
+            Unit(
+                task=name,
+                length=length,
+                prompts=[tokenizer.encode(sample.prompt) for sample in samples],
+                references=[sample.outputs for sample in samples],
+                max_tokens=ruler_task(name).tokens_to_generate,
+                mean_length=sum(sample.length for sample in samples) / len(samples),
+            )
+        )
+    if total:
+        progress("making prompts", total, total)
+    return units, skipped
+
+
+def _fitted(unit: Unit, limit: int | None, special: int) -> Unit:
+    """The unit with its generation cut by the special tokens that the benchmark does not count, if they overflow.
+
+    Prompts are never cut.
+    """
+    longest = max(len(prompt) for prompt in unit.prompts)
+    if limit is None or longest + unit.max_tokens <= limit:
+        return unit
+    if longest + unit.max_tokens <= limit + special:
+        return Unit(**{**vars(unit), "max_tokens": limit - longest})
+    raise ValueError(
+        f"{unit.task} at {unit.length} tokens does not fit a model made for {limit} tokens; choose shorter lengths"
+    )
+
+
+def _text(
+    suite: Suite, models: Sequence[Model], tokenizer: TextTokenizer, text: str | Path | None, limit: int | None
+) -> tuple[HeldOutText | None, list[Window], list[list[int]]]:
+    wanted = max(suite.perplexity_tokens, suite.agreement_windows * suite.stride)
+    if not wanted:
+        return None, [], []
+    path = find_text(text, [model.folder for model in models])
+    if path is None:
+        raise ValueError("perplexity and agreement need a text: none of the models has a heldout.txt; give one with --text")
+    held_out = read_text(path, tokenizer, wanted)
+    window = min(suite.window, limit - 1) if limit else suite.window
+    stride = min(suite.stride, window // 2)
+    cut: list[Window] = []
+    if suite.perplexity_tokens:
+        cut = list(windows(held_out.tokens[: suite.perplexity_tokens], window, stride, tokenizer.prefix))
+    starts = range(0, min(len(held_out.tokens), suite.agreement_windows * stride), stride)
+    pieces = (held_out.tokens[start : start + stride] for start in starts)
+    return held_out, cut, [[*tokenizer.prefix, *piece] for piece in pieces if len(piece) > 1]
+
+
+def _serving_prompt(units: Sequence[Unit], texts: Sequence[Sequence[int]], context: int) -> list[int]:
+    """A prompt of `context` tokens made of the longest prompt at hand, repeated."""
+    source = max([*(prompt for unit in units for prompt in unit.prompts), *texts], key=len, default=[1])
+    return (list(source) * (context // len(source) + 1))[:context]
+
+
+def _alternate(groups: Sequence[Sequence[list[int]]]) -> list[list[int]]:
+    """The first of every group, then the second of every group, and so on."""
+    longest = max((len(group) for group in groups), default=0)
+    return [group[at] for at in range(longest) for group in groups if at < len(group)]
