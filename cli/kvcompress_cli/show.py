@@ -30,14 +30,16 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     from rich.console import Console
     from rich.table import Table
 
-    view = Table(title=title, title_justify="left")
+    view = Table()
     for index, column in enumerate(columns):
         numbers = all(not row[index] or row[index].lstrip("-+")[:1].isdigit() for row in rows)
         view.add_column(column, justify="right" if numbers and index else "left")
     for row in rows:
         view.add_row(*row)
     # Away from a terminal rich would wrap at 80 columns and cut words that scripts look for.
-    Console(width=None if sys.stdout.isatty() else 160).print(view)
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False)
+    console.print(title)
+    console.print(view)
 
 
 @contextmanager

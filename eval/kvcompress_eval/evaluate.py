@@ -6,25 +6,21 @@ evaluation continues where it stopped.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kvcompress_eval.engines import Engine, check_engine, is_url, open_engine
+from kvcompress_eval.engines import check_engine, is_url, open_engine
 from kvcompress_eval.models import Model, describe_models
-from kvcompress_eval.rows import RowFile
 from kvcompress_eval.suite import Suite, find_suite
-from kvcompress_eval.tasks import agreement, perplexity, serving
-from kvcompress_eval.tasks.ruler import TASKS, score
+from kvcompress_eval.tasks.agreement import Reference
+from kvcompress_eval.tasks.ruler import ruler_task
 from kvcompress_eval.tokenizer import TextTokenizer
-from kvcompress_eval.work import Progress, Unit, Work, default_cache_dir, prepare, prompt_sha256
+from kvcompress_eval.work import Progress, Work, default_cache_dir, prepare
 
 RESULTS = "results.json"
-ROWS_VERSION = 1
-"""Raised whenever rows made earlier would mean something else."""
 
 
 def run(
@@ -75,16 +71,13 @@ def run(
     Raises:
         ValueError: bad arguments, models that do not belong together, or lengths a model cannot take.
     """
-    from kvcompress_eval.results import summarise
-
     check_engine(engine)
-    chosen = _chosen_suite(suite, tasks, lengths, samples, limit)
-    candidates = [model_dir] if isinstance(model_dir, str | Path) else list(model_dir)
-    models = describe_models(candidates, baseline)
+    chosen = choose_suite(suite, tasks=tasks, lengths=lengths, samples=samples, limit=limit)
+    models = describe_models([model_dir] if isinstance(model_dir, str | Path) else list(model_dir), baseline)
     if is_url(engine) and len(models) > 1:
         raise ValueError("a URL serves one model: evaluate the models one by one, without a baseline")
-    tell = progress or (lambda what, done, total: None)
-    tokenizer = _shared_tokenizer(models)
+    tell = progress or _silent
+    tokenizer = shared_tokenizer(models)
     work = prepare(
         chosen,
         models,
@@ -97,106 +90,113 @@ def run(
         progress=tell,
     )
     how = {
-        "version": ROWS_VERSION,
         "engine": engine,
-        "options": dict(engine_options or {}),
+        "engine_options": dict(engine_options or {}),
         "dtype": dtype,
-        "seed": seed,
         "full_generations": full_generations,
-        "max_context": work.max_context,
-        "tokenizer": tokenizer.sha256,
+        "tokenizer_sha256": tokenizer.sha256,
+        "seed": seed,
     }
-    folder = Path(out)
-    records = [_Records(model, models[0], work, folder / "samples", how, resume=resume) for model in models]
-    reference: agreement.Reference | None = None
-    compares = len(models) > 1 and models[0].role == "baseline"
-    wanted = [compares and record.needs_agreement for record in records]
-    for index, record in enumerate(records):
-        is_base = index == 0
-        needs_reference = is_base and any(wanted[1:])
-        if not (record.pending or needs_reference or (not is_base and wanted[index])):
-            continue
-        tell(f"starting {engine} on {record.model.name}", 0, 1)
-        running = open_engine(
-            engine,
-            record.model.folder,
-            tokenizer,
-            max_context=work.max_context,
-            dtype=dtype,
-            **dict(engine_options or {}),
-        )
-        try:
-            _run_model(running, record, work, full_generations=full_generations, tell=tell)
-            if needs_reference:
-                reference = agreement.collect_reference(
-                    running,
-                    work.agreement_texts,
-                    work.agreement_prompts,
-                    new_tokens=chosen.agreement_new_tokens,
-                    progress=lambda done, total: tell(f"agreement: {models[0].name}", done, total),
-                )
-            elif not is_base and wanted[index]:
-                assert reference is not None
-                name = record.model.name
-                record.agreement.append(
-                    agreement.measure(
-                        running,
-                        reference,
-                        new_tokens=chosen.agreement_new_tokens,
-                        seed=seed,
-                        progress=lambda done, total, name=name: tell(f"agreement: {name}", done, total),  # type: ignore[misc]
-                    )
-                )
-        finally:
-            running.close()
-    results = summarise(records, work, margin=margin, seed=seed, how=how)
-    _write_json(folder / RESULTS, results)
+    results = _run_models(models, work, tokenizer, Path(out), how, margin=margin, resume=resume, tell=tell)
+    _write_json(Path(out) / RESULTS, results)
     return results
 
 
-@dataclass
-class _Records:
-    """The rows of one model."""
+def _run_models(
+    models: Sequence[Model],
+    work: Work,
+    tokenizer: TextTokenizer,
+    out: Path,
+    how: Mapping[str, Any],
+    *,
+    margin: float,
+    resume: bool,
+    tell: Progress,
+) -> dict[str, Any]:
+    """Run what is missing of each model in turn, one model in memory at a time."""
+    from kvcompress_eval.records import Records
+    from kvcompress_eval.results import summarise
 
-    model: Model
-    first: Model
-    work: Work
-    folder: Path
-    how: Mapping[str, Any]
-    resume: bool = field(kw_only=True)
-
-    def __post_init__(self) -> None:
-        suite, work = self.work.suite, self.work
-        self.tasks = [
-            self._file(
-                f"{unit.task}-{unit.length}",
-                "jsonl",
-                [unit.task, unit.length, unit.max_tokens],
-            )
-            for unit in work.units
-        ]
-        cut = [[list(window.tokens), window.scored] for window in work.windows]
-        self.perplexity = self._file("perplexity", "jsonl", cut) if work.windows else None
-        asked = [self.first.fingerprint, work.agreement_texts, work.agreement_prompts, suite.agreement_new_tokens]
-        self.agreement = self._file("agreement", "json", asked)
-        self.serving = self._file("serving", "json", [work.serving_prompt, work.serving_tokens])
-
-    def _file(self, unit: str, suffix: str, inputs: Any) -> RowFile:
-        parts = [self.model.fingerprint, dict(self.how), inputs]
-        digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
-        return RowFile(self.folder / f"{unit}-{self.model.name}.{suffix}", run=digest, resume=self.resume)
-
-    @property
-    def needs_agreement(self) -> bool:
-        asked = self.work.agreement_texts or self.work.agreement_prompts
-        return bool(asked) and not self.agreement.rows
-
-    @property
-    def pending(self) -> bool:
-        """Whether any row but the agreement is missing."""
-        rows = zip(self.tasks, self.work.units, strict=True)
-        return (
-            any(len(file.rows) < len(unit.prompts) for file, unit in rows)
-            or (self.perplexity is not None and len(self.perplexity.rows) < len(self.work.windows))
-            or (bool(self.work.serving_prompt) and not self.serving.rows)
+    base = models[0] if models[0].role == "baseline" else None
+    records = [
+        Records(model, None if model is base else base, work, out / "samples", how, resume=resume) for model in models
+    ]
+    reference: Reference | None = None
+    for record in records:
+        gives_reference = record.model is base and any(other.needs_agreement for other in records)
+        if not (record.pending or record.needs_agreement or gives_reference):
+            continue
+        tell(f"starting {how['engine']}: {record.model.name}", 0, 1)
+        engine = open_engine(
+            how["engine"],
+            record.model.folder,
+            tokenizer,
+            max_context=work.max_context,
+            dtype=how["dtype"],
+            **how["engine_options"],
         )
+        try:
+            record.complete(engine, full_generations=how["full_generations"], tell=tell)
+            if gives_reference:
+                reference = record.collect_reference(engine, tell=tell)
+            elif record.needs_agreement:
+                assert reference is not None, "the baseline comes first"
+                record.measure_agreement(engine, reference, seed=how["seed"], tell=tell)
+        finally:
+            engine.close()
+    return summarise(records, work, margin=margin, seed=how["seed"], how=how)
+
+
+def choose_suite(
+    suite: str | Suite,
+    *,
+    tasks: Sequence[str] | None = None,
+    lengths: Sequence[int] | None = None,
+    samples: int | None = None,
+    limit: int | None = None,
+) -> Suite:
+    """A suite with parts of it replaced.
+
+    Raises:
+        ValueError: unknown suite or task, or a length or number that is not positive.
+    """
+    chosen = find_suite(suite) if isinstance(suite, str) else suite
+    chosen = replace(
+        chosen,
+        tasks=tuple(tasks or chosen.tasks),
+        lengths=tuple(lengths or chosen.lengths),
+        samples=chosen.samples if samples is None else samples,
+    )
+    if limit is not None:
+        chosen = replace(chosen, samples=min(limit, chosen.samples))
+    for name in chosen.tasks:
+        ruler_task(name)
+    if chosen.tasks and (not chosen.lengths or chosen.samples < 1 or min(chosen.lengths) < 1):
+        raise ValueError(
+            f"found lengths {list(chosen.lengths)} and {chosen.samples} samples; expected positive numbers of both"
+        )
+    return chosen
+
+
+def shared_tokenizer(models: Sequence[Model]) -> TextTokenizer:
+    """The tokenizer of all models.
+
+    Raises:
+        ValueError: two models have different ones, so that they cannot be shown the same tokens.
+    """
+    first, *others = [TextTokenizer(model.folder) for model in models]
+    for model, other in zip(models[1:], others, strict=True):
+        if other.sha256 != first.sha256:
+            raise ValueError(f"{model.path} has another tokenizer than {models[0].path}; compare models of one base")
+    return first
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    """Progress that nobody watches."""
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    from kvcompress.checkpoint.atomic import atomic_write
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())

@@ -12,22 +12,26 @@ class RowFile:
 
     Args:
         run: fingerprint of everything the rows depend on. Rows made under another one are not reused.
-        resume: whether to keep rows that are already there.
+        resume: whether to keep rows that are already there; otherwise the first new row replaces the file.
     """
 
     def __init__(self, path: Path, *, run: str, resume: bool) -> None:
         self.path = path
         self._run = run
+        self._begun = False
         self.rows: list[dict[str, Any]] = _usable(path, run) if resume else []
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Written anew: an interrupted line at the end must not be appended to.
-        path.write_text("".join(self._line(row) for row in self.rows), "utf-8")
 
     def append(self, row: dict[str, Any]) -> None:
         """Keep a row; it survives the process from here on."""
         self.rows.append(row)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(self._line(row))
+        if self._begun:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(self._line(row))
+            return
+        # Written anew: what stands there may be another run's, or end in an interrupted line.
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text("".join(self._line(kept) for kept in self.rows), "utf-8")
+        self._begun = True
 
     def _line(self, row: dict[str, Any]) -> str:
         return json.dumps({**row, "run": self._run}, ensure_ascii=False) + "\n"
@@ -38,7 +42,7 @@ def _usable(path: Path, run: str) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     rows = []
-    for line in path.read_text("utf-8").splitlines():
+    for line in path.read_text("utf-8").split("\n"):
         try:
             row = json.loads(line)
         except json.JSONDecodeError:

@@ -161,7 +161,10 @@ class Llama(nn.Module):
         self.embed_tokens = nn.Embedding(shape.vocab_size, shape.hidden_size)
         self.layers = nn.ModuleList(Layer(shape, working) for _ in range(shape.num_hidden_layers))
         self.norm = RMSNorm(shape.hidden_size, shape.rms_norm_eps, working)
-        nn.init.normal_(self.embed_tokens.weight, std=shape.hidden_size**-0.5)
+        # Embeddings start as large as what blocks add to the stream, or later layers could hardly tell tokens apart, and
+        # retrieval would not be learned; the last norm brings the tied output's logits back to unit size.
+        nn.init.normal_(self.embed_tokens.weight, std=1.0)
+        nn.init.constant_(self.norm.weight, shape.hidden_size**-0.5)
         for layer in self.layers:
             # Blocks start as the identity: training then needs no long warm-up.
             nn.init.zeros_(layer.self_attn.o_proj.weight)

@@ -21,7 +21,7 @@ from export import export_model
 from llama import Llama, Shape
 from mixture import NAMES, make_batch
 from muon import Muon
-from schedule import ADAM_RATE, MUON_RATE, PHASES, TOTAL_STEPS, Phase, phase_at, rate_factor
+from schedule import PHASES, RATES, TOTAL_STEPS, Phase, phase_at, rate_factor
 from tasks import ANSWER_WEIGHT, REPEAT_WEIGHT, Material
 
 
@@ -60,12 +60,12 @@ def build(shape: Shape, seed: int, device: str, compiled: bool) -> tuple[Llama, 
     if compiled:
         for layer in model.layers:
             layer.compile(dynamic=False)
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and not n.startswith("embed")]
-    rest = [p for n, p in model.named_parameters() if p.ndim != 2 or n.startswith("embed")]
-    return model, [
-        Muon(matrices, lr=MUON_RATE),
-        torch.optim.AdamW(rest, lr=ADAM_RATE, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
+    groups: dict[str, list] = {"matrices": [], "embedding": [], "norms": []}
+    for name, p in model.named_parameters():
+        groups["embedding" if name.startswith("embed") else "matrices" if p.ndim == 2 else "norms"].append(p)
+    small = [{"params": groups[g], "lr": RATES[g], "full": RATES[g]} for g in ("embedding", "norms")]
+    muon = Muon([{"params": groups["matrices"], "full": RATES["matrices"]}], lr=RATES["matrices"])
+    return model, [muon, torch.optim.AdamW(small, betas=(0.9, 0.95), weight_decay=0.0)]
 
 
 def train_step(model: Llama, optimizers: list, batch: tuple, rate: float, meter: Meter) -> None:
@@ -80,9 +80,9 @@ def train_step(model: Llama, optimizers: list, batch: tuple, rate: float, meter:
     loss = (losses * weight).sum() / weight.sum()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    for optimizer, full in zip(optimizers, (MUON_RATE, ADAM_RATE), strict=True):
+    for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = full * rate
+            group["lr"] = group["full"] * rate
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     with torch.no_grad():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kvcompress.checkpoint.reader import Checkpoint
-from kvcompress.checkpoint.safetensors_file import TORCH_DTYPES
+from kvcompress.checkpoint.safetensors_file import read_exactly, torch_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,7 +19,7 @@ def read_rows(checkpoint: Checkpoint, name: str, rows_N: Tensor) -> Tensor:
         rows_N: ascending row numbers, int64.
 
     Raises:
-        ValueError: the checkpoint has no such matrix, or no such row.
+        ValueError: the checkpoint has no such matrix, or no such row; or a shard was cut since it was opened.
     """
     import torch
 
@@ -28,11 +28,12 @@ def read_rows(checkpoint: Checkpoint, name: str, rows_N: Tensor) -> Tensor:
         raise ValueError(f"{checkpoint.path} has no matrix {name}; is it a complete decoder checkpoint?")
     if len(rows_N) and int(rows_N[-1]) >= info.shape[0]:
         raise ValueError(f"row {int(rows_N[-1])} of {name} was asked for; it has {info.shape[0]} rows")
+    path, dtype = checkpoint.file(info.file), torch_dtype(checkpoint.path, info)
     row_bytes = info.nbytes // info.shape[0]
-    buffer = bytearray(len(rows_N) * row_bytes)
-    view = memoryview(buffer)
-    with open(checkpoint.file(info.file), "rb") as stream:
+    data = torch.empty(len(rows_N) * row_bytes, dtype=torch.uint8)
+    view = data.numpy().data
+    with open(path, "rb", buffering=0) as file:
         for index, row in enumerate(rows_N.tolist()):
-            stream.seek(info.offset + row * row_bytes)
-            stream.readinto(view[index * row_bytes : (index + 1) * row_bytes])
-    return torch.frombuffer(buffer, dtype=getattr(torch, TORCH_DTYPES[info.dtype])).view(len(rows_N), info.shape[1])
+            file.seek(info.offset + row * row_bytes)
+            read_exactly(file, view[index * row_bytes : (index + 1) * row_bytes], path, info)
+    return data.view(dtype).reshape(len(rows_N), info.shape[1])

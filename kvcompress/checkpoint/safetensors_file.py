@@ -156,21 +156,32 @@ def read_tensor(path: Path, info: TensorInfo) -> torch.Tensor:
     """
     import torch
 
+    dtype = torch_dtype(path, info)
+    data = torch.empty(info.nbytes, dtype=torch.uint8)
+    with open(path, "rb", buffering=0) as file:
+        file.seek(info.offset)
+        read_exactly(file, data.numpy().data, path, info)
+    return data.view(dtype).reshape(info.shape)
+
+
+def read_exactly(file: io.FileIO, view: memoryview, path: Path, info: TensorInfo) -> None:
+    """Fill `view` from an unbuffered file. Raises ValueError if the file, whole when it was opened, ends early."""
+    while view.nbytes:
+        count = file.readinto(view)
+        if not count:
+            raise ValueError(f"{path} ended while tensor {quote(info.name)} was read; did another program write it?")
+        view = view[count:]
+
+
+def torch_dtype(path: Path, info: TensorInfo) -> torch.dtype:
+    """The torch dtype of a tensor. Raises ValueError where torch has none."""
+    import torch
+
     dtype = getattr(torch, TORCH_DTYPES.get(info.dtype, ""), None)
     if dtype is None:
         raise ValueError(f"tensor {quote(info.name)} of {path} has dtype {info.dtype}, which torch cannot hold")
-    data = torch.empty(info.nbytes, dtype=torch.uint8)
-    view = data.numpy().data
-    with open(path, "rb", buffering=0) as file:
-        file.seek(info.offset)
-        while view.nbytes:
-            count = file.readinto(view)
-            if not count:
-                raise ValueError(
-                    f"{path} ended while tensor {quote(info.name)} was read; did another program write it?"
-                )
-            view = view[count:]
-    return data.view(dtype).reshape(info.shape)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -189,7 +200,8 @@ def build_header(specs: Iterable[TensorSpec], metadata: Mapping[str, str], file:
     entries: dict[str, Any] = {METADATA_KEY: dict(sorted(metadata.items()))} if metadata else {}
     position = 0
     for spec in ordered:
-        assert spec.name not in entries and spec.name != METADATA_KEY, spec.name
+        assert spec.name != METADATA_KEY, "a tensor cannot have the name of the metadata"
+        assert spec.name not in entries, f"{spec.name} is given twice"
         nbytes = _num_bytes(spec.dtype, spec.shape)
         assert nbytes is not None, f"{spec} does not take whole bytes"
         end = position + nbytes

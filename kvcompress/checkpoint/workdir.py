@@ -112,7 +112,7 @@ class WorkDir:
             return work
 
     def path(self, relative: str) -> Path:
-        """Where to write a file of the output; its folders are made. Raises ValueError if the name leaves the folder."""
+        """Where to write a file of the output; its folders are made. Raises ValueError if `relative` leads outside."""
         path = self._partial / TREE_FOLDER / check_relative(relative, "the output")
         path.parent.mkdir(parents=True, exist_ok=True)
         return path

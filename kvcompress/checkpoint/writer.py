@@ -14,6 +14,7 @@ from kvcompress.checkpoint.digests import Digests, split_key, tensor_key
 from kvcompress.checkpoint.hashing import read_chunks, sha256_file
 from kvcompress.checkpoint.reader import CONFIG_FILE, INDEX_FILE, PICKLE_SUFFIXES, Checkpoint
 from kvcompress.checkpoint.safetensors_file import (
+    Header,
     TensorInfo,
     TensorSpec,
     build_header,
@@ -174,18 +175,35 @@ def _transform_shard(
                 sha256 = _copy_tensor(checkpoint.file(shard), info, output, header.tensors[info.name])
                 tensors[tensor_key(shard, info.name)] = sha256
             else:
-                expected = {spec.name: spec for spec in planned}
-                for name, tensor in transform.apply(info.name, checkpoint.read(info.name)):
-                    assert tensor_spec(name, tensor) == expected.pop(name), f"{name} is not as planned"
-                    data = tensor_bytes(tensor)
-                    output.seek(header.tensors[name].offset)
-                    output.write(data)
-                    tensors[tensor_key(shard, name)] = hashlib.sha256(data).hexdigest()
-                assert not expected, f"planned but not made: {sorted(expected)}"
+                tensors |= _replace_tensor(checkpoint, info, transform, planned, output, header)
             if progress:
                 progress(info.nbytes)
     in_file_order = {tensor_key(shard, name): tensors[tensor_key(shard, name)] for name in header.tensors}
     return Digests(in_file_order, {shard: header.sha256}), sha256_file(target)
+
+
+def _replace_tensor(
+    checkpoint: Checkpoint,
+    info: TensorInfo,
+    transform: Transform,
+    planned: Sequence[TensorSpec],
+    output: BinaryIO,
+    header: Header,
+) -> dict[str, str]:
+    """Write what a transform makes of one tensor. Returns the sha256 of each part by key.
+
+    A function of its own so that all its tensors are gone when the next one is read.
+    """
+    digests: dict[str, str] = {}
+    expected = {spec.name: spec for spec in planned}
+    for name, tensor in transform.apply(info.name, checkpoint.read(info.name)):
+        assert tensor_spec(name, tensor) == expected.pop(name), f"{name} is not as planned"
+        data = tensor_bytes(tensor)
+        output.seek(header.tensors[name].offset)
+        output.write(data)
+        digests[tensor_key(info.file, name)] = hashlib.sha256(data).hexdigest()
+    assert not expected, f"planned but not made: {sorted(expected)}"
+    return digests
 
 
 def _copy_tensor(path: Path, info: TensorInfo, output: BinaryIO, place: TensorInfo) -> str:

@@ -67,14 +67,16 @@ def publish_compressed(source: Path, out: Path) -> Digests:
     """Everything `compress` does to files, with a made-up codec."""
     checkpoint = Checkpoint.open(source)
     parent = Parent.of(checkpoint, "org/base")
-    calibration = Calibration(name="builtin", sha256="0" * 64, samples=2, tokens=64)
+    calibration = Calibration(name="builtin", sha256="0" * 64, samples=2, tokens=64, device="cpu", dtype="float32")
     versions = {"kvcompress": "0"}
     with WorkDir.open(out, fingerprint({"version": 1}, 3, calibration, parent, versions)) as work:
         digests = copy_shards(checkpoint, work) | copy_side_files(checkpoint, work)
         digests |= write_file(work, "config.json", json.dumps(checkpoint.config | {"x": 1}).encode())
         digests |= write_file(work, "README.md", b"# Card\n")
         digests |= write_tensors(
-            work, "kvcompress/codec.safetensors", {"layers.0.k.scale": torch.ones(2, 4), "layers.0.k.mean": torch.ones(3)}
+            work,
+            "kvcompress/codec.safetensors",
+            {"layers.0.k.scale": torch.ones(2, 4), "layers.0.k.mean": torch.ones(3)},
         )
         manifest = Manifest(
             parent=parent,

@@ -84,7 +84,9 @@ def test_changed_white_space_is_noticed(compressed: Path) -> None:
 
 def test_newer_format_is_refused(compressed: Path) -> None:
     rewrite(compressed, lambda data: data.update(format_version=2, something_new=True))
-    with pytest.raises(ValueError, match="has format version 2, this kvcompress .* reads 1; update kvcompress") as caught:
+    with pytest.raises(
+        ValueError, match=r"has format version 2, this kvcompress .* reads 1; update kvcompress"
+    ) as caught:
         Manifest.load(compressed)
     assert not isinstance(caught.value, ManifestDamagedError)
 
@@ -111,7 +113,7 @@ def test_a_finished_output_is_recognised_by_its_inputs(compressed: Path, tmp_pat
     assert is_published(compressed, inputs)
     assert not is_published(compressed, inputs | {"seed": 4})
     assert not is_published(tmp_path / "nothing", inputs)
-    calibration = Calibration(name="builtin", sha256="0" * 64, samples=2, tokens=64)
+    calibration = Calibration(name="builtin", sha256="0" * 64, samples=2, tokens=64, device="cpu", dtype="float32")
     assert fingerprint({"version": 1}, 3, calibration, manifest.parent, {"kvcompress": "0"}) == inputs
 
 

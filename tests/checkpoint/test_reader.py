@@ -19,7 +19,7 @@ INDEX = "model.safetensors.index.json"
 
 
 def refusal(folder: Path) -> str:
-    with pytest.raises(ValueError) as caught:  # noqa: PT011  every caller checks the message
+    with pytest.raises(ValueError) as caught:
         Checkpoint.open(folder)
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -67,7 +67,9 @@ def test_opening_does_not_import_torch(make_checkpoint: Maker, child_environment
         f"assert Checkpoint.open({str(make_checkpoint())!r}).tensors; "
         "print([m for m in ('torch', 'transformers', 'safetensors') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], env=child_environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=child_environment, capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "[]"
 
 

@@ -115,17 +115,20 @@ def official_accepts(path: Path) -> bool:
 
 
 def parse(raw: bytes) -> Header | None:
-    """Our verdict on a file's bytes; anything but a one-line ValueError fails the test."""
+    """Our verdict on a file's bytes; anything but a one-line ValueError, or trust the official library lacks, fails."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "a.safetensors"
         path.write_bytes(raw)
         try:
             header = read_header(path)
         except ValueError as error:
-            assert "\n" not in str(error) and len(str(error)) < 500 + len(str(path)), error
-            return None
-        assert official_accepts(path)
-        return header
+            message = str(error)
+        else:
+            assert official_accepts(path)
+            return header
+    assert "\n" not in message
+    assert len(message) < 600
+    return None
 
 
 def example_bytes() -> bytes:
@@ -139,7 +142,7 @@ EXAMPLE = example_bytes()
 HEADER_BYTES = 8 + int.from_bytes(EXAMPLE[:8], "little")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(0, HEADER_BYTES * 8 - 1), min_size=1, max_size=3))
 def test_flipped_header_bits_never_crash(bits: list[int]) -> None:
     raw = bytearray(EXAMPLE)
@@ -148,7 +151,7 @@ def test_flipped_header_bits_never_crash(bits: list[int]) -> None:
     parse(bytes(raw))
 
 
-@pytest.mark.parametrize("size", range(0, len(EXAMPLE)))
+@pytest.mark.parametrize("size", range(len(EXAMPLE)))
 def test_every_truncation_is_refused(size: int) -> None:
     assert parse(EXAMPLE[:size]) is None
 
@@ -226,5 +229,5 @@ def test_a_file_cut_after_opening_is_refused(tmp_path: Path) -> None:
 def test_dtypes_torch_cannot_hold_are_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "t"
     path.write_bytes(with_header(json.dumps({"a": entry("F4", [8])}).encode(), b"1234"))
-    with pytest.raises(ValueError, match="'a' of .* has dtype F4, which torch cannot hold"):
+    with pytest.raises(ValueError, match=r"'a' of .* has dtype F4, which torch cannot hold"):
         load_tensors(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,24 @@ INPUTS = {"recipe": {"stages": [{"rank": 1}, {"bits": 4}]}, "seed": 0}
 
 def put(work: WorkDir, relative: str, data: bytes = b"data") -> None:
     work.commit(relative, {relative: atomic_write(work.path(relative), data)}, {"size": len(data)})
+
+
+def run(out: Path, *steps: Callable[[WorkDir], object]) -> None:
+    """A whole run: open, do the steps, leave."""
+    with WorkDir.open(out, INPUTS) as work:
+        for step in steps:
+            step(work)
+
+
+def put_a(work: WorkDir) -> None:
+    put(work, "a")
+
+
+def failing(error: BaseException) -> Callable[[WorkDir], object]:
+    def step(_: WorkDir) -> None:
+        raise error
+
+    return step
 
 
 def names(folder: Path) -> list[str]:
@@ -84,8 +103,9 @@ def test_a_unit_whose_file_changed_is_not_done(tmp_path: Path, damage: Any) -> N
         assert work.data("a") == {"size": 5}
 
 
-def test_every_cut_of_the_journal_is_survived(tmp_path: Path) -> None:
+def test_every_cut_of_the_journal_is_survived(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kill can leave any prefix; whole lines count, the torn one does not."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # hundreds of them, slow on a real disk
     with WorkDir.open(tmp_path / "out", INPUTS) as work:
         put(work, "a")
         put(work, "b")
@@ -177,17 +197,15 @@ def test_names_cannot_leave_the_output(tmp_path: Path, name: str) -> None:
 
 
 def test_bad_input_leaves_nothing_behind(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="rank"), WorkDir.open(tmp_path / "new" / "out", INPUTS) as work:
-        put(work, "a")
-        raise ValueError("rank 9 is too large")
+    with pytest.raises(ValueError, match="rank 9 is too large"):
+        run(tmp_path / "new" / "out", put_a, failing(ValueError("rank 9 is too large")))
     assert names(tmp_path) == []
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("a bug"), OSError(errno.EIO, "disk")])
 def test_other_errors_leave_the_folder_for_resume(tmp_path: Path, error: BaseException) -> None:
-    with pytest.raises(type(error)), WorkDir.open(tmp_path / "out", INPUTS) as work:
-        put(work, "a")
-        raise error
+    with pytest.raises(type(error)):
+        run(tmp_path / "out", put_a, failing(error))
     with WorkDir.open(tmp_path / "out", INPUTS, resume=True) as work:
         assert work.done("a")
 
@@ -199,11 +217,8 @@ def test_full_disk_is_one_sentence_and_leaves_nothing(
     def full(_: int) -> None:
         raise OSError(number, os.strerror(number))
 
-    with pytest.raises(ValueError, match=r"writing .*out failed: .*; free some space"):  # noqa: SIM117
-        with WorkDir.open(tmp_path / "new" / "out", INPUTS) as work:
-            put(work, "a")
-            monkeypatch.setattr(os, "fsync", full)
-            put(work, "b")
+    with pytest.raises(ValueError, match=r"writing .*out failed: .*; free some space"):
+        run(tmp_path / "new" / "out", put_a, lambda _: monkeypatch.setattr(os, "fsync", full), put_a)
     assert names(tmp_path) == []
 
 
@@ -220,12 +235,13 @@ def test_full_disk_while_starting_is_a_value_error(tmp_path: Path, monkeypatch: 
 def test_a_write_the_system_refuses_leaves_nothing(tmp_path: Path) -> None:
     """A real failing write, through the limit on file sizes."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(_: WorkDir) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+
     try:
-        with pytest.raises(ValueError, match="writing .* failed: file too large"):  # noqa: SIM117
-            with WorkDir.open(tmp_path / "out", INPUTS) as work:
-                put(work, "a")
-                resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-                put(work, "b", bytes(1_000_000))
+        with pytest.raises(ValueError, match=r"writing .* failed: file too large"):
+            run(tmp_path / "out", put_a, limit, lambda work: put(work, "b", bytes(1_000_000)))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert names(tmp_path) == []
@@ -242,9 +258,8 @@ def test_leftover_of_a_kill_after_the_rename_is_removed(tmp_path: Path) -> None:
 
 
 def test_a_file_that_was_not_committed_is_not_published(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match="stray"), WorkDir.open(tmp_path / "out", INPUTS) as work:
-        work.path("stray").touch()
-        work.publish()
+    with pytest.raises(AssertionError, match="stray"):
+        run(tmp_path / "out", lambda work: work.path("stray").touch(), WorkDir.publish)
 
 
 def test_atomic_write_keeps_the_old_file_when_it_fails(tmp_path: Path) -> None:
@@ -265,5 +280,7 @@ def test_atomic_write_keeps_the_old_file_when_it_fails(tmp_path: Path) -> None:
 
 def test_free_space_is_checked_where_the_output_will_be(tmp_path: Path) -> None:
     check_free_space(tmp_path / "not" / "yet", 1)
-    with pytest.raises(ValueError, match=r"not enough disk space for .*/not/yet: 1,000,000,.* bytes needed, [\d,]+ free"):
+    with pytest.raises(
+        ValueError, match=r"not enough disk space for .*/not/yet: 1,000,000,.* bytes needed, [\d,]+ free"
+    ):
         check_free_space(tmp_path / "not" / "yet", 10**24)

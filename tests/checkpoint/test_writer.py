@@ -144,7 +144,7 @@ def test_input_that_shrinks_meanwhile_is_refused(
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-200])
     with (
-        pytest.raises(ValueError, match="became shorter while it was read|ended while tensor"),
+        pytest.raises(ValueError, match=r"became shorter while it was read|ended while tensor"),
         WorkDir.open(tmp_path / "out", {}) as work,
     ):
         copy_shards(checkpoint, work, transform)

@@ -17,7 +17,7 @@ from kvcompress_eval.tokenizer import TextTokenizer
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_LOGGING_LEVEL": "ERROR",
 }
 
 
@@ -51,7 +51,6 @@ class VllmEngine:
         self._tokenizer = tokenizer
         self._ends = end_tokens(model)
         arguments = {
-            "skip_tokenizer_init": True,
             "enforce_eager": not torch.cuda.is_available(),
             "max_num_seqs": self.batch_size,
             "disable_log_stats": True,
@@ -76,12 +75,11 @@ class VllmEngine:
             output_kind=RequestOutputKind.CUMULATIVE,
         )
         engine = self._llm.llm_engine
-        position: dict[str, int] = {}
-        for index, prompt in enumerate(prompts):
-            self._requests += 1
-            key = f"kvcompress-eval-{self._requests}"
-            position[key] = index
-            engine.add_request(key, {"prompt_token_ids": list(prompt)}, params)
+        rendered = engine.renderer.render_cmpl([{"prompt_token_ids": list(prompt)} for prompt in prompts])
+        position = {f"eval-{self._requests + index}": index for index in range(len(prompts))}
+        self._requests += len(prompts)
+        for key, prompt in zip(position, rendered, strict=True):
+            engine.add_request(key, prompt, params)
         done: list[Generation | None] = [None] * len(prompts)
         while engine.has_unfinished_requests():
             for output in engine.step():

@@ -1,0 +1,54 @@
+// What the scheduler asks of one instruction-set level. The file kernels.cpp is compiled once per level; nothing in it
+// may be shared between levels (an inline function compiled for AVX-512 must not end up on a machine without it), so
+// kernels allocate nothing and use no standard containers.
+#pragma once
+
+#include "kvcompress/cpu.h"
+
+#include <cstddef>
+
+namespace kvcompress::cpu {
+
+constexpr int kGroup = 16;           // tokens whose codes are unpacked together; divides every block size
+constexpr int kTile = 64;            // tokens between two updates of the running softmax
+constexpr int kTileGroups = kTile / kGroup;
+constexpr int kMaxRows = 64;         // rows (query token x query head of the group) attended together
+constexpr int kMaxHeadDim = 512;
+constexpr size_t kAlign = 64;
+
+// Rows of one KV head of one request: `tokens` query tokens from `first_token` on, each with its group of query heads.
+struct Item {
+    int request;
+    int kv_head;
+    int first_token;  // within the request's queries
+    int tokens;
+    int first_group;  // first query head of the KV head's group
+    int group;        // query heads attended
+};
+
+// Running softmax of an item's rows: maxima, sums and unnormalised latents [rows][rank].
+struct Partial {
+    float* max;
+    float* sum;
+    float* latent;
+};
+
+struct Kernels {
+    size_t (*attend_scratch_bytes)(const kvc_attend_args&);
+    // Attend tokens [start, stop) of the item's request; overwrites `partial`.
+    void (*attend)(const kvc_attend_args&, const Item&, int start, int stop, const Partial& partial, void* scratch);
+    // Fold `from` into `into`.
+    void (*merge)(const kvc_attend_args&, const Item&, const Partial& into, const Partial& from);
+    // Latents to outputs.
+    void (*finish)(const kvc_attend_args&, const Item&, const Partial& partial, void* scratch);
+    size_t (*append_scratch_bytes)(const kvc_append_args&);
+    // Encode and store one token of one head.
+    void (*append)(const kvc_append_args&, int64_t token, int head, void* scratch);
+};
+
+namespace portable { extern const Kernels kernels; }
+namespace avx2 { extern const Kernels kernels; }
+namespace avx512 { extern const Kernels kernels; }
+namespace avx512vnni { extern const Kernels kernels; }
+
+}  // namespace kvcompress::cpu

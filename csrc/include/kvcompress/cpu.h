@@ -1,0 +1,111 @@
+// C interface of the CPU kernels. The torch code in kvcompress/codec is the specification; byte offsets come from
+// kvcompress/codec/layout.py as numbers. All matrices are float32, contiguous, in the order their names say:
+// T tokens, H KV heads, D head_dim, R kept channels of one side.
+#ifndef KVCOMPRESS_CPU_H
+#define KVCOMPRESS_CPU_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// Raised whenever a struct below or the meaning of an argument changes.
+#define KVC_ABI_VERSION 1
+
+#define KVC_MAX_BANDS 4
+
+enum kvc_dtype { KVC_FLOAT32 = 0, KVC_BFLOAT16 = 1, KVC_FLOAT16 = 2 };
+
+enum kvc_level { KVC_PORTABLE = 0, KVC_AVX2 = 1, KVC_AVX512 = 2, KVC_AVX512_VNNI = 3 };
+
+enum kvc_status {
+    KVC_OK = 0,
+    KVC_BAD_BLOCK = 1,   // a block table or slot names a block outside the cache
+    KVC_BAD_SHAPE = 2,   // a shape the kernels do not cover
+    KVC_BAD_LENGTH = 3,  // a request has fewer tokens than queries
+    KVC_NO_MEMORY = 4,
+};
+
+// Keys or values of one layer. gain_offset is -1 for 16-bit channels.
+typedef struct {
+    int32_t rank;
+    int32_t num_bands;
+    int32_t bits[KVC_MAX_BANDS];
+    int32_t widths[KVC_MAX_BANDS];
+    float steps[KVC_MAX_BANDS];  // quantizer step of each band in units of the channel's static scale
+    int64_t gain_offset;
+    int64_t code_offset;
+    int64_t code_bytes;
+} kvc_side;
+
+// uint8 [num_blocks, num_kv_heads, record]; strides in bytes.
+typedef struct {
+    uint8_t* data;
+    int64_t num_blocks;
+    int64_t block_stride;
+    int64_t head_stride;
+    int32_t block_size;
+    int32_t num_kv_heads;
+    int32_t head_dim;
+    kvc_side k;
+    kvc_side v;
+} kvc_pages;
+
+// [tokens, heads, head_dim]; strides in elements, channels contiguous.
+typedef struct {
+    void* data;
+    int64_t token_stride;
+    int64_t head_stride;
+    int32_t dtype;
+} kvc_rows;
+
+typedef struct {
+    kvc_pages pages;
+    kvc_rows query;
+    kvc_rows output;
+    float* lse_TH;             // may be null; otherwise [tokens, num_heads] contiguous
+    const float* k_decode_HDR; // transposed: a query's absorption adds rows
+    const float* k_mean_HD;
+    const float* v_decode_HRD;
+    const float* v_mean_HD;
+    const int32_t* block_table;
+    int64_t block_table_stride;
+    const int32_t* query_starts; // [num_requests + 1]
+    const int32_t* seq_lens;     // [num_requests]
+    int32_t num_requests;
+    int32_t num_heads;
+    float softmax_scale;
+    int32_t split_tokens; // tokens one thread attends at a time; a positive multiple of 64
+    int32_t threads;
+    int32_t level;
+} kvc_attend_args;
+
+typedef struct {
+    kvc_pages pages;
+    kvc_rows keys;
+    kvc_rows values;
+    const int64_t* slots; // below 0: skip
+    int64_t num_tokens;
+    const float *k_mean_HD, *k_encode_HDR, *k_weight_HR;
+    const float *v_mean_HD, *v_encode_HDR, *v_weight_HR;
+    int32_t threads;
+    int32_t level;
+} kvc_append_args;
+
+int32_t kvc_abi_version(void);
+
+// The best level this machine has.
+int32_t kvc_best_level(void);
+
+// Causal attention of every request's last query_starts[r+1] - query_starts[r] tokens over all its seq_lens[r] tokens.
+int32_t kvc_attend(const kvc_attend_args* args);
+
+// Encode tokens and store them in their slots.
+int32_t kvc_append(const kvc_append_args* args);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,40 @@
+"""Shared fixtures: a tiny model with a tokenizer, and recipes as files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import tiny
+
+BALANCED = """\
+version: 1
+stages:
+  - method: pca
+    metric: attention
+    rank: {k: 1.0, v: 0.75}
+  - method: scalar
+    bits: {k: 4, v: 2}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _few_threads() -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with a byte-level tokenizer of 300 tokens."""
+    directory = tiny.save_model(tmp_path_factory.mktemp("base") / "tiny-llama", vocab_size=300)
+    tiny.save_tokenizer(directory)
+    return directory
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(BALANCED)
+    return path

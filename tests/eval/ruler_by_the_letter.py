@@ -1,0 +1,314 @@
+"""A second implementation of RULER's six download-free tasks, written from the specification sentence by sentence.
+
+It shares nothing with the product but the strings: it seeds Python's and numpy's global generators as the benchmark
+does, holds all word keys in one list, and keeps no state in objects. Slow and plain on purpose.
+"""
+
+from __future__ import annotations
+
+import random
+import string
+import uuid
+from collections.abc import Callable
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from scipy.special import zeta
+
+STRINGS = yaml.safe_load(
+    (Path(__file__).parents[2] / "eval/kvcompress_eval/tasks/ruler/strings.yaml").read_text("utf-8")
+)
+Rows = list[dict[str, Any]]
+Tokens = Callable[[str], int]
+
+
+@cache
+def lines(kind: str) -> list[str]:
+    with (files("wonderwords") / "assets" / f"{kind}list.txt").open(encoding="utf-8") as file:
+        return [line.rstrip() for line in file.readlines()]
+
+
+@cache
+def all_keys() -> list[str]:
+    return sorted({f"{adjective}-{noun}" for adjective in lines("adjective") for noun in lines("noun")})
+
+
+def shuffled(seed: int, items: list[str]) -> list[str]:
+    """With a generator of its own."""
+    copy = list(items)
+    random.Random(seed).shuffle(copy)
+    return copy
+
+
+def row(index: int, prompt: str, outputs: list[str], raw_prefix: str, length: int) -> dict[str, Any]:
+    at = prompt.rfind(raw_prefix[:10])
+    return {"index": index, "input": prompt[:at], "outputs": outputs, "answer_prefix": prompt[at:], "length": length}
+
+
+def best_size(make: Callable[[int], int], inc: int, upper: int) -> int:
+    """`make` returns the tokens over the limit, zero or less when the sample fits."""
+    low, best = inc, None
+    while low <= upper:
+        mid = (low + upper) // 2
+        if make(mid) <= 0:
+            best, low = mid, mid + 1
+        else:
+            upper = mid - 1
+    return inc if best is None else best
+
+
+# --- needle in a haystack -------------------------------------------------------------------------------------------
+
+
+def niah(
+    tokens: Tokens, length: int, count: int, seed: int, haystack: str, type_k: str, type_v: str, k: int, v: int, q: int
+) -> Rows:
+    random.seed(seed)
+    np.random.seed(seed)
+    text, generated, k = STRINGS["niah"], 128, max(k, q)
+
+    def a_random(kind: str) -> str:
+        if kind == "words":
+            return random.choice(all_keys())
+        if kind == "numbers":
+            return str(random.randint(1_000_000, 9_999_999))
+        return str(uuid.UUID(int=random.getrandbits(128), version=4))
+
+    def needle(key: str, value: str) -> str:
+        return text["needle"].replace("{type_needle_v}", type_v).replace("{key}", key).replace("{value}", value)
+
+    def sample(n: int) -> tuple[str, list[str]]:
+        table: list[tuple[str, list[str]]] = []
+        needles = []
+        for _ in range(k):
+            key, values = a_random(type_k), []
+            for _ in range(v):
+                values.append(a_random(type_v))
+                needles.append(needle(key, values[-1]))
+            table.append((key, values))
+        needles = shuffled(seed, needles)
+        context = []
+        for _ in range(n):
+            if haystack == "noise":
+                context.append(text["noise"])
+            else:
+                key = a_random(type_k)
+                context.append(needle(key, a_random(type_v)))
+        places = random.sample(range(n), len(needles))
+        places.sort()
+        places.reverse()
+        for place, item in zip(places, needles, strict=True):
+            context[place:place] = [item]
+        chosen = [table[i] for i in random.sample(range(k), q)]
+        names = [key for key, _ in chosen]
+        query = names[0]
+        if q > 1:
+            query = ", ".join(names[:-1]) + ", and " + names[-1]
+        prompt, kind = text["template"] + text["answer_prefix"], type_v
+        if q * v == 1:
+            prompt = prompt.replace("Some", "A").replace("are all", "is").replace("are", "is")
+            prompt = prompt.replace("answers", "answer")
+            kind = {"numbers": "number", "words": "word", "uuids": "uuid"}[type_v]
+        prompt = prompt.replace("{type_needle_v}", kind).replace("{query}", query)
+        return prompt.replace("{context}", "\n".join(context)), [value for _, values in chosen for value in values]
+
+    inc = 5 if length < 4096 else 25
+    per_unit = tokens(sample(inc)[0]) / inc
+    size = best_size(
+        lambda n: tokens(sample(n)[0]) + generated - length, inc, max(int(length / per_unit * 3), 2 * inc)
+    )
+    rows: Rows = []
+    for index in range(count):
+        n = size
+        while True:
+            prompt, answers = sample(n)
+            total = tokens(prompt) + generated
+            if total <= length:
+                break
+            if n > inc:
+                n -= inc
+        rows.append(row(index, prompt, answers, text["answer_prefix"], total))
+    return rows
+
+
+# --- variable tracking ----------------------------------------------------------------------------------------------
+
+
+def vt(tokens: Tokens, length: int, count: int, seed: int, chains: int = 1, hops: int = 4) -> Rows:
+    random.seed(seed)
+    np.random.seed(seed)
+    text, generated = STRINGS["vt"], 30
+    noise = STRINGS["niah"]["noise"]
+
+    def name(letters: int) -> str:
+        return "".join(random.choices(string.ascii_uppercase, k=letters))
+
+    def sample(n: int, example: bool) -> tuple[str, list[str]]:
+        links = (min(10, hops) if example else hops) + 1
+        names = [name(3 if example else 5) for _ in range(links * chains)]
+        while len(set(names)) < links * chains:
+            names += [name(3 if example else 5)]
+        statements, first_value = [], ""
+        for c in range(chains):
+            mine = names[c * links : (c + 1) * links]
+            value = "12345" if example else str(np.random.randint(10000, 99999))
+            first_value = first_value or value
+            rest = [f"VAR {mine[i]} = VAR {mine[i - 1]} " for i in range(1, links)]
+            statements.append([f"VAR {mine[0]} = {value}", *rest])
+        context = [noise] * n
+        for chain in statements:
+            places = sorted(random.sample(range(len(context)), len(chain)))
+            for j in range(len(chain)):
+                context.insert(places[j] + j, chain[j])
+        body = "\n".join(context).replace(". \n", ".\n")
+        prompt = (text["template"] + text["answer_prefix"]).replace("{num_v}", str(hops + 1))
+        return prompt.replace("{query}", first_value).replace("{context}", body), names[:links]
+
+    # The in-context example: the same routine, one sample, at most 500 tokens, nothing generated, inc 5.
+    per_unit = tokens(sample(5, True)[0]) / 5
+    n = best_size(lambda m: tokens(sample(m, True)[0]) - 500, 5, max(int(500 / per_unit * 3), 10))
+    prompt, answers = sample(n, True)
+    while tokens(prompt) > 500:
+        if n > 5:
+            n -= 5
+        prompt, answers = sample(n, True)
+    shown = prompt + " " + " ".join(answers) + "\n"
+    shown_tokens = tokens(shown)
+
+    inc = 5 if length < 4096 else 10
+    per_unit = tokens(sample(inc, False)[0]) / inc
+    size = best_size(
+        lambda m: tokens(sample(m, False)[0]) + shown_tokens + generated - length,
+        inc,
+        max(int(length / per_unit * 3), 2 * inc),
+    )
+    rows: Rows = []
+    for index in range(count):
+        n = size
+        while True:
+            prompt, answers = sample(n, False)
+            renewed = shown
+            for old in shown.split()[-(hops + 1) :]:
+                renewed = renewed.replace(old, name(len(old)))
+            renewed = renewed.replace("12345", str(np.random.randint(10000, 99999)))
+            start = prompt.find(text["template"][:20])
+            joined = prompt[:start] + renewed + "\n" + prompt[start:]
+            total = tokens(joined) + generated
+            if total <= length:
+                break
+            if n > inc:
+                n -= inc
+        rows.append(row(index, joined, answers, text["answer_prefix"], total))
+    return rows
+
+
+# --- common words extraction ----------------------------------------------------------------------------------------
+
+
+def cwe(tokens: Tokens, length: int, count: int, seed: int) -> Rows:
+    random.seed(seed)
+    text, generated = STRINGS["cwe"], 120
+    pool = shuffled(seed, sorted(set(lines("noun") + lines("adjective") + lines("verb"))))
+
+    def numbered(words: list[str]) -> str:
+        out = []
+        for i in range(len(words)):
+            out.append(f"{i + 1}. {words[i]}")
+        return " ".join(out)
+
+    def word_list(n: int, frequent: int, rare: int) -> tuple[str, list[str]]:
+        drawn = random.sample(pool, n)
+        repeated = []
+        for _ in range(frequent):
+            repeated += drawn[:10]
+        for _ in range(rare):
+            repeated += drawn[10:]
+        return numbered(shuffled(seed, repeated)), drawn[:10]
+
+    def sample(n: int) -> tuple[str, list[str]]:
+        if length < 4096:
+            example, solved = word_list(20, 3, 1)
+            main, answers = word_list(n, 6, 1)
+        else:
+            example, solved = word_list(40, 10, 3)
+            main, answers = word_list(n, 30, 3)
+        prompt = text["template"] + text["answer_prefix"]
+        head = prompt.replace("{context}", example) + " " + numbered(solved) + "\n"
+        return head + prompt.replace("{context}", main), answers
+
+    per_word = tokens(sample(4096)[0]) / 4096
+    size = best_size(
+        lambda n: tokens(sample(n)[0]) + generated - length, 10, max(int(length // per_word) * 2, 20)
+    )
+    rows: Rows = []
+    for index in range(count):
+        n = size
+        while True:
+            prompt, answers = sample(n)
+            total = tokens(prompt) + generated
+            if total <= length:
+                break
+            if n > 10:
+                n -= 10
+        rows.append(row(index, prompt, answers, text["answer_prefix"], total))
+    return rows
+
+
+# --- frequent words extraction --------------------------------------------------------------------------------------
+
+
+def fwe(tokens: Tokens, length: int, count: int, seed: int) -> Rows:
+    random.seed(seed)
+    np.random.seed(seed)
+    text, generated = STRINGS["fwe"], 50
+    room = length - generated
+    size = room // 50
+
+    def vocabulary() -> list[str]:
+        found = ["".join(random.choices(string.ascii_lowercase, k=6)) for _ in range(size)]
+        while len(set(found)) < size:
+            found.append("".join(random.choices(string.ascii_lowercase, k=6)))
+        ranked = shuffled(seed, sorted(set(found)))
+        return ["...", *ranked[1:]]
+
+    def prompt_of(ranked: list[str], n: int) -> str:
+        coded: list[str] = []
+        for rank, word in enumerate(ranked, start=1):
+            coded += [word] * int(n * float(rank) ** -2.0 / zeta(2.0))
+        return (text["template"] + text["answer_prefix"]).replace("{context}", " ".join(shuffled(seed, coded)))
+
+    ranked, n = vocabulary(), room // 6
+    while tokens(prompt_of(ranked, n)) < room:
+        n += room // 32
+    n -= room // 32
+    rows: Rows = []
+    for index in range(count):
+        ranked, mine = vocabulary(), n
+        while tokens(prompt_of(ranked, mine)) > room:
+            mine -= room // 32
+        prompt = prompt_of(ranked, mine)
+        rows.append(row(index, prompt, ranked[1:4], text["answer_prefix"], tokens(prompt) + generated))
+    return rows
+
+
+def task(name: str, tokens: Tokens, length: int, count: int, seed: int) -> Rows:
+    """A task by name, with the parameters of the specification's table."""
+    if name == "niah_single_1":
+        return niah(tokens, length, count, seed, "noise", "words", "numbers", 1, 1, 1)
+    if name == "niah_multikey_2":
+        return niah(tokens, length, count, seed, "needle", "words", "numbers", 1, 1, 1)
+    if name == "niah_multikey_3":
+        return niah(tokens, length, count, seed, "needle", "uuids", "uuids", 1, 1, 1)
+    if name == "niah_noise_multikey":
+        return niah(tokens, length, count, seed, "noise", "words", "numbers", 4, 1, 1)
+    if name == "niah_noise_multivalue":
+        return niah(tokens, length, count, seed, "noise", "words", "numbers", 1, 4, 1)
+    if name == "niah_noise_multiquery":
+        return niah(tokens, length, count, seed, "noise", "words", "numbers", 1, 1, 4)
+    if name == "vt_2hop":
+        return vt(tokens, length, count, seed, 1, 2)
+    return {"vt": vt, "cwe": cwe, "fwe": fwe}[name](tokens, length, count, seed)

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from kvcompress.geometry import SUPPORTED_ARCHITECTURES, ModelGeometry
+
+CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "num_hidden_layers": 4,
+    "hidden_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 4096,
+    "torch_dtype": "bfloat16",
+}
+
+
+def geometry(**changes: Any) -> ModelGeometry:
+    return ModelGeometry.from_config(CONFIG | changes)
+
+
+@pytest.mark.parametrize("architecture", SUPPORTED_ARCHITECTURES)
+def test_supported_architectures(architecture: str) -> None:
+    found = geometry(architectures=[architecture])
+    assert (found.num_layers, found.group_size, found.head_dim) == (4, 2, 64)
+    assert found.kv_bytes_per_token() == 4 * 2 * 2 * 64 * 2
+
+
+def test_sliding_windows() -> None:
+    assert geometry(architectures=["MistralForCausalLM"], sliding_window=512).sliding_window == (512,) * 4
+    qwen = {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 512, "max_window_layers": 3}
+    assert geometry(**qwen, use_sliding_window=False).sliding_window == (None,) * 4
+    assert geometry(**qwen, use_sliding_window=True).sliding_window == (None, None, None, 512)
+    kinds = ["full_attention", "sliding_attention"] * 2
+    assert geometry(**qwen, layer_types=kinds).sliding_window == (None, 512, None, 512)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"architectures": ["LamaForCausalLM"]}, "unknown architecture LamaForCausalLM.*did you mean LlamaForCausalLM"),
+        ({"architectures": None}, "unknown architecture"),
+        ({"kv_lora_rank": 512}, "multi-head latent attention"),
+        ({"num_key_value_heads": 3}, "multiple of KV heads"),
+        ({"head_dim": 36}, "multiple of 8"),
+        ({"torch_dtype": "int3"}, "dtype 'int3'"),
+    ],
+)
+def test_refusals(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        geometry(**changes)
+
+
+def test_incomplete_config() -> None:
+    with pytest.raises(ValueError, match="no 'hidden_size'"):
+        ModelGeometry.from_config({key: value for key, value in CONFIG.items() if key != "hidden_size"})
