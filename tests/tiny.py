@@ -126,9 +126,7 @@ def save_compressed(base: Path, directory: Path, spec: CodecSpec, seed: int = 0)
             seed=seed,
             calibration=None,
             versions=package_versions(),
-            bytes_per_token=BytesPerToken(
-                base=full * NUM_LAYERS, compressed=stored, ratio=full * NUM_LAYERS / stored
-            ),
+            bytes_per_token=BytesPerToken(base=full * NUM_LAYERS, compressed=stored, ratio=full * NUM_LAYERS / stored),
             weights_bytes=Sizes(base=checkpoint.weights_bytes, compressed=checkpoint.weights_bytes),
             **digests.to_json(),
         )
@@ -150,7 +148,6 @@ def _principal(x_HTD: Tensor, side: SideSpec) -> SideCodec:
     basis_HDR = vectors_HDD.flip(-1)[..., : side.rank].contiguous()
     scale_HR = variance_HD.flip(-1)[..., : side.rank].clamp_min(1e-8).sqrt().contiguous()
     return SideCodec(side, mean_HD, basis_HDR, basis_HDR.mT.contiguous(), scale_HR)
-
 
 
 def save_tokenizer(directory: Path) -> None:

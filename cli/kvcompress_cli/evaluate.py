@@ -2,8 +2,104 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
 import typer
+
+from kvcompress_cli.options import Json
+from kvcompress_cli.show import print_json, progress, table
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 
 def register(app: typer.Typer) -> None:
-    pass
+    example = "Example: kvcompress eval llama-4x --baseline meta-llama/Llama-3.1-8B --suite ruler --lengths 4096,16384 -o report"
+    app.command("eval", epilog=example)(evaluate)
+
+
+def evaluate(
+    models: Annotated[list[str], typer.Argument(metavar="DIR...", help="Checkpoints to evaluate, compressed or not.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for results.json, report.html and samples.")],
+    baseline: Annotated[str | None, typer.Option(help="The model to compare with; its rows get verdicts.")] = None,
+    suite: Annotated[str, typer.Option(help="quick, ruler, needle-ref or text.")] = "quick",
+    lengths: Annotated[str | None, typer.Option(help="Context lengths, e.g. 512,1024; the suite's own by default.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Samples per task and length.")] = None,
+    limit: Annotated[int | None, typer.Option(help="At most this many samples per task.")] = None,
+    engine: Annotated[str, typer.Option(help="transformers, vllm, or the URL of an OpenAI-compatible server.")] = "transformers",
+    dtype: Annotated[str, typer.Option(help="Precision to run in; auto is float32 on a CPU.")] = "auto",
+    text: Annotated[Path | None, typer.Option(help="Held-out text for perplexity; by default the model's heldout.txt.")] = None,
+    margin: Annotated[float, typer.Option(help="Points that may be lost before the verdict is 'worse'.")] = 1.0,
+    serving_context: Annotated[int, typer.Option(help="Also measure decode speed after this many tokens.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the prompts.")] = 42,
+    resume: Annotated[bool, typer.Option("--resume", help="Reuse what is finished in the output folder.")] = False,
+    json: Json = False,
+) -> None:
+    """Measure what compression cost. Exit code 1 when the verdict is 'worse'."""
+    from kvcompress_eval.evaluate import run
+    from kvcompress_eval.report import write_report
+
+    with progress() as report:
+        results = run(
+            models,
+            out=out,
+            baseline=baseline,
+            suite=suite,
+            lengths=_numbers(lengths),
+            samples=samples,
+            limit=limit,
+            engine=engine,
+            dtype=dtype,
+            text=text,
+            margin=margin,
+            serving_context=serving_context,
+            seed=seed,
+            resume=resume,
+            progress=report,
+        )
+    write_report(results, out / "report.html")
+    if json:
+        print_json(results)
+    else:
+        _show(results)
+        print(f"{out / 'report.html'}: the report; {out / 'results.json'}: the figures")
+    if any(row["verdict"] == "worse" for row in results["overall"]):
+        raise typer.Exit(1)
+
+
+def _numbers(lengths: str | None) -> list[int] | None:
+    if lengths is None:
+        return None
+    try:
+        return [int(part) for part in lengths.split(",")]
+    except ValueError:
+        raise ValueError(f"found --lengths {lengths!r}; expected numbers separated by commas, e.g. 512,1024") from None
+
+
+def _show(results: Mapping[str, Any]) -> None:
+    rows = [
+        (row["task"], str(row["length"]), row["model"], f"{row['score']:.2f}", _interval(row["ci95"]), _delta(row))
+        for row in results["tasks"]
+    ]
+    rows += [
+        ("all tasks", "", row["model"], f"{row['score']:.2f}", _interval(row["ci95"]), _delta(row))
+        for row in results["overall"]
+    ]
+    rows += [
+        ("perplexity", "", row["model"], f"{row['perplexity']:.4f}", "", "")
+        for row in results["perplexity"].get("models", [])
+    ]
+    rows += [
+        ("next-token agreement", "", row["model"], f"{row['top1_agreement']:.4f}", "", "")
+        for row in results["agreement"].get("models", [])
+    ]
+    table("Results", ("task", "length", "model", "score", "95 % interval", "against the baseline"), rows)
+
+
+def _interval(bounds: list[float]) -> str:
+    return f"{bounds[0]:.1f} to {bounds[1]:.1f}"
+
+
+def _delta(row: Mapping[str, Any]) -> str:
+    return "" if row["delta"] is None else f"{row['delta']:+.2f}: {row['verdict']}"

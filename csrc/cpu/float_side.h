@@ -32,7 +32,7 @@ inline void read_words(const uint8_t* bytes, int count, uint32_t* words) {
     std::memcpy(words, bytes, static_cast<size_t>(count));
 }
 
-// Keys: out[position][16 tokens], position = channel within its band, bands padded to whole words.
+// Keys: out[position][tile], sixteen tokens of it; position = channel within its band, bands padded to whole words.
 inline void unpack_keys(const kvc_side& side, const uint8_t* codes, float* out) {
     alignas(kAlign) uint32_t words[kMaxHeadDim / 2][kGroup];
     for (int band = 0; band < side.num_bands; ++band) {
@@ -45,7 +45,7 @@ inline void unpack_keys(const kvc_side& side, const uint8_t* codes, float* out) 
             if (word < num_words) read_words(source + 4 * word, bytes - 4 * word, &words[word][token]);
         }
         for (int word = 0; word < num_words; ++word)
-            for (int field = 0; field < 32 / bits; ++field, out += kGroup)
+            for (int field = 0; field < 32 / bits; ++field, out += kTile)
                 for (int lane = 0; lane < kGroup; lane += kLanes)
                     store(out + lane, field_to_float(load(words[word] + lane), bits, field));
         codes += bytes;
@@ -105,28 +105,28 @@ constexpr int kBlock = 2;
 constexpr int kBlock = 4;
 #endif
 
-// score[row][16 tokens] = sum_position query[row][position] key[position][16 tokens]
+// score[row][token] = sum_position query[row][position] key[position][token]
 template <int ROWS>
-KVC_INLINE void score_rows(const float* query, int query_stride, const float* keys, int positions, float* score) {
-    constexpr int kVectors = kGroup / kLanes < kBlock ? kGroup / kLanes : kBlock;
-    for (int lane = 0; lane < kGroup; lane += kVectors * kLanes) {
-        VecF sums[ROWS][kVectors] = {};
+KVC_INLINE void score_rows(const float* query, int query_stride, const float* keys, int positions, int tokens, float* score) {
+    for (int token = 0; token < tokens; token += kBlock * kLanes) {
+        VecF sums[ROWS][kBlock] = {};
         for (int position = 0; position < positions; ++position) {
-            const float* key = keys + position * kGroup + lane;
+            const float* key = keys + position * kTile + token;
             for (int row = 0; row < ROWS; ++row)
-                for (int n = 0; n < kVectors; ++n) sums[row][n] += load(key + n * kLanes) * query[row * query_stride + position];
+                for (int n = 0; n < kBlock; ++n)
+                    sums[row][n] += load(key + n * kLanes) * query[row * query_stride + position];
         }
         for (int row = 0; row < ROWS; ++row)
-            for (int n = 0; n < kVectors; ++n) store(score + row * kTile + lane + n * kLanes, sums[row][n]);
+            for (int n = 0; n < kBlock; ++n) store(score + row * kTile + token + n * kLanes, sums[row][n]);
     }
 }
 
-inline void score_group(const float* query, int query_stride, int rows, const float* keys, int positions, float* score) {
+inline void score_tile(const float* query, int query_stride, int rows, const float* keys, int positions, int tokens, float* score) {
     int row = 0;
     for (; row + 4 <= rows; row += 4)
-        score_rows<4>(query + row * query_stride, query_stride, keys, positions, score + row * kTile);
+        score_rows<4>(query + row * query_stride, query_stride, keys, positions, tokens, score + row * kTile);
     for (; row < rows; ++row)
-        score_rows<1>(query + row * query_stride, query_stride, keys, positions, score + row * kTile);
+        score_rows<1>(query + row * query_stride, query_stride, keys, positions, tokens, score + row * kTile);
 }
 
 // sums[row][position] = sums * decay[row] + sum_token weight[row][token] value[token][position]

@@ -15,7 +15,7 @@ class Phase:
 
 # Look-up must be learned in the drill first: prompts of the benchmark alone leave it at chance.
 PHASES = [
-    Phase(0, 128, 16, {"recall": 0.65, "repeats": 0.15, "text": 0.2}),
+    Phase(0, 128, 16, {"recall": 0.6, "repeats": 0.25, "text": 0.15}),
     Phase(
         1600,
         192,

@@ -4,6 +4,7 @@ A sequence is two equally long lists: token ids, and for each token the loss wei
 questions weigh nothing, so no logits are computed for them. Everything is drawn from the `random.Random` passed in.
 """
 
+import math
 import random
 from dataclasses import dataclass
 from functools import partial
@@ -278,19 +279,21 @@ def recall(material: Material, rng: random.Random, length: int) -> Sequence:
 
 
 def repeats(material: Material, rng: random.Random, length: int) -> Sequence:
-    """A run of random tokens, again and again between others: copying at its purest."""
+    """A run of random tokens again and again, sometimes with others between: copying at its purest.
+
+    Run lengths are spread evenly over their logarithm: short periods are learned at once by looking a fixed distance
+    back, and lead on to long ones, which need a search for the last token's earlier place.
+    """
     vocabulary = material.tokenizer.get_vocab_size()
-    size = rng.randint(8, max(9, length // 3))
+    size = round(math.exp(rng.uniform(math.log(2), math.log(max(3, length // 3)))))
+    gaps = rng.choice([0, 0, 3])
     run = [rng.randrange(2, vocabulary) for _ in range(size)]
-    ids, weights = [BOS_ID], [0.0]
+    ids, weights = [BOS_ID] + run, [0.0] * (size + 1)
     while len(ids) < length:
-        if len(ids) > 1:
-            gap = [rng.randrange(2, vocabulary) for _ in range(rng.randint(0, 6))]
-            ids += gap
-            weights += [0.0] * len(gap)
-        # The first token of a run cannot be foreseen.
-        weights += [0.0] + [REPEAT_WEIGHT if len(ids) > size else 0.0] * (size - 1)
-        ids += run
+        gap = [rng.randrange(2, vocabulary) for _ in range(rng.randint(0, gaps))]
+        # After a gap the first token of the run cannot be foreseen.
+        ids += gap + run
+        weights += [0.0] * len(gap) + [0.0 if gap else REPEAT_WEIGHT] + [REPEAT_WEIGHT] * (size - 1)
     return ids[:length], weights[:length]
 
 

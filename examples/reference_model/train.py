@@ -93,9 +93,10 @@ def train_step(model: Llama, optimizers: list, batch: tuple, rate: float, meter:
             name = NAMES[kind]
             if name == "text":
                 meter.add("text loss", losses[mine].sum().item(), mine.sum().item())
-            else:
-                mine &= weight == (REPEAT_WEIGHT if name == "repeats" else ANSWER_WEIGHT)
-                meter.add(name, hits[mine].sum().item(), mine.sum().item())
+                continue
+            for label, level in ((name, ANSWER_WEIGHT), (f"{name}/copy", REPEAT_WEIGHT)):
+                part = mine & (weight == level)
+                meter.add(label, hits[part].sum().item(), part.sum().item())
 
 
 def save_state(path: Path, model: Llama, optimizers: list, step: int, seen: int, seconds: float) -> None:

@@ -56,7 +56,7 @@ def check_output(out: str | Path, *, resume: bool = False) -> Path:
     if path.is_dir() and any(path.iterdir()):
         raise ValueError(f"{path} exists and is not empty; name a new folder, or remove this one")
     partial = _partial(path)
-    if partial.exists() and not resume:
+    if not resume and partial.is_dir() and any(partial.iterdir()):
         raise ValueError(f"{partial} is left from an unfinished run; continue it with --resume, or delete it")
     return path
 
@@ -177,7 +177,8 @@ class WorkDir:
     def discard(self) -> None:
         """Remove the working folder, and the parent folders that were made for it."""
         self._journal.close()
-        shutil.rmtree(self._partial, ignore_errors=True)
+        with suppress(OSError):
+            _remove(self._partial)
         for folder in reversed(self._created):
             with suppress(OSError):
                 folder.rmdir()
@@ -254,12 +255,22 @@ def remove_published_leftover(out: str | Path) -> None:
     """Finish a `publish` that was killed between its rename and its clean-up; does nothing otherwise."""
     path = Path(out).expanduser().resolve()
     partial = _partial(path)
-    if path.is_dir() and (partial / JOURNAL_FILE).is_file() and not (partial / TREE_FOLDER).exists():
-        shutil.rmtree(partial)
+    if path.is_dir() and partial.is_dir():
+        left = {entry.name for entry in partial.iterdir()}
+        if not left or (JOURNAL_FILE in left and TREE_FOLDER not in left):
+            _remove(partial)
 
 
 def _partial(out: Path) -> Path:
     return out.with_name(out.name + PARTIAL_SUFFIX)
+
+
+def _remove(partial: Path) -> None:
+    """Remove a working folder; the journal, which says that it is ours, goes last."""
+    for name in (TREE_FOLDER, SCRATCH_FOLDER):
+        shutil.rmtree(partial / name, ignore_errors=True)
+    (partial / JOURNAL_FILE).unlink(missing_ok=True)
+    partial.rmdir()
 
 
 def _make_folders(folder: Path) -> list[Path]:

@@ -38,7 +38,6 @@ from kvcompress.checkpoint.safetensors_file import TensorInfo, TensorSpec
 from kvcompress.checkpoint.workdir import WorkDir, remove_published_leftover
 from kvcompress.checkpoint.writer import copy_shards, copy_side_files, write_file, write_tensors
 
-
 EFFECTS = {"open", "write", "truncate", "flush", "close", "fsync", "mkdir", "replace", "rename", "unlink", "rmdir"}
 
 

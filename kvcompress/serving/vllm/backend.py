@@ -19,7 +19,7 @@ from kvcompress.serving.vllm import compat
 from kvcompress.serving.vllm.paged_attention import attend_batch, workspace_bytes
 
 
-class CompressedAttentionBackend(compat.AttentionBackend):
+class CompressedAttentionBackend(compat.AttentionBackend):  # type: ignore[misc]
     """Names the parts. vLLM's own selector never chooses it; a layer with a codec brings it along."""
 
     forward_includes_kv_cache_update = True
@@ -54,7 +54,7 @@ class CompressedAttentionBackend(compat.AttentionBackend):
 
 
 @dataclass
-class CompressedMetadata(compat.AttentionMetadata):
+class CompressedMetadata(compat.AttentionMetadata):  # type: ignore[misc]
     """One step's batch. Lists are the host's copies: the reference path loops over requests."""
 
     num_actual_tokens: int
@@ -64,13 +64,17 @@ class CompressedMetadata(compat.AttentionMetadata):
     seq_lens: list[int]
 
 
-class CompressedMetadataBuilder(compat.AttentionMetadataBuilder):
+class CompressedMetadataBuilder(compat.AttentionMetadataBuilder):  # type: ignore[misc]
     """Reads lengths back to the host once per step, not once per layer."""
 
     _cudagraph_support = compat.AttentionCGSupport.NEVER
 
     def __init__(
-        self, kv_cache_spec: compat.AttentionSpec, layer_names: list[str], vllm_config: compat.VllmConfig, device: torch.device
+        self,
+        kv_cache_spec: compat.AttentionSpec,
+        layer_names: list[str],
+        vllm_config: compat.VllmConfig,
+        device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
 
@@ -88,7 +92,7 @@ class CompressedMetadataBuilder(compat.AttentionMetadataBuilder):
         )
 
 
-class CompressedAttentionImpl(compat.AttentionImpl):
+class CompressedAttentionImpl(compat.AttentionImpl):  # type: ignore[misc]
     """Attention of one layer. The codec is set once weights are loaded (`use_codec`)."""
 
     def __init__(
@@ -104,8 +108,12 @@ class CompressedAttentionImpl(compat.AttentionImpl):
         attn_type: str = compat.AttentionType.DECODER,
         kv_sharing_target_layer_name: str | None = None,
     ) -> None:
-        assert alibi_slopes is None and sliding_window is None and not logits_soft_cap, "refused by `limits`"
-        assert kv_sharing_target_layer_name is None and attn_type == compat.AttentionType.DECODER, "refused by `limits`"
+        # `limits` has refused layers that need any of these.
+        assert alibi_slopes is None
+        assert sliding_window is None
+        assert not logits_soft_cap
+        assert attn_type == compat.AttentionType.DECODER
+        assert kv_sharing_target_layer_name is None
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = float(scale)
@@ -142,7 +150,8 @@ class CompressedAttentionImpl(compat.AttentionImpl):
             attn_metadata: None in profiling and warm-up runs.
             output: written in place.
         """
-        assert output_scale is None and output_block_scale is None, "vLLM asks before it fuses output quantization"
+        assert output_scale is None, "vLLM asks before it fuses output quantization"
+        assert output_block_scale is None
         if attn_metadata is None:
             return self._profile(output)
         codec = self._codec

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from kvcompress.codec import pages
@@ -48,7 +47,7 @@ def attend_batch(
             continue
         blocks_N = block_table_RN[request, : -(-length // layout.block_size)].long()
         k_latent_THR, v_latent_THR = pages.read(pages_NHX, layout, codec, blocks_N, length)
-        query_QHGD = query_THD[start:stop].unflatten(1, (layout.num_kv_heads, -1))
+        query_QHGD = query_THD[start:stop].reshape(stop - start, layout.num_kv_heads, -1, query_THD.shape[2])
         step = max(1, SCORE_BYTES // (_FLOAT_BYTES * query_THD.shape[1] * length))
         for chunk in range(start, stop, step):
             chunk_stop = min(chunk + step, stop)

@@ -19,7 +19,7 @@ from kvcompress.serving.vllm.startup import Startup
 
 
 @compat.register_quantization_config(QUANT_METHOD)
-class KVCompressConfig(compat.QuantizationConfig):
+class KVCompressConfig(compat.QuantizationConfig):  # type: ignore[misc]
     """What config.json says. Made in the front end and sent to the workers, so it holds plain data until they start."""
 
     def __init__(self, section: dict[str, Any]) -> None:
@@ -77,7 +77,7 @@ class KVCompressConfig(compat.QuantizationConfig):
         return CompressedCacheMethod(self, self._startup, index, prefix)
 
 
-class CompressedCacheMethod(compat.BaseKVCacheMethod):
+class CompressedCacheMethod(compat.BaseKVCacheMethod):  # type: ignore[misc]
     """Gives one attention layer its codec, cache spec and attention implementation."""
 
     def __init__(self, config: KVCompressConfig, startup: Startup, index: int, name: str) -> None:

@@ -1,0 +1,92 @@
+"""One vLLM engine in a process of its own, driven by JSON: engines leak when several live in one process.
+
+`run` starts this file as a script; the script reads a scenario from its standard input and prints the result.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+MARK = "RESULT "
+ENTRY_POINT = "[vllm.general_plugins]\nkvcompress = kvcompress.serving.vllm:register\n"
+
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_PLUGINS": "kvcompress",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    # Spinning worker threads make tiny layers fifty times slower on a machine that does anything else.
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+ENGINE = {
+    "skip_tokenizer_init": True,
+    "dtype": "float32",
+    "max_model_len": 512,
+    "max_num_seqs": 8,
+    "block_size": 32,
+    "enforce_eager": True,
+    "disable_log_stats": False,
+    "kv_cache_memory_bytes": 64 * 2**20,
+}
+
+
+def run(
+    model: Path, *passes: list[list[int]], max_tokens: int = 64, env: dict[str, str] | None = None, **engine: Any
+) -> dict[str, Any]:
+    """Generate greedily from each pass of prompts, one after the other, in one engine.
+
+    Returns:
+        tokens: generated ids, by pass and prompt; cached: prompt tokens taken from the prefix cache, likewise;
+        blocks: cache blocks allocated; metrics: vLLM's counters by name; log: everything the engine wrote;
+        error: instead of all these but the log, the message of the exception that stopped the start.
+    """
+    scenario = {"engine": ENGINE | {"model": str(model)} | engine, "passes": passes, "max_tokens": max_tokens}
+    child = subprocess.run(
+        [sys.executable, __file__],
+        input=json.dumps(scenario),
+        env=os.environ | ENVIRONMENT | {"PYTHONPATH": _python_path()} | (env or {}),
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    log = child.stdout + child.stderr
+    results = [line for line in child.stdout.splitlines() if line.startswith(MARK)]
+    assert results, log[-5000:]
+    result: dict[str, Any] = json.loads(results[0].removeprefix(MARK))
+    return result | {"log": log}
+
+
+def _python_path() -> str:
+    return os.pathsep.join([str(ROOT), *sys.path])
+
+
+def _generate(scenario: dict[str, Any]) -> dict[str, Any]:
+    from vllm import LLM, SamplingParams
+
+    try:
+        llm = LLM(**scenario["engine"])
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+    sampling = SamplingParams(temperature=0, max_tokens=scenario["max_tokens"], detokenize=False, ignore_eos=True)
+    outputs = [
+        llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
+        for prompts in scenario["passes"]
+    ]
+    return {
+        "tokens": [[list(output.outputs[0].token_ids) for output in one] for one in outputs],
+        "cached": [[output.num_cached_tokens for output in one] for one in outputs],
+        "blocks": llm.llm_engine.vllm_config.cache_config.num_gpu_blocks,
+        "capacity_tokens": llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens,
+        "metrics": {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")},
+    }
+
+
+if __name__ == "__main__":
+    print(MARK + json.dumps(_generate(json.load(sys.stdin))), flush=True)
