@@ -64,7 +64,9 @@ class ModelGeometry:
                 "query heads must be a multiple of KV heads"
             )
         if head_dim % 8:
-            raise ValueError(f"head_dim is {head_dim}; kvcompress packs channels in groups of 8 and needs a multiple of 8")
+            raise ValueError(
+                f"head_dim is {head_dim}; kvcompress packs channels in groups of 8 and needs a multiple of 8"
+            )
         dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
         if dtype not in BYTES_PER_ELEMENT:
             raise ValueError(f"config.json has dtype {dtype!r}; expected one of {', '.join(BYTES_PER_ELEMENT)}")
@@ -93,7 +95,9 @@ def _architecture(config: Mapping[str, Any]) -> str:
         return name
     near = difflib.get_close_matches(name, SUPPORTED_ARCHITECTURES, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    raise ValueError(f"unknown architecture {name} in config.json; supported: {', '.join(SUPPORTED_ARCHITECTURES)}{hint}")
+    raise ValueError(
+        f"unknown architecture {name} in config.json; supported: {', '.join(SUPPORTED_ARCHITECTURES)}{hint}"
+    )
 
 
 def _windows(config: Mapping[str, Any], architecture: str, num_layers: int) -> tuple[int | None, ...]:

@@ -135,9 +135,10 @@ def _stage(index: int, stage: Any, schemas: Mapping[str, type[StageConfig]], whe
     schema = schemas[method]
     for key in stage:
         if key not in schema.model_fields:
-            known = tuple(field for field in schema.model_fields if field != "method")
-            hint = _did_you_mean(str(key), known)
-            raise ValueError(f"{where((*at, key))}: unknown key {key!r} in {method}{hint}; known keys: {', '.join(known)}")
+            fields = [field for field in schema.model_fields if field != "method"]
+            hint = _did_you_mean(str(key), fields)
+            listed = ", ".join(fields)
+            raise ValueError(f"{where((*at, key))}: unknown key {key!r} in {method}{hint}; known keys: {listed}")
     try:
         return schema.model_validate(stage)
     except ValidationError as error:

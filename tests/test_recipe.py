@@ -63,7 +63,10 @@ def test_mistakes_name_the_line_and_the_fix(old: str, new: str, message: str) ->
     ("stages", "message"),
     [
         ("  - method: pca\n  - method: pca\n", "line 4: pca is a second basis after pca"),
-        ("  - method: scalar\n    bits: 4\n  - method: pca\n", "line 5: pca (basis) must come before scalar (encoding)"),
+        (
+            "  - method: scalar\n    bits: 4\n  - method: pca\n",
+            "line 5: pca (basis) must come before scalar (encoding)",
+        ),
         ("  - 3\n", "line 3: a stage needs a 'method'"),
         ("  []\n", "expected a list of stages"),
         ("  - method: scalar\n    bits: 4\n    target_bits_per_channel: 2\n", "found bits and target_bits_per_channel"),

@@ -20,7 +20,9 @@ def compress(
     model: Model,
     recipe: RecipeFile,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; must not exist.")],
-    calibration: Annotated[str, typer.Option(help="'builtin', a text file, or .jsonl with 'text' or 'input_ids'.")] = "builtin",
+    calibration: Annotated[
+        str, typer.Option(help="'builtin', a text file, or .jsonl with 'text' or 'input_ids'.")
+    ] = "builtin",
     samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 32,
     length: Annotated[int, typer.Option(help="Tokens per calibration sequence.")] = 512,
     seed: Annotated[int, typer.Option(help="Chooses the calibration sequences.")] = 0,

@@ -24,12 +24,18 @@ def evaluate(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for results.json, report.html and samples.")],
     baseline: Annotated[str | None, typer.Option(help="The model to compare with; its rows get verdicts.")] = None,
     suite: Annotated[str, typer.Option(help="quick, ruler, needle-ref or text.")] = "quick",
-    lengths: Annotated[str | None, typer.Option(help="Context lengths, e.g. 512,1024; the suite's own by default.")] = None,
+    lengths: Annotated[
+        str | None, typer.Option(help="Context lengths, e.g. 512,1024; the suite's own by default.")
+    ] = None,
     samples: Annotated[int | None, typer.Option(help="Samples per task and length.")] = None,
     limit: Annotated[int | None, typer.Option(help="At most this many samples per task.")] = None,
-    engine: Annotated[str, typer.Option(help="transformers, vllm, or the URL of an OpenAI-compatible server.")] = "transformers",
+    engine: Annotated[
+        str, typer.Option(help="transformers, vllm, or the URL of an OpenAI-compatible server.")
+    ] = "transformers",
     dtype: Annotated[str, typer.Option(help="Precision to run in; auto is float32 on a CPU.")] = "auto",
-    text: Annotated[Path | None, typer.Option(help="Held-out text for perplexity; by default the model's heldout.txt.")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Held-out text for perplexity; by default the model's heldout.txt.")
+    ] = None,
     margin: Annotated[float, typer.Option(help="Points that may be lost before the verdict is 'worse'.")] = 1.0,
     serving_context: Annotated[int, typer.Option(help="Also measure decode speed after this many tokens.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the prompts.")] = 42,

@@ -23,7 +23,9 @@ def inspect(directory: Directory, json: Json = False) -> None:
         print_json(manifest.model_dump(mode="json"))
         return
     kv, weights, calibration = manifest.bytes_per_token, manifest.weights_bytes, manifest.calibration
-    stages = [", ".join(f"{key}={value}" for key, value in stage.items() if value is not None) for stage in manifest.stages]
+    stages = [
+        ", ".join(f"{key}={value}" for key, value in stage.items() if value is not None) for stage in manifest.stages
+    ]
     rows = [
         ("made from", manifest.parent.source),
         ("by", f"kvcompress {manifest.kvcompress_version}, seed {manifest.seed}"),

@@ -33,7 +33,9 @@ def _version(value: bool) -> None:
 @app.callback()
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with an error.")] = False,
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
 ) -> None:
     if debug:
         os.environ["KVCOMPRESS_DEBUG"] = "1"
@@ -55,8 +57,9 @@ def run() -> None:
             _fail(" ".join(usage().split()), 2)
         if not isinstance(error, (ValueError, OSError, ImportError)) or os.environ.get("KVCOMPRESS_DEBUG"):
             raise
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        _fail(f"no space left on the disk ({error.filename or 'output folder'})" if full else _one_line(error), 2)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            _fail(f"no space left on the disk ({error.filename or 'output folder'})", 2)
+        _fail(_one_line(error), 2)
     sys.exit(result if isinstance(result, int) else 0)
 
 

@@ -41,7 +41,9 @@ def plan(
 
 
 def _show(made: dict[str, Any]) -> None:
-    kv, weights, capacity, request = (made[key] for key in ("bytes_per_token", "weights_bytes", "capacity_tokens", "context"))
+    kv, weights, capacity, request = (
+        made[key] for key in ("bytes_per_token", "weights_bytes", "capacity_tokens", "context")
+    )
     memory = size(capacity["memory_bytes"])
     table(
         f"{made['model']}: {kv['ratio']:.2f}x smaller cache",
@@ -49,7 +51,11 @@ def _show(made: dict[str, Any]) -> None:
         [
             ("KV cache, bytes per token", f"{kv['base']:,}", f"{kv['compressed']:,}"),
             (f"tokens in {memory} of cache", f"{capacity['base']:,}", f"{capacity['compressed']:,}"),
-            (f"one request of {request['tokens']:,} tokens", size(request["base_bytes"]), size(request["compressed_bytes"])),
+            (
+                f"one request of {request['tokens']:,} tokens",
+                size(request["base_bytes"]),
+                size(request["compressed_bytes"]),
+            ),
             ("weights", size(weights["base"]), size(weights["compressed"])),
             ("peak memory of compress (estimate)", "", size(made["peak_rss_bytes"])),
         ],
@@ -59,14 +65,16 @@ def _show(made: dict[str, Any]) -> None:
 
 def show_layers(layers: list[dict[str, Any]]) -> None:
     """Layer by layer: channels kept, bands, bytes, and the measured error where there is one."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for layer in layers:
         if layer["k"] is None:
             rows.append((str(layer["index"]), "uncompressed", layer["reason"], str(layer["bytes_per_token"]), ""))
             continue
         error = layer.get("relative_error")
         sides = [_bands(layer[side]) for side in ("k", "v")]
-        rows.append((str(layer["index"]), *sides, str(layer["bytes_per_token"]), "" if error is None else f"{error:.4f}"))
+        rows.append(
+            (str(layer["index"]), *sides, str(layer["bytes_per_token"]), "" if error is None else f"{error:.4f}")
+        )
     table("Layers", ("layer", "keys", "values", "bytes/token", "output error"), rows)
 
 

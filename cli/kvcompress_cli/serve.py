@@ -25,7 +25,9 @@ def serve(context: typer.Context, directory: Directory) -> None:
 
     checkpoint = Checkpoint.open(directory)
     if not is_compressed(checkpoint.config):
-        raise ValueError(f"{directory} is not compressed by kvcompress; serve it with `vllm serve` or compress it first")
+        raise ValueError(
+            f"{directory} is not compressed by kvcompress; serve it with `vllm serve` or compress it first"
+        )
     if not any(point.name == "kvcompress" for point in metadata.entry_points(group="vllm.general_plugins")):
         raise ValueError("the vLLM plug-in is not installed; run `pip install kvcompress` in vLLM's environment")
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", directory, *context.args]

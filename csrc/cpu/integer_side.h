@@ -36,10 +36,16 @@ KVC_INLINE int key_quads(const kvc_side& side) {
     return quads;
 }
 
-KVC_INLINE __m512i with_lane(__m512i vector, __mmask16 lane, __mmask16 words, const uint8_t* p) {
-    // The mask covers a whole 16-byte lane (inner rows) or part of one (a band's last words).
-    if (words == 0xf) return _mm512_mask_broadcast_i32x4(vector, lane, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    return _mm512_mask_broadcast_i32x4(vector, lane, _mm_maskz_loadu_epi8(words, p));
+// Sixteen tokens' words, four per vector: lane L of vector i holds token 4L + i, so that transposed tokens are in order.
+template <typename Load>
+KVC_INLINE void load_tokens(const uint8_t* codes, int64_t stride, Load load16, __m512i out[4]) {
+    for (int i = 0; i < 4; ++i) {
+        const uint8_t* p = codes + i * stride;
+        __m512i tokens = _mm512_castsi128_si512(load16(p));
+        tokens = _mm512_mask_broadcast_i32x4(tokens, 0x00f0, load16(p + 4 * stride));
+        tokens = _mm512_mask_broadcast_i32x4(tokens, 0x0f00, load16(p + 8 * stride));
+        out[i] = _mm512_mask_broadcast_i32x4(tokens, 0xf000, load16(p + 12 * stride));
+    }
 }
 
 // Four tokens' words, one token per 16-byte lane, to one word per vector: 4x4 transposition inside each lane.
@@ -65,30 +71,16 @@ KVC_INLINE uint8_t* store_fields(__m512i word, uint8_t* out) {
 template <int BITS>
 KVC_INLINE uint8_t* unpack_key_band(const uint8_t* codes, int64_t stride, int bytes, uint8_t* out) {
     int byte = 0;
+    __m512i tokens[4], words[4];
     for (; byte + 16 <= bytes; byte += 16) {
-        __m512i in[4], words[4];
-        for (int i = 0; i < 4; ++i) {
-            const uint8_t* p = codes + i * stride + byte;
-            // Lane L holds token 4L + i, so that the transposed vectors have tokens in order.
-            in[i] = _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-            in[i] = with_lane(in[i], 0x00f0, 0xf, p + 4 * stride);
-            in[i] = with_lane(in[i], 0x0f00, 0xf, p + 8 * stride);
-            in[i] = with_lane(in[i], 0xf000, 0xf, p + 12 * stride);
-        }
-        transpose_words(in, words);
+        load_tokens(codes + byte, stride, [](const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }, tokens);
+        transpose_words(tokens, words);
         for (int w = 0; w < 4; ++w) out = store_fields<BITS>(words[w], out);
     }
     if (byte < bytes) {
         const auto mask = static_cast<__mmask16>((1u << (bytes - byte)) - 1u);
-        __m512i in[4], words[4];
-        for (int i = 0; i < 4; ++i) {
-            const uint8_t* p = codes + i * stride + byte;
-            in[i] = _mm512_castsi128_si512(_mm_maskz_loadu_epi8(mask, p));
-            in[i] = _mm512_mask_broadcast_i32x4(in[i], 0x00f0, _mm_maskz_loadu_epi8(mask, p + 4 * stride));
-            in[i] = _mm512_mask_broadcast_i32x4(in[i], 0x0f00, _mm_maskz_loadu_epi8(mask, p + 8 * stride));
-            in[i] = _mm512_mask_broadcast_i32x4(in[i], 0xf000, _mm_maskz_loadu_epi8(mask, p + 12 * stride));
-        }
-        transpose_words(in, words);
+        load_tokens(codes + byte, stride, [mask](const uint8_t* p) { return _mm_maskz_loadu_epi8(mask, p); }, tokens);
+        transpose_words(tokens, words);
         for (int w = 0; 4 * w < bytes - byte; ++w) out = store_fields<BITS>(words[w], out);
     }
     return out;
@@ -114,15 +106,16 @@ struct IntegerQuery {
 
 inline void integer_query(const kvc_side& side, const float* absorbed, int quads, IntegerQuery& query, int8_t* digits) {
     constexpr float kLargest = 8355000.f;  // 127 * 65536 + 127 * 256 + 127, less the rounding of the scale
-    float largest = 0;
+    float largest = 0, poison = 0;
     const float* x = absorbed;
     for (int band = 0; band < side.num_bands; ++band)
         for (int channel = 0; channel < side.widths[band]; ++channel) {
             const float magnitude = __builtin_fabsf(*x++ * side.steps[band]);
-            if (!(magnitude <= largest)) largest = magnitude;  // NaN stays
+            if (magnitude > largest) largest = magnitude;
+            poison += magnitude * 0.f;  // NaN for a query that is not finite, and so is its output
         }
     const float inverse = largest > 1e-30f ? kLargest / largest : 0.f;
-    query.scale = largest / kLargest;
+    query.scale = largest / kLargest + poison;
     std::memset(digits, 0, static_cast<size_t>(4 * quads * kDigits));
     int64_t doubled = 0;
     int64_t centre[kDigits] = {};

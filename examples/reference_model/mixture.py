@@ -4,7 +4,6 @@ import random
 from collections.abc import Callable
 
 import numpy as np
-
 import tasks
 from tasks import Material, Sequence
 
@@ -68,9 +67,7 @@ def tracking_drill(material: Material, rng: random.Random, length: int) -> Seque
     hops = rng.randint(1, room_for(length, 2, 4))
     chains = rng.randint(1, 3)
     haystack = rng.choices(["noise", "text"], [0.8, 0.2])[0]
-    return tasks.variable_tracking(
-        material, rng, length, hops=hops, chains=chains, example=False, haystack=haystack
-    )
+    return tasks.variable_tracking(material, rng, length, hops=hops, chains=chains, example=False, haystack=haystack)
 
 
 TASKS: dict[str, Maker] = {

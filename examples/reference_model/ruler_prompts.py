@@ -6,11 +6,11 @@ mistake in one does not hide in the other.
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
-
 from strings import benchmark_strings
 from words import random_key, random_number, random_uuid
 
@@ -73,6 +73,7 @@ class VtTask:
     """Variable tracking of one chain."""
 
     hops: int = 4
+    example_size: int = 5
     generate: int = 30
 
     def block(self, rng: random.Random, size: int, letters: int, value: str) -> tuple[str, list[str]]:
@@ -83,7 +84,7 @@ class VtTask:
             name = "".join(rng.choices("ABCDEFGHIJKLMNOPQRSTUVWXYZ", k=letters))
             names += [] if name in names else [name]
         chain = [f"VAR {names[0]} = {value}"]
-        chain += [f"VAR {b} = VAR {a} " for a, b in zip(names, names[1:], strict=False)]
+        chain += [f"VAR {b} = VAR {a} " for a, b in pairwise(names)]
         lines = [benchmark_strings()["niah"]["noise"]] * size
         for j, place in enumerate(sorted(rng.sample(range(size), len(chain)))):
             lines.insert(place + j, chain[j])
@@ -91,10 +92,10 @@ class VtTask:
         text = part["template"].format(context=context, query=value)
         return text + part["answer_prefix"].format(num_v=self.hops + 1, query=value), names
 
-    def draw(self, rng: random.Random, size: int, example_size: int = 8) -> Sample:
-        """The worked example (about 500 tokens at most), then the question."""
+    def draw(self, rng: random.Random, size: int) -> Sample:
+        """The worked example, then the question."""
         numbers = np.random.RandomState(rng.randrange(2**31))
-        shown, shown_names = self.block(rng, example_size, 3, str(numbers.randint(10000, 99999)))
+        shown, shown_names = self.block(rng, self.example_size, 3, str(numbers.randint(10000, 99999)))
         text, names = self.block(rng, size, 5, str(numbers.randint(10000, 99999)))
         return Sample(f"{shown} {' '.join(shown_names)}\n\n{text}", names)
 
@@ -115,6 +116,10 @@ def fitting_size(task: NiahTask | VtTask, rng: random.Random, length: int, count
 def samples(task: NiahTask | VtTask, length: int, number: int, count: Count, seed: int = 42) -> list[Sample]:
     """`number` samples that fit, each starting from the size that the search found."""
     rng = random.Random(seed)
+    if isinstance(task, VtTask):
+        # The worked example is the largest within 500 tokens.
+        blocks = {n: task.block(random.Random(seed), n, 3, "12345")[0] for n in range(5, 60)}
+        task = replace(task, example_size=max((n for n, text in blocks.items() if count(text) <= 500), default=5))
     size = fitting_size(task, rng, length, count)
     drawn = []
     for _ in range(number):

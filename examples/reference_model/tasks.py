@@ -8,12 +8,12 @@ import math
 import random
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer
-
 from strings import benchmark_strings
+from tokenizers import Tokenizer
 from words import distinct, random_key, random_name, random_number, random_uuid
 
 BOS_ID, EOS_ID = 0, 1
@@ -87,7 +87,8 @@ def niah_answer(queries: list[str], values: dict[str, list[str]]) -> str:
     """
     if len(queries) == 1:
         found = values[queries[0]]
-        return f" {found[0]}." if len(found) == 1 else " " + ", ".join(f"{i}: {v}" for i, v in enumerate(found, 1)) + "."
+        numbered = ", ".join(f"{i}: {v}" for i, v in enumerate(found, 1))
+        return f" {found[0]}." if len(found) == 1 else f" {numbered}."
     return " " + ", ".join(f"{q}: {' '.join(values[q])}" for q in queries) + "."
 
 
@@ -165,11 +166,11 @@ def niah(
         wording, kind = (singular, value_kind[:-1]) if len(asked) * values == 1 else (str, value_kind)
         fill = {"type_needle_v": kind, "query": list_in_words(asked)}
         if i == 0:
-            head = [BOS_ID] + encode(wording(header).format(**fill))
+            head = [BOS_ID, *encode(wording(header).format(**fill))]
         # In the prompt the question's line break ends the context's last line, so only later questions show it.
         asking = wording(question + part["answer_prefix"]).format(**fill)
         ids = encode(asking.lstrip("\n") if i == 0 else asking)
-        answer = encode(niah_answer(asked, in_order)) + [EOS_ID]
+        answer = [*encode(niah_answer(asked, in_order)), EOS_ID]
         tail += ids + answer
         weights += [0.0] * len(ids) + [ANSWER_WEIGHT] * len(answer)
 
@@ -188,7 +189,7 @@ def niah(
 
 def assignments(names: list[str], value: str) -> list[str]:
     """The lines of one chain, with the benchmark's trailing spaces."""
-    return [f"VAR {names[0]} = {value}\n"] + [f"VAR {b} = VAR {a} \n" for a, b in zip(names, names[1:], strict=False)]
+    return [f"VAR {names[0]} = {value}\n"] + [f"VAR {b} = VAR {a} \n" for a, b in pairwise(names)]
 
 
 def vt_block(
@@ -288,7 +289,7 @@ def repeats(material: Material, rng: random.Random, length: int) -> Sequence:
     size = round(math.exp(rng.uniform(math.log(2), math.log(max(3, length // 3)))))
     gaps = rng.choice([0, 0, 3])
     run = [rng.randrange(2, vocabulary) for _ in range(size)]
-    ids, weights = [BOS_ID] + run, [0.0] * (size + 1)
+    ids, weights = [BOS_ID, *run], [0.0] * (size + 1)
     while len(ids) < length:
         gap = [rng.randrange(2, vocabulary) for _ in range(rng.randint(0, gaps))]
         # After a gap the first token of the run cannot be foreseen.
@@ -299,4 +300,4 @@ def repeats(material: Material, rng: random.Random, length: int) -> Sequence:
 
 def text(material: Material, rng: random.Random, length: int) -> Sequence:
     """Plain corpus text."""
-    return [BOS_ID] + material.passage(rng, length - 1), [0.0] + [TEXT_WEIGHT] * (length - 1)
+    return [BOS_ID, *material.passage(rng, length - 1)], [0.0] + [TEXT_WEIGHT] * (length - 1)

@@ -15,14 +15,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Dataset
-
 from export import export_model
 from llama import Llama, Shape
 from mixture import NAMES, make_batch
 from muon import Muon
 from schedule import PHASES, RATES, TOTAL_STEPS, Phase, phase_at, rate_factor
 from tasks import ANSWER_WEIGHT, REPEAT_WEIGHT, Material
+from torch.utils.data import DataLoader, Dataset
 
 
 class Stream(Dataset):

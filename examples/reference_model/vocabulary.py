@@ -12,10 +12,9 @@ import random
 from pathlib import Path
 
 import numpy as np
+from strings import benchmark_strings
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
-
-from strings import benchmark_strings
 from words import key_words, random_uuid
 
 BOS, EOS = "<|bos|>", "<|eos|>"
@@ -52,32 +51,34 @@ def digit_merges() -> list[tuple[str, str]]:
     return merges
 
 
-def training_texts(corpus: Path, seed: int) -> list[str]:
+def training_texts(corpus: Path, seed: int, key_count: int) -> list[str]:
     """Corpus without digits, with task keys and identifiers so that they too come out in few tokens."""
     rng = random.Random(seed)
     texts = [json.loads(line) for line in (corpus / "corpus.jsonl").read_text("utf-8").splitlines()]
-    plain = ["".join(c for c in d["text"] if not c.isdigit()) for d in texts if not d["heldout"]]
-    # Prose counts twice: words matter more than indentation to a reader of scores.
-    plain += ["".join(c for c in d["text"] if not c.isdigit()) for d in texts if not d["heldout"] and d["kind"] == "prose"]
+    plain = []
+    for page in texts:
+        if not page["heldout"]:
+            # Prose counts twice: words matter more than indentation to a reader of scores.
+            plain += ["".join(c for c in page["text"] if not c.isdigit())] * (1 + (page["kind"] == "prose"))
     adjectives, nouns = key_words()
-    keys = [f" {rng.choice(adjectives)}-{rng.choice(nouns)}" for _ in range(400_000)]
-    uuids = ["".join(c for c in random_uuid(rng) if not c.isdigit()) for _ in range(20_000)]
+    keys = [f" {rng.choice(adjectives)}-{rng.choice(nouns)}" for _ in range(key_count)]
+    uuids = ["".join(c for c in random_uuid(rng) if not c.isdigit()) for _ in range(key_count // 20)]
     templates = [text for part in benchmark_strings().values() for text in part.values() if isinstance(text, str)]
     return plain + keys + uuids + templates * 2000
 
 
-def train(corpus: Path, seed: int) -> Tokenizer:
+def train(corpus: Path, seed: int, vocab_size: int = VOCAB_SIZE, keys: int = 400_000) -> Tokenizer:
     """Learn the merges on digit-free text, then put the digit tokens before them."""
     digits = digit_merges()
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = splitter()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE - len(digits),
+        vocab_size=vocab_size - len(digits),
         special_tokens=[BOS, EOS],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    learner.train_from_iterator(training_texts(corpus, seed), trainer)
+    learner.train_from_iterator(training_texts(corpus, seed, keys), trainer)
     learned = json.loads(learner.to_str())["model"]
     vocabulary = sorted(learned["vocab"], key=learned["vocab"].__getitem__) + [a + b for a, b in digits]
     merges = digits + [tuple(m) for m in learned["merges"]]
@@ -116,6 +117,10 @@ def main() -> None:
     )
     wrapped.chat_template = CHAT_TEMPLATE
     wrapped.save_pretrained(args.out, save_jinja_files=False)
+    # The class name that every version of Transformers, and servers built on it, can load.
+    config_path = args.out / "tokenizer_config.json"
+    config = json.loads(config_path.read_text("utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    config_path.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     encode_corpus(tokenizer, args.corpus)
 
 

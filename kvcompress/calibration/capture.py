@@ -107,7 +107,9 @@ def _attention(
     return exact_attention(query, key, value, scale, options.get("sliding_window")).transpose(1, 2), None
 
 
-def exact_attention(query_BHTD: Tensor, key_BHTD: Tensor, value_BHTD: Tensor, scale: float, window: int | None = None) -> Tensor:
+def exact_attention(
+    query_BHTD: Tensor, key_BHTD: Tensor, value_BHTD: Tensor, scale: float, window: int | None = None
+) -> Tensor:
     """Causal grouped-query attention of whole sequences, `[batch, query heads, tokens, head_dim]`."""
     tokens = query_BHTD.shape[2]
     mask = None

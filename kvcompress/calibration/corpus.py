@@ -28,7 +28,9 @@ class Calibration:
         return hashlib.sha256(self.tokens_NT.tobytes() + self.offsets_N.tobytes()).hexdigest()
 
 
-def build(source: str, tokenizer: Any, samples: int, length: int, context: int, seed: int, vocab_size: int) -> Calibration:
+def build(
+    source: str, tokenizer: Any, samples: int, length: int, context: int, seed: int, vocab_size: int
+) -> Calibration:
     """Cut `samples` sequences of `length` tokens out of a source.
 
     Every sequence starts with the tokenizer's BOS where it has one, so that first-token behaviour is calibrated. The
@@ -48,7 +50,9 @@ def build(source: str, tokenizer: Any, samples: int, length: int, context: int, 
     bos = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
     body = length - len(bos)
     if len(stream) < body:
-        raise ValueError(f"calibration source {source} has {len(stream)} tokens; expected at least {body} for one sample")
+        raise ValueError(
+            f"calibration source {source} has {len(stream)} tokens; expected at least {body} for one sample"
+        )
     if int(stream.max()) >= vocab_size or int(stream.min()) < 0:
         raise ValueError(f"calibration source {source} has token ids outside the model's vocabulary of {vocab_size}")
     generator = np.random.Generator(np.random.PCG64(seed))

@@ -12,7 +12,9 @@ from torch import Tensor
 from kvcompress.codec.layer import LayerCodec
 
 
-def attend(query_QHGD: Tensor, k_latent_THR: Tensor, v_latent_THR: Tensor, codec: LayerCodec, softmax_scale: float) -> Tensor:
+def attend(
+    query_QHGD: Tensor, k_latent_THR: Tensor, v_latent_THR: Tensor, codec: LayerCodec, softmax_scale: float
+) -> Tensor:
     """Causal attention of the last Q of T tokens over all T.
 
     Args:

@@ -49,7 +49,9 @@ class PageLayout:
             ValueError: block_size is not a positive multiple of 16.
         """
         if block_size <= 0 or block_size % PART_ALIGNMENT:
-            raise ValueError(f"block size is {block_size}; compressed pages need a positive multiple of {PART_ALIGNMENT}")
+            raise ValueError(
+                f"block size is {block_size}; compressed pages need a positive multiple of {PART_ALIGNMENT}"
+            )
         offset = 0
 
         def take(size: int) -> int:

@@ -13,7 +13,9 @@ from kvcompress.codec.layer import LayerCodec, SideCodec
 from kvcompress.codec.layout import PageLayout
 
 
-def append(pages_NHX: Tensor, layout: PageLayout, codec: LayerCodec, keys_THD: Tensor, values_THD: Tensor, slots_T: Tensor) -> None:
+def append(
+    pages_NHX: Tensor, layout: PageLayout, codec: LayerCodec, keys_THD: Tensor, values_THD: Tensor, slots_T: Tensor
+) -> None:
     """Encode tokens and store them in their slots. Slots below 0 are padding and are skipped."""
     valid = slots_T >= 0
     if not bool(valid.all()):
@@ -28,7 +30,9 @@ def append(pages_NHX: Tensor, layout: PageLayout, codec: LayerCodec, keys_THD: T
         codes_NHSB[block_T, :, offset_T] = codes_THB
 
 
-def read(pages_NHX: Tensor, layout: PageLayout, codec: LayerCodec, blocks_N: Tensor, length: int) -> tuple[Tensor, Tensor]:
+def read(
+    pages_NHX: Tensor, layout: PageLayout, codec: LayerCodec, blocks_N: Tensor, length: int
+) -> tuple[Tensor, Tensor]:
     """Normalized latents (k_THR, v_THR) in float32 of the first `length` tokens of a block table."""
     latents = []
     for side, _, gain_offset, code_offset in _sides(layout, codec, None, None):
@@ -54,7 +58,10 @@ def _sides(
 def _part(pages_NHX: Tensor, layout: PageLayout, offset: int, width: int) -> Tensor:
     """One part of every record as a view `[num_blocks, heads, block_size, width]`."""
     assert offset >= 0
-    return pages_NHX[:, :, offset : offset + layout.block_size * width].unflatten(-1, (layout.block_size, width))
+    part: Tensor = pages_NHX[:, :, offset : offset + layout.block_size * width].unflatten(
+        -1, (layout.block_size, width)
+    )
+    return part
 
 
 def _gather(part_NHSX: Tensor, blocks_N: Tensor, length: int) -> Tensor:

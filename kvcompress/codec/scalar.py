@@ -104,7 +104,8 @@ def _values(code_THR: Tensor, side: SideSpec) -> Tensor:
 
 
 def _value(code: Tensor, bits: int) -> Tensor:
-    return (code.float() - (2**bits - 1) / 2) * STEP[bits]
+    value: Tensor = (code.float() - (2**bits - 1) / 2) * STEP[bits]
+    return value
 
 
 def _pack(code_THW: Tensor, bits: int) -> Tensor:
@@ -112,9 +113,11 @@ def _pack(code_THW: Tensor, bits: int) -> Tensor:
     codes = code_THW.to(torch.uint8).unflatten(-1, (-1, per_byte))
     shifts = torch.arange(per_byte, device=codes.device, dtype=torch.uint8) * bits
     # The codes of one byte occupy different bits, so their sum is their union.
-    return (codes << shifts).sum(-1, dtype=torch.uint8)
+    packed: Tensor = (codes << shifts).sum(-1, dtype=torch.uint8)
+    return packed
 
 
 def _unpack(bytes_THB: Tensor, bits: int) -> Tensor:
     shifts = torch.arange(8 // bits, device=bytes_THB.device, dtype=torch.uint8) * bits
-    return ((bytes_THB[..., None] >> shifts) & (2**bits - 1)).flatten(-2)
+    codes: Tensor = (bytes_THB[..., None] >> shifts) & (2**bits - 1)
+    return codes.flatten(-2)

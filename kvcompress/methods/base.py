@@ -78,7 +78,9 @@ def channels(share: float | int, head_dim: int) -> int:
     if isinstance(share, float):
         return max(CHANNEL_GROUP, round(share * head_dim / CHANNEL_GROUP) * CHANNEL_GROUP)
     if share > head_dim:
-        raise ValueError(f"rank {share} is above head_dim {head_dim}; use a rank up to {head_dim} or a share such as 0.75")
+        raise ValueError(
+            f"rank {share} is above head_dim {head_dim}; use a rank up to {head_dim} or a share such as 0.75"
+        )
     if share % CHANNEL_GROUP:
         low = share // CHANNEL_GROUP * CHANNEL_GROUP
         near = " or ".join(str(rank) for rank in (low, low + CHANNEL_GROUP) if rank)

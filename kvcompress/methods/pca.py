@@ -49,8 +49,12 @@ class RankPair(BaseModel):
 class PcaConfig(StageConfig):
     kind: ClassVar[Kind] = "basis"
     method: Literal["pca"] = "pca"
-    metric: Literal["attention", "none"] = Field("attention", description="error to minimise: attention's, or that of K and V")
-    rank: RankPair = Field(RankPair(k=1.0, v=1.0), description="channels kept: a share of head_dim (1.0) or a count (64)")
+    metric: Literal["attention", "none"] = Field(
+        "attention", description="error to minimise: attention's, or that of K and V"
+    )
+    rank: RankPair = Field(
+        RankPair(k=1.0, v=1.0), description="channels kept: a share of head_dim (1.0) or a count (64)"
+    )
 
     @field_validator("rank", mode="before")
     @classmethod
@@ -84,7 +88,9 @@ def _principal_axes(mean_HD: Tensor, covariance_HDD: Tensor, moment_HDD: Tensor 
     import torch
 
     covariance = covariance_HDD.double()
-    root, inverse_root = _square_roots(torch.eye(covariance.shape[-1], dtype=torch.float64) if moment_HDD is None else moment_HDD.double())
+    root, inverse_root = _square_roots(
+        torch.eye(covariance.shape[-1], dtype=torch.float64) if moment_HDD is None else moment_HDD.double()
+    )
     variance, axes = torch.linalg.eigh(root @ covariance @ root)
     variance, axes = variance.flip(-1).clamp_min(0.0), axes.flip(-1)
     # An eigenvector's sign is arbitrary; fixing it makes the same statistics give the same bytes.

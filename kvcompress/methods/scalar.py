@@ -47,7 +47,9 @@ class ScalarConfig(StageConfig):
     kind: ClassVar[Kind] = "encoding"
     method: Literal["scalar"] = "scalar"
     bits: BitsPair | None = Field(None, description="one code width for every kept channel: 16, 8, 4 or 2")
-    bands: BandsPair | None = Field(None, description="lists of [bits, channels], most bits first, e.g. [[8, 16], [4, 32]]")
+    bands: BandsPair | None = Field(
+        None, description="lists of [bits, channels], most bits first, e.g. [[8, 16], [4, 32]]"
+    )
     target_bits_per_channel: TargetPair | None = Field(
         None, description="average bits per channel of head_dim, spent where the variance is"
     )

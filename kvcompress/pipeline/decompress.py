@@ -23,7 +23,9 @@ def decompress(directory: str | Path, out: str | Path, progress: Progress) -> No
     """
     checkpoint = Checkpoint.open(directory)
     if not is_compressed(checkpoint.config):
-        raise ValueError(f"{directory} is not compressed by kvcompress; expected a folder with kvcompress/manifest.json")
+        raise ValueError(
+            f"{directory} is not compressed by kvcompress; expected a folder with kvcompress/manifest.json"
+        )
     target = check_output(out, resume=True)
     progress("verifying", 0, 1)
     require_verified(verify(checkpoint.path), directory)

@@ -30,7 +30,9 @@ class FittedLayer:
     """Relative error of the layer's attention output after o_proj: of K alone, of V alone, and of both."""
 
 
-def fit_layer(runner: LayerRunner, plan: Plan, index: int, hidden_NTC: Tensor, offsets_N: np.ndarray[Any, Any]) -> FittedLayer:
+def fit_layer(
+    runner: LayerRunner, plan: Plan, index: int, hidden_NTC: Tensor, offsets_N: np.ndarray[Any, Any]
+) -> FittedLayer:
     """Fit one layer and advance `hidden_NTC` in place to the layer's output."""
     compressed = plan.spec.layers[index] is not None
     accumulator = LayerAccumulator()
@@ -42,7 +44,8 @@ def fit_layer(runner: LayerRunner, plan: Plan, index: int, hidden_NTC: Tensor, o
             hidden_NTC[sample] = runner.forward(layer, hidden_NTC[sample], offset, collect)
         if not compressed:
             return FittedLayer(None, {})
-        output: Any = layer.self_attn.o_proj
+        attention: Any = layer.self_attn
+        output = attention.o_proj
         codec = _codec(plan, accumulator.finish(output.weight))
         errors = _ErrorMeter(codec.to(runner.device), output)
         for probe_TC, offset in zip(probes_NTC, offsets_N[first_probe:].tolist(), strict=True):
@@ -103,5 +106,5 @@ class _ErrorMeter:
 def _through(side: SideCodec, states_BHTD: Tensor) -> Tensor:
     batch = states_BHTD.shape[0]
     x_THD = states_BHTD.transpose(1, 2).flatten(0, 1)
-    decoded = side.reconstruct(*side.encode(x_THD))
-    return decoded.unflatten(0, (batch, -1)).transpose(1, 2).to(states_BHTD.dtype)
+    decoded: Tensor = side.reconstruct(*side.encode(x_THD)).unflatten(0, (batch, -1))
+    return decoded.transpose(1, 2).to(states_BHTD.dtype)

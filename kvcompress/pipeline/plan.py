@@ -92,7 +92,9 @@ def make(
     refuse_compressed(checkpoint)
     if checkpoint.config.get("quantization_config"):
         method = checkpoint.config["quantization_config"].get("quant_method")
-        raise ValueError(f"the base model has quantized weights ({method}); calibration needs an unquantized checkpoint")
+        raise ValueError(
+            f"the base model has quantized weights ({method}); calibration needs an unquantized checkpoint"
+        )
     geometry = ModelGeometry.from_config(checkpoint.config)
     if context < 1 or memory_bytes < 1:
         raise ValueError("context and memory must be positive")
@@ -100,7 +102,9 @@ def make(
     layer = LayerSpec(geometry.num_kv_heads, geometry.head_dim, sides["k"], sides["v"])
     spec = CodecSpec(tuple(None if window else layer for window in geometry.sliding_window))
     if not any(spec.layers):
-        raise ValueError("every layer of the model has a sliding window, whose cache is bounded already; nothing to compress")
+        raise ValueError(
+            "every layer of the model has a sliding window, whose cache is bounded already; nothing to compress"
+        )
     return Plan(
         model=model,
         recipe=recipe,

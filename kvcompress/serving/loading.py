@@ -14,7 +14,6 @@ from kvcompress.codec.layer import LayerCodec, from_tensors
 from kvcompress.codec.spec import CodecSpec
 
 
-
 def read_spec(config: Mapping[str, Any]) -> CodecSpec:
     """The codec described by a compressed checkpoint's config.json.
 

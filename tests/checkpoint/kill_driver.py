@@ -1,7 +1,7 @@
 """Run by test_kill.py: write a checkpoint in child processes that kill themselves at chosen points, then resume.
 
 Usage: kill_driver.py FOLDER SEED POINTS. FOLDER holds `base`, a checkpoint with several shards. Prints JSON: the tree
-of an uninterrupted run, and for each point the signals that ended its three runs and the tree they left.
+of an uninterrupted run, and for each point the signals that ended its three runs and what they left.
 
 A point is just before the n-th system call that touches the disk, so points are the same on every machine, and every
 state that a kill can leave is among them.
@@ -144,7 +144,8 @@ def main(folder: Path, seed: int, points: int) -> None:
         shutil.rmtree(out)
         runs = (kill_at(point, start), kill_at(point // 2 + 1, resume), resume)
         signals = [in_child(run) for run in runs]
-        results.append({"point": point, "signals": signals, "tree": tree(folder)})
+        left = sorted(path.name for path in folder.iterdir())
+        results.append({"point": point, "signals": signals, "tree": tree(folder), "left": left})
     print(json.dumps({"calls": total, "reference": reference, "results": results}))
 
 

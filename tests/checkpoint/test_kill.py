@@ -30,4 +30,5 @@ def test_killed_runs_resume_to_the_same_bytes(
         assert last == 0
         found = {name: sha256 for name, sha256 in result["tree"].items() if name not in inputs}
         assert found == expected, result["point"]
+        assert result["left"] == ["base", "out"], result["point"]
     assert sum(result["signals"][1] == signal.SIGKILL for result in report["results"]) > POINTS // 2

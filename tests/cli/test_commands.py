@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
 from kvcompress_cli import main
+
 from tests import tiny
 
 Run = Callable[..., tuple[int, str, str]]
@@ -44,7 +44,19 @@ def compressed(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 def test_compress_inspect_verify_decompress(run: Run, base_model: Path, recipe_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    arguments = ("compress", base_model, "--recipe", recipe_file, "--out", out, "--samples", 4, "--length", 64, "--json")
+    arguments = (
+        "compress",
+        base_model,
+        "--recipe",
+        recipe_file,
+        "--out",
+        out,
+        "--samples",
+        4,
+        "--length",
+        64,
+        "--json",
+    )
     code, stdout, _ = run(*arguments)
     assert code == 0
     assert json.loads(stdout)["bytes_per_token"]["ratio"] > 4
@@ -64,7 +76,15 @@ def test_plan(run: Run, base_model: Path, recipe_file: Path) -> None:
     code, stdout, _ = run("plan", base_model, "-r", recipe_file, "--json", "--memory", 0.5, "--context", 1000)
     made = json.loads(stdout)
     assert code == 0
-    assert set(made) >= {"model", "recipe", "bytes_per_token", "weights_bytes", "peak_rss_bytes", "capacity_tokens", "layers"}
+    assert set(made) >= {
+        "model",
+        "recipe",
+        "bytes_per_token",
+        "weights_bytes",
+        "peak_rss_bytes",
+        "capacity_tokens",
+        "layers",
+    }
     per_token = made["bytes_per_token"]["compressed"]
     assert made["capacity_tokens"]["compressed"] == (1 << 29) // per_token
     assert made["layers"][3]["v"]["rank"] == 24
@@ -176,7 +196,9 @@ def test_bad_input_is_one_line_and_leaves_nothing(
         (["inspect", "."], "no kvcompress/manifest.json"),
     ],
 )
-def test_usage_errors(arguments: list[str], words: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_usage_errors(
+    arguments: list[str], words: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     code, _, stderr = run(*arguments)
     assert code == 2
@@ -238,7 +260,9 @@ def test_help_is_fast_and_imports_nothing_heavy() -> None:
     times = []
     for _ in range(5):
         began = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": "cli:eval:."}, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": "cli:eval:."}, check=False
+        )
         times.append(time.perf_counter() - began)
         assert done.returncode == 0, done.stderr
         assert "compress" in done.stdout

@@ -47,7 +47,9 @@ def exact(query_QHGD: Tensor, keys_THD: Tensor, values_THD: Tensor, scale: float
     return torch.einsum("hgqt,thd->qhgd", weights, values_THD.double())
 
 
-@pytest.mark.parametrize(("k", "v"), [("16", "16"), ("8", "4"), ("4", "2"), ("2", "8"), ("banded", "banded"), ("16", "4")])
+@pytest.mark.parametrize(
+    ("k", "v"), [("16", "16"), ("8", "4"), ("4", "2"), ("2", "8"), ("banded", "banded"), ("16", "4")]
+)
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 70])
 def test_paged_attention_equals_exact_attention_on_the_stored_tokens(k: str, v: str, tokens: int) -> None:
     codec = layer_codec(k, v)
@@ -64,9 +66,7 @@ def test_paged_attention_equals_exact_attention_on_the_stored_tokens(k: str, v: 
     queries = min(tokens, 5)
     query = torch.randn(queries, HEADS, GROUP, HEAD_DIM, generator=generator)
     found = attention.attend(query, k_latent, v_latent, codec, HEAD_DIM**-0.5)
-    stored = [
-        side.reconstruct(*side.encode(x)) for side, x in ((codec.k, keys), (codec.v, values))
-    ]
+    stored = [side.reconstruct(*side.encode(x)) for side, x in ((codec.k, keys), (codec.v, values))]
     torch.testing.assert_close(found.double(), exact(query, stored[0], stored[1], HEAD_DIM**-0.5), rtol=1e-4, atol=1e-4)
 
 

@@ -27,7 +27,7 @@ ENVIRONMENT = {
 ENGINE = {
     "skip_tokenizer_init": True,
     "dtype": "float32",
-    "max_model_len": 512,
+    "max_model_len": 320,
     "max_num_seqs": 8,
     "block_size": 32,
     "enforce_eager": True,
@@ -47,10 +47,12 @@ def run(
         error: instead of all these but the log, the message of the exception that stopped the start.
     """
     scenario = {"engine": ENGINE | {"model": str(model)} | engine, "passes": passes, "max_tokens": max_tokens}
+    inherited = dict(os.environ)
+    inherited.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would take precedence over kv_cache_memory_bytes
     child = subprocess.run(
         [sys.executable, __file__],
         input=json.dumps(scenario),
-        env=os.environ | ENVIRONMENT | {"PYTHONPATH": _python_path()} | (env or {}),
+        env=inherited | ENVIRONMENT | {"PYTHONPATH": _python_path()} | (env or {}),
         capture_output=True,
         text=True,
         timeout=600,

@@ -17,7 +17,9 @@ def sample() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, La
     generator = torch.Generator().manual_seed(0)
 
     def correlated(heads: int) -> torch.Tensor:
-        mixing = torch.randn(heads, HEAD_DIM, HEAD_DIM, generator=generator) * torch.logspace(0, -1.5, HEAD_DIM)[:, None]
+        mixing = (
+            torch.randn(heads, HEAD_DIM, HEAD_DIM, generator=generator) * torch.logspace(0, -1.5, HEAD_DIM)[:, None]
+        )
         return torch.randn(1, heads, TOKENS, HEAD_DIM, generator=generator) @ mixing + 1.0
 
     query, key, value = correlated(KV_HEADS * GROUP), correlated(KV_HEADS), correlated(KV_HEADS)
@@ -64,7 +66,9 @@ def test_channels_are_ordered_uncorrelated_and_have_the_stated_variance(sample, 
     assert (basis.variance_HR.diff(dim=-1) <= 1e-6 * basis.variance_HR[:, :1]).all()
     latent = ((key[0] - basis.mean_HD[:, None]) @ basis.basis_HDR).double()
     covariance = latent.mT @ latent / TOKENS
-    torch.testing.assert_close(torch.diagonal(covariance, dim1=-2, dim2=-1).float(), basis.variance_HR, rtol=2e-3, atol=1e-4)
+    torch.testing.assert_close(
+        torch.diagonal(covariance, dim1=-2, dim2=-1).float(), basis.variance_HR, rtol=2e-3, atol=1e-4
+    )
     off_diagonal = covariance - torch.diag_embed(torch.diagonal(covariance, dim1=-2, dim2=-1))
     assert off_diagonal.abs().max() < 1e-3 * covariance.abs().max()
 

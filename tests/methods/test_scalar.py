@@ -68,7 +68,13 @@ def test_truncated_basis_gives_its_bits_to_the_kept_channels() -> None:
 
 @pytest.mark.parametrize(
     "parameters",
-    [{}, {"bits": 4, "target_bits_per_channel": 3.0}, {"bits": 5}, {"bits": {"k": 4}}, {"target_bits_per_channel": -1.0}],
+    [
+        {},
+        {"bits": 4, "target_bits_per_channel": 3.0},
+        {"bits": 5},
+        {"bits": {"k": 4}},
+        {"target_bits_per_channel": -1.0},
+    ],
 )
 def test_bad_parameters(parameters: dict[str, Any]) -> None:
     with pytest.raises(ValueError):

@@ -10,6 +10,8 @@
 extern "C" {
 #endif
 
+#define KVC_EXPORT __attribute__((visibility("default")))
+
 // Raised whenever a struct below or the meaning of an argument changes.
 #define KVC_ABI_VERSION 1
 
@@ -93,16 +95,16 @@ typedef struct {
     int32_t level;
 } kvc_append_args;
 
-int32_t kvc_abi_version(void);
+KVC_EXPORT int32_t kvc_abi_version(void);
 
 // The best level this machine has.
-int32_t kvc_best_level(void);
+KVC_EXPORT int32_t kvc_best_level(void);
 
 // Causal attention of every request's last query_starts[r+1] - query_starts[r] tokens over all its seq_lens[r] tokens.
-int32_t kvc_attend(const kvc_attend_args* args);
+KVC_EXPORT int32_t kvc_attend(const kvc_attend_args* args);
 
 // Encode tokens and store them in their slots.
-int32_t kvc_append(const kvc_append_args* args);
+KVC_EXPORT int32_t kvc_append(const kvc_append_args* args);
 
 #ifdef __cplusplus
 }

@@ -36,7 +36,9 @@ class CompressedLayer(DynamicLayer):  # type: ignore[misc]
         )
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         """Append post-RoPE states `[batch, heads, tokens, head_dim]`; return every token's decoded states."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -71,7 +73,8 @@ def _to_records(side: SideCodec, states_BHTD: Tensor) -> Tensor:
     batch, heads, tokens, head_dim = states_BHTD.shape
     gain, codes = side.encode(states_BHTD.transpose(1, 2).reshape(batch * tokens, heads, head_dim))
     record = codes if gain is None else torch.cat([gain[..., None].view(torch.uint8), codes], dim=-1)
-    return record.unflatten(0, (batch, tokens)).transpose(1, 2)
+    records_BTHX: Tensor = record.unflatten(0, (batch, tokens))
+    return records_BTHX.transpose(1, 2)
 
 
 def _from_records(side: SideCodec, records_BHTX: Tensor) -> Tensor:
@@ -81,4 +84,5 @@ def _from_records(side: SideCodec, records_BHTX: Tensor) -> Tensor:
     if side.spec.has_gain:
         gain = record[..., :GAIN_BYTES].contiguous().view(torch.float16).squeeze(-1)
         record = record[..., GAIN_BYTES:]
-    return side.reconstruct(gain, record).unflatten(0, (batch, -1)).transpose(1, 2)
+    states_BTHD: Tensor = side.reconstruct(gain, record).unflatten(0, (batch, -1))
+    return states_BTHD.transpose(1, 2)

@@ -1,0 +1,136 @@
+// Encoding one token of one head, as kvcompress/codec/scalar.py specifies it.
+#pragma once
+
+#include "vec.h"
+
+namespace kvcompress::cpu::KVC_LEVEL {
+namespace {
+
+constexpr float kSmallestGain = 0x1p-14f, kLargestGain = 65504.f, kHalfMax = 65504.f;
+// 2^(i/3), i = -3..6: multiples of the root mean square tried as gain.
+constexpr float kGainCandidates[] = {0.5f, 0.62996052f, 0.79370053f, 1.f, 1.25992105f,
+                                     1.58740105f, 2.f, 2.51984210f, 3.17480210f, 4.f};
+
+KVC_INLINE float clamp(float x, float low, float high) { return x < low ? low : x > high ? high : x; }
+
+// Nearest code of unit-gain latents, ties to even; lanes past the band's width see zeros and are not used.
+KVC_INLINE VecF nearest_code(VecF latent, float gain, float step, float top) {
+    constexpr float kRound = 12582912.f;
+    VecF level = latent / gain / step + top / 2;
+    level = min_of(max_of(level, VecF{}), splat(top));  // clamped first: rounding by addition needs small numbers
+    return (level + kRound) - kRound;
+}
+
+// latent and weight are padded with zeros from each band's end to whole vectors: [band][padded width].
+struct Padded {
+    int width[KVC_MAX_BANDS];
+    int total;
+};
+
+inline Padded padded(const kvc_side& side) {
+    Padded p{};
+    for (int band = 0; band < side.num_bands; ++band) p.total += p.width[band] = round_up(side.widths[band], kLanes);
+    return p;
+}
+
+inline float best_gain(const kvc_side& side, const Padded& pad, const float* latent, const float* weight) {
+    VecF squares = {};
+    for (int i = 0; i < pad.total; i += kLanes) squares += load(latent + i) * load(latent + i);
+    const float rms = [&] {
+        const float value = __builtin_sqrtf(sum(squares) / static_cast<float>(side.rank));
+        return value < kSmallestGain ? kSmallestGain : value;
+    }();
+    float best_error = __builtin_inff(), best = rms;
+    for (const float factor : kGainCandidates) {
+        const float candidate = rms * factor;
+        VecF energies = {}, products = {};
+        const float *x = latent, *w = weight;
+        for (int band = 0; band < side.num_bands; ++band) {
+            const float step = side.steps[band], top = static_cast<float>((1 << side.bits[band]) - 1);
+            for (int i = 0; i < pad.width[band]; i += kLanes, x += kLanes, w += kLanes) {
+                const VecF value = (nearest_code(load(x), candidate, step, top) - top / 2) * step;
+                energies += load(w) * (value * value);
+                products += load(w) * value * load(x);
+            }
+        }
+        // Codes fixed, the error is quadratic in the gain: its minimum is one division away.
+        const float refined = half_to_float(float_to_half(clamp(sum(products) / sum(energies), kSmallestGain, kLargestGain)));
+        VecF errors = {};
+        x = latent, w = weight;
+        for (int band = 0; band < side.num_bands; ++band) {
+            const float step = side.steps[band], top = static_cast<float>((1 << side.bits[band]) - 1);
+            for (int i = 0; i < pad.width[band]; i += kLanes, x += kLanes, w += kLanes) {
+                const VecF miss = load(x) - (nearest_code(load(x), candidate, step, top) - top / 2) * step * refined;
+                errors += load(w) * (miss * miss);
+            }
+        }
+        const float error = sum(errors);
+        if (error < best_error) best_error = error, best = refined;
+    }
+    return clamp(best, kSmallestGain, kLargestGain);
+}
+
+inline void pack_band(const float* codes, int bits, int width, uint8_t* out) {
+    const int per_byte = 8 / bits;
+    for (int byte = 0; byte < width / per_byte; ++byte) {
+        unsigned packed = 0;
+        for (int i = 0; i < per_byte; ++i) packed |= static_cast<unsigned>(codes[byte * per_byte + i]) << (bits * i);
+        out[byte] = static_cast<uint8_t>(packed);
+    }
+}
+
+inline void encode_side(const kvc_side& side, int head_dim, const kvc_rows& rows, int64_t token, int head, const float* mean_HD,
+                        const float* encode_HDR, const float* weight_HR, uint8_t* record, int offset, float* scratch) {
+    float *x = scratch, *latent = x + kMaxHeadDim;
+    float *padded_latent = latent + kMaxHeadDim, *padded_weight = padded_latent + 2 * kMaxHeadDim;
+    load_row(rows, token, head, head_dim, x);
+    for (int d = 0; d < head_dim; ++d) x[d] -= mean_HD[head * head_dim + d];
+    row_times_matrix(x, encode_HDR + static_cast<int64_t>(head) * head_dim * side.rank, head_dim, side.rank, latent);
+    for (int c = 0; c < side.rank; ++c) {
+        if (latent[c] != latent[c]) latent[c] = 0;
+        if (__builtin_isinf(latent[c])) latent[c] = latent[c] > 0 ? kHalfMax : -kHalfMax;
+    }
+    uint8_t* codes = record + side.code_offset + offset * side.code_bytes;
+    if (side.gain_offset < 0) {
+        for (int c = 0; c < side.rank; ++c) {
+            const uint16_t half = float_to_half(clamp(latent[c], -kHalfMax, kHalfMax));
+            std::memcpy(codes + 2 * c, &half, 2);
+        }
+        return;
+    }
+    const Padded pad = padded(side);
+    std::memset(padded_latent, 0, sizeof(float) * static_cast<size_t>(pad.total));
+    std::memset(padded_weight, 0, sizeof(float) * static_cast<size_t>(pad.total));
+    for (int band = 0, from = 0, to = 0; band < side.num_bands; from += side.widths[band], to += pad.width[band], ++band)
+        for (int c = 0; c < side.widths[band]; ++c) {
+            padded_latent[to + c] = latent[from + c];
+            padded_weight[to + c] = weight_HR[head * side.rank + from + c];
+        }
+    const float gain = best_gain(side, pad, padded_latent, padded_weight);
+    const uint16_t half = float_to_half(gain);
+    std::memcpy(record + side.gain_offset + 2 * offset, &half, 2);
+    const float rounded = half_to_float(half);
+    const float* band_latent = padded_latent;
+    for (int band = 0; band < side.num_bands; ++band) {
+        const float step = side.steps[band], top = static_cast<float>((1 << side.bits[band]) - 1);
+        for (int i = 0; i < pad.width[band]; i += kLanes) store(latent + i, nearest_code(load(band_latent + i), rounded, step, top));
+        pack_band(latent, side.bits[band], side.widths[band], codes);
+        codes += side.bits[band] * side.widths[band] / 8;
+        band_latent += pad.width[band];
+    }
+}
+
+size_t append_scratch_bytes(const kvc_append_args&) { return sizeof(float) * 8 * kMaxHeadDim; }
+
+void append(const kvc_append_args& args, int64_t token, int head, void* scratch) {
+    const kvc_pages& pages = args.pages;
+    const int64_t slot = args.slots[token];
+    uint8_t* record = pages.data + slot / pages.block_size * pages.block_stride + head * pages.head_stride;
+    const int offset = static_cast<int>(slot % pages.block_size);
+    auto* floats = static_cast<float*>(scratch);
+    encode_side(pages.k, pages.head_dim, args.keys, token, head, args.k_mean_HD, args.k_encode_HDR, args.k_weight_HR, record, offset, floats);
+    encode_side(pages.v, pages.head_dim, args.values, token, head, args.v_mean_HD, args.v_encode_HDR, args.v_weight_HR, record, offset, floats);
+}
+
+}  // namespace
+}  // namespace kvcompress::cpu::KVC_LEVEL

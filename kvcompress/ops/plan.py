@@ -1,0 +1,166 @@
+"""What the kernels need of one layer's codec: contiguous float32 matrices and tables of bands and offsets.
+
+Prepared once per layer. A codec (`codec.layer.LayerCodec`) is seen through protocols here, because this package lies
+below the codec's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kvcompress.codec.layout import PageLayout
+from kvcompress.codec.spec import Band, LayerSpec, SideSpec
+from kvcompress.ops import library
+
+
+class SideTensors(Protocol):
+    """Keys or values of one layer, as `codec.layer.SideCodec` has them."""
+
+    @property
+    def spec(self) -> SideSpec: ...
+    @property
+    def mean_HD(self) -> Tensor: ...
+    @property
+    def encode_HDR(self) -> Tensor: ...
+    @property
+    def decode_HRD(self) -> Tensor: ...
+    @property
+    def weight_HR(self) -> Tensor: ...
+
+
+class LayerTensors(Protocol):
+    """Both sides of one layer, as `codec.layer.LayerCodec` has them."""
+
+    @property
+    def k(self) -> SideTensors: ...
+    @property
+    def v(self) -> SideTensors: ...
+
+
+@dataclass(frozen=True)
+class SidePlan:
+    """Keys or values of one layer: contiguous float32 tensors."""
+
+    spec: SideSpec
+    mean_HD: Tensor
+    encode_HDR: Tensor
+    decode_HRD: Tensor
+    weight_HR: Tensor
+
+    @classmethod
+    def of(cls, side: SideTensors) -> SidePlan:
+        tensors = (side.mean_HD, side.encode_HDR, side.decode_HRD, side.weight_HR)
+        return cls(side.spec, *(tensor.float().contiguous() for tensor in tensors))
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer, ready for `append` and `decode_attention`."""
+
+    k: SidePlan
+    v: SidePlan
+    k_decode_HDR: Tensor = field(init=False, repr=False)
+    """decode_HRD transposed: absorbing a query adds up its rows."""
+    _pages: dict[PageLayout, library.Pages] = field(init=False, repr=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "k_decode_HDR", self.k.decode_HRD.mT.contiguous())
+
+    @classmethod
+    def of(cls, codec: LayerTensors) -> LayerPlan:
+        return cls(SidePlan.of(codec.k), SidePlan.of(codec.v))
+
+    @property
+    def spec(self) -> LayerSpec:
+        heads, head_dim = self.k.mean_HD.shape
+        return LayerSpec(heads, head_dim, self.k.spec, self.v.spec)
+
+    @property
+    def device(self) -> torch.device:
+        return self.k.mean_HD.device
+
+    def covered(self) -> bool:
+        """Whether the compiled kernels know this layer's shape."""
+        head_dim = self.k.mean_HD.shape[1]
+        return head_dim <= library.MAX_HEAD_DIM and head_dim % 8 == 0
+
+    def pages_struct(self, pages_NHX: Tensor, layout: PageLayout) -> library.Pages:
+        """The C description of a cache; the part that depends on the layout alone is made once."""
+        assert pages_NHX.dtype == torch.uint8, pages_NHX.dtype
+        assert pages_NHX.shape[1:] == (layout.num_kv_heads, layout.record_bytes), (pages_NHX.shape, layout)
+        assert pages_NHX.stride(2) == 1
+        if layout not in self._pages:
+            struct = library.Pages()
+            struct.block_size = layout.block_size
+            struct.num_kv_heads, struct.head_dim = self.k.mean_HD.shape
+            struct.k = _side_struct(self.k.spec, layout.k_gain_offset, layout.k_code_offset)
+            struct.v = _side_struct(self.v.spec, layout.v_gain_offset, layout.v_code_offset)
+            self._pages[layout] = struct
+        struct = library.Pages.from_buffer_copy(self._pages[layout])
+        struct.data = pages_NHX.data_ptr()
+        struct.num_blocks = pages_NHX.shape[0]
+        struct.block_stride, struct.head_stride = pages_NHX.stride(0), pages_NHX.stride(1)
+        return struct
+
+    def flatten(self) -> tuple[list[Tensor], list[int]]:
+        """Tensors and numbers for a torch op, which takes no objects."""
+        tensors: list[Tensor] = []
+        numbers: list[int] = []
+        for side in (self.k, self.v):
+            tensors += [side.mean_HD, side.encode_HDR, side.decode_HRD, side.weight_HR]
+            numbers.append(len(side.spec.bands))
+            for band in side.spec.bands:
+                numbers += band
+        return tensors, numbers
+
+    @classmethod
+    def unflatten(cls, tensors: Sequence[Tensor], numbers: Sequence[int]) -> LayerPlan:
+        """Inverse of `flatten`."""
+        sides, position = [], 0
+        for start in (0, 4):
+            count = numbers[position]
+            flat = numbers[position + 1 : position + 1 + 2 * count]
+            position += 1 + 2 * count
+            bands = tuple(Band(bits, width) for bits, width in zip(flat[::2], flat[1::2], strict=True))
+            sides.append(SidePlan(SideSpec(bands), *tensors[start : start + 4]))
+        return cls(*sides)
+
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def rows_covered(*rows_THD: Tensor) -> bool:
+    """Whether the kernels can read or write these tensors."""
+    return all(rows.device.type == "cpu" and rows.dtype in _DTYPES and rows.stride(-1) == 1 for rows in rows_THD)
+
+
+def rows_struct(rows_THD: Tensor) -> library.Rows:
+    return library.Rows(rows_THD.data_ptr(), rows_THD.stride(0), rows_THD.stride(1), _DTYPES[rows_THD.dtype])
+
+
+def _side_struct(spec: SideSpec, gain_offset: int, code_offset: int) -> library.Side:
+    struct = library.Side()
+    bands: list[Band] = []
+    for band in spec.bands:
+        # Neighbouring bands of one width are one: bands are whole bytes.
+        if bands and bands[-1].bits == band.bits:
+            bands[-1] = Band(band.bits, bands[-1].width + band.width)
+        else:
+            bands.append(band)
+    struct.rank, struct.num_bands = spec.rank, len(bands)
+    for index, band in enumerate(bands):
+        struct.bits[index], struct.widths[index], struct.steps[index] = band.bits, band.width, step(band.bits)
+    struct.gain_offset, struct.code_offset, struct.code_bytes = gain_offset, code_offset, spec.code_bytes
+    return struct
+
+
+def step(bits: int) -> float:
+    """The quantizer's step in units of the channel's static scale; 16-bit channels are stored as they are."""
+    from kvcompress.codec.scalar import STEP
+
+    return STEP.get(bits, 1.0)

@@ -1,0 +1,70 @@
+"""kill -9 at random moments of `compress`, then `--resume`: the output must have the same bytes every time."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from kvcompress import recipe as recipes
+from kvcompress.methods import registry
+from kvcompress.pipeline.compress import Options, compress
+from tests.conftest import BALANCED
+from tests.pipeline.test_compress import tree_sha256
+
+KILLS = 20
+
+
+def _work(model: str, out: str, resume: bool, begun: str) -> None:
+    """One run of compress, in a process of its own; touches `begun` once its imports are done."""
+    import torch
+
+    torch.set_num_threads(1)
+    Path(begun).touch()
+    recipe = recipes.parse(BALANCED, registry.schemas())
+    compress(model, recipe, out, Options(samples=8, length=128, resume=resume), lambda *_: None)
+
+
+@pytest.mark.e2e
+def test_twenty_random_kills(base_model: Path, tmp_path: Path) -> None:
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["tests.e2e.test_kill_and_resume", "transformers.models.llama.modeling_llama"])
+
+    def start(out: Path, resume: bool) -> tuple[multiprocessing.process.BaseProcess, Path]:
+        begun = tmp_path / f"begun-{time.monotonic_ns()}"
+        process = processes.Process(target=_work, args=(str(base_model), str(out), resume, str(begun)))
+        process.start()
+        while not begun.exists():
+            assert process.is_alive() or begun.exists(), "the run ended before it began"
+            time.sleep(0.001)
+        return process, begun
+
+    def finish(out: Path, resume: bool) -> None:
+        process, _ = start(out, resume)
+        process.join(120)
+        assert process.exitcode == 0
+
+    finish(tmp_path / "warm-up", False)
+    began = time.monotonic()
+    finish(tmp_path / "whole", False)
+    seconds = time.monotonic() - began
+    expected = tree_sha256(tmp_path / "whole")
+    dice, hit = random.Random(0), 0
+    for attempt in range(KILLS):
+        out = tmp_path / f"out-{attempt}"
+        process, _ = start(out, False)
+        # One moment in each twentieth of the run, so that every phase is hit.
+        time.sleep(seconds * (attempt + dice.random()) / KILLS)
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        hit += process.exitcode == -signal.SIGKILL and not out.exists()
+        finish(out, True)
+        assert tree_sha256(out) == expected, f"kill {attempt} changed the output"
+        assert not out.with_name(out.name + ".partial").exists()
+    assert hit >= KILLS // 2, f"only {hit} kills came before the end; the test shows nothing"

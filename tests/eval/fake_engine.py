@@ -1,0 +1,47 @@
+"""An engine without a model: a fixed rule says which token follows, and how likely."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from kvcompress_eval.engines import Generation, Scores
+
+
+class FakeEngine:
+    """Predicts token + `step` (modulo `vocabulary`) with probability `certainty`, the rest evenly."""
+
+    name = "fake"
+    batch_size = 2
+    has_distribution = True
+
+    def __init__(self, vocabulary: int = 16, step: int = 1, certainty: float = 0.9) -> None:
+        self.vocabulary, self.step, self.certainty = vocabulary, step, certainty
+        self.scored: list[tuple[int, ...]] = []
+        self.continued: list[tuple[int, ...]] = []
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_tokens: int, until: Sequence[Sequence[str]] | None = None
+    ) -> list[Generation]:
+        self.continued += [tuple(prompt) for prompt in prompts]
+        made = [
+            tuple((prompt[-1] + self.step * (at + 1)) % self.vocabulary for at in range(max_tokens))
+            for prompt in prompts
+        ]
+        return [Generation(tokens, " ".join(map(str, tokens))) for tokens in made]
+
+    def score(self, tokens: Sequence[int], *, distribution: bool = False) -> Scores:
+        self.scored.append(tuple(tokens))
+        sequence = np.asarray(tokens)
+        rest = (1 - self.certainty) / (self.vocabulary - 1)
+        top1 = (sequence[:-1] + self.step) % self.vocabulary
+        whole = np.full((len(top1), self.vocabulary), rest)
+        whole[np.arange(len(top1)), top1] = self.certainty
+        log_probs = np.log(whole[np.arange(len(top1)), sequence[1:]]).astype(np.float32)
+        return Scores(log_probs, top1, np.log(whole).astype(np.float32) if distribution else None)
+
+    def capacity_tokens(self) -> int | None:
+        return 4096
+
+    def close(self) -> None:
+        """Nothing is held."""

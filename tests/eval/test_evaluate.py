@@ -1,0 +1,238 @@
+"""The whole evaluation on tiny models: results, resuming, and refusals before any work."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import kvcompress_eval
+import pytest
+from kvcompress_eval import evaluate
+from kvcompress_eval.engines import transformers_engine
+from kvcompress_eval.models import bytes_per_token, codec_spec, describe_models, read_config
+from kvcompress_eval.suite import SUITES, Suite
+
+from tests import tiny
+from tests.eval.conftest import train_tokenizer
+
+SMALL = Suite(
+    summary="for tests",
+    tasks=("niah_single_1", "niah_multikey_3"),
+    lengths=(640,),
+    samples=3,
+    perplexity_tokens=300,
+    window=128,
+    stride=64,
+    agreement_windows=2,
+    agreement_prompts=1,
+    agreement_new_tokens=6,
+)
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> dict[str, Any]:
+    return {"suite": SMALL, "out": tmp_path / "out", "cache_dir": tmp_path / "cache", "seed": 1}
+
+
+def test_results_have_the_documented_shape(
+    base: Path, compressed: Path, crushed: Path, options: dict[str, Any]
+) -> None:
+    told: list[tuple[str, int, int]] = []
+    results = kvcompress_eval.run(
+        [compressed, crushed],
+        baseline=base,
+        serving_context=64,
+        progress=lambda *state: told.append(state),
+        **options,
+    )
+    assert json.loads((options["out"] / "results.json").read_text()) == results
+    names = ["base", "compressed", "crushed"]
+    assert [model["name"] for model in results["models"]] == names
+    assert [model["role"] for model in results["models"]] == ["baseline", "candidate", "candidate"]
+    sizes = [model["bytes_per_token"] for model in results["models"]]
+    assert sizes[0] == 2 * tiny.NUM_LAYERS * tiny.NUM_KV_HEADS * tiny.HEAD_DIM * 4
+    assert sizes[0] > sizes[1] > sizes[2]
+    assert results["models"][0]["manifest_sha256"] is None
+    assert len(results["models"][1]["manifest_sha256"]) == 64
+
+    assert [(row["task"], row["model"]) for row in results["tasks"]] == [("niah_single_1", name) for name in names]
+    assert [row["task"] for row in results["skipped"]] == ["niah_multikey_3"]
+    assert "too short" in results["skipped"][0]["reason"]
+    for row in results["tasks"] + results["overall"]:
+        assert row["n"] == 3
+        assert row["ci95"][0] <= row["score"] <= row["ci95"][1]
+        assert (row["verdict"] is None) == (row["model"] == "base")
+
+    rows = [json.loads(line) for line in (options["out"] / "samples/niah_single_1-640-base.jsonl").read_text().splitlines()]
+    assert [row["index"] for row in rows] == [0, 1, 2]
+    other = (options["out"] / "samples/niah_single_1-640-crushed.jsonl").read_text().splitlines()
+    assert [row["prompt_sha256"] for row in rows] == [json.loads(line)["prompt_sha256"] for line in other]
+
+    perplexity = {row["model"]: row for row in results["perplexity"]["models"]}
+    assert perplexity["base"]["tokens"] == 300
+    assert "increase" not in perplexity["base"]
+    agreement = {row["model"]: row for row in results["agreement"]["models"]}
+    assert set(agreement) == {"compressed", "crushed"}
+    assert agreement["compressed"]["text"]["kl"] < agreement["crushed"]["text"]["kl"]
+    assert agreement["compressed"]["text"]["top1"] > agreement["crushed"]["text"]["top1"]
+    assert results["serving"]["context_tokens"] == 64
+    assert all(row["decode_tokens_per_s"] > 0 for row in results["serving"]["models"])
+    assert results["environment"]["engine"] == "transformers"
+    assert any("perplexity" in what for what, _, _ in told)
+    assert all(0 <= done <= total for _, done, total in told)
+
+
+def test_one_model_alone(base: Path, compressed: Path, options: dict[str, Any]) -> None:
+    alone = kvcompress_eval.run(base, limit=1, **options)
+    assert [model["role"] for model in alone["models"]] == ["baseline"]
+    assert [row["n"] for row in alone["tasks"]] == [1]
+    assert alone["tasks"][0]["verdict"] is None
+    assert alone["agreement"] == {}
+    candidate = kvcompress_eval.run(compressed, limit=1, text=base / "heldout.txt", **options)
+    assert [model["role"] for model in candidate["models"]] == ["candidate"]
+
+
+class Counting(transformers_engine.TransformersEngine):
+    """Counts what it is asked, and can fail on the way."""
+
+    generated = 0
+    scored = 0
+    fail_after: int | None = None
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        if Counting.fail_after is not None and Counting.generated >= Counting.fail_after:
+            raise KeyboardInterrupt
+        Counting.generated += 1
+        return super().generate(*args, **kwargs)
+
+    def score(self, *args: Any, **kwargs: Any) -> Any:
+        Counting.scored += 1
+        return super().score(*args, **kwargs)
+
+
+@pytest.fixture
+def counting(monkeypatch: pytest.MonkeyPatch) -> type[Counting]:
+    monkeypatch.setattr(transformers_engine, "TransformersEngine", Counting)
+    Counting.generated, Counting.scored, Counting.fail_after = 0, 0, None
+    return Counting
+
+
+def without_clock(results: dict[str, Any]) -> str:
+    return json.dumps({key: value for key, value in results.items() if key != "serving"}, sort_keys=True)
+
+
+def test_an_interrupted_run_continues(
+    base: Path, compressed: Path, options: dict[str, Any], counting: type[Counting], tmp_path: Path
+) -> None:
+    whole = kvcompress_eval.run(compressed, baseline=base, **options)
+    asked = counting.generated, counting.scored
+
+    counting.generated, counting.scored, counting.fail_after = 0, 0, 2
+    options["out"] = tmp_path / "again"
+    with pytest.raises(KeyboardInterrupt):
+        kvcompress_eval.run(compressed, baseline=base, **options)
+    samples = options["out"] / "samples/niah_single_1-640-base.jsonl"
+    assert len(samples.read_text().splitlines()) == 2
+    with samples.open("a") as file:
+        file.write('{"index": 2, "prompt_sha')
+    counting.fail_after = None
+    resumed = kvcompress_eval.run(compressed, baseline=base, resume=True, **options)
+    assert (counting.generated, counting.scored) == asked, "nothing is asked twice"
+    assert without_clock(resumed) == without_clock(whole)
+
+    counting.generated, counting.scored = 0, 0
+    again = kvcompress_eval.run(compressed, baseline=base, resume=True, **options)
+    assert (counting.generated, counting.scored) == (0, 0), "a finished run starts no engine"
+    assert without_clock(again) == without_clock(whole)
+
+
+def test_rows_of_another_run_are_not_reused(
+    base: Path, options: dict[str, Any], counting: type[Counting]
+) -> None:
+    options["suite"] = Suite(summary="", tasks=("niah_single_1",), lengths=(640,), samples=2)
+    kvcompress_eval.run(base, **options)
+    assert counting.generated == 2
+    kvcompress_eval.run(base, **options)
+    assert counting.generated == 4, "without resume everything is run"
+    kvcompress_eval.run(base, resume=True, samples=3, **options)
+    assert counting.generated == 5, "more samples need only the new ones"
+    options["seed"] = 2
+    kvcompress_eval.run(base, resume=True, **options)
+    assert counting.generated == 7
+    kvcompress_eval.run(base, resume=True, full_generations=True, **options)
+    assert counting.generated == 9
+
+
+def test_full_generations_score_the_same(base: Path, options: dict[str, Any]) -> None:
+    options["suite"] = Suite(summary="", tasks=("niah_single_1",), lengths=(640,), samples=2)
+    early = kvcompress_eval.run(base, **options)
+    full = kvcompress_eval.run(base, full_generations=True, **options)
+    assert early["tasks"] == full["tasks"]
+
+
+def test_bad_input_is_refused_before_any_model_is_loaded(
+    base: Path, compressed: Path, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(evaluate, "open_engine", load)
+
+    def refused(match: str, model: Any = base, **changes: Any) -> None:
+        with pytest.raises(ValueError, match=match):
+            kvcompress_eval.run(model, **{**options, **changes})
+        assert not options["out"].exists()
+
+    refused("unknown engine", engine="onnx")
+    refused("unknown suite 'slow'; known: quick", suite="slow")
+    refused("unknown RULER task", tasks=["niah_double"])
+    refused("expected positive numbers", samples=0)
+    refused("expected positive numbers", lengths=[-1])
+    refused("made for 2048 tokens", lengths=[4096])
+    refused("no text file at", text=tmp_path / "missing.txt")
+    refused("a URL serves one model", model=compressed, baseline=base, engine="http://127.0.0.1:9")
+    refused("at least one model", model=[])
+    (tmp_path / "empty").mkdir()
+    refused("no config.json", model=tmp_path / "empty")
+    refused("nothing to evaluate: niah_multikey_3 at 640: too short", suite=Suite("", ("niah_multikey_3",), (640,), 1))
+
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    train_tokenizer(other, 900, single_digits=False)
+    refused("another tokenizer", model=other, baseline=base)
+    (other / "heldout.txt").unlink()
+    refused("none of the models has a heldout.txt", model=other)
+
+
+def test_the_tokens_a_tokenizer_adds_do_not_make_a_length_impossible(base: Path, options: dict[str, Any], tmp_path: Path) -> None:
+    tight = tmp_path / "tight"
+    shutil.copytree(base, tight)
+    config = read_config(tight)
+    (tight / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 700}))
+    options["suite"] = Suite(summary="", tasks=("niah_single_1",), lengths=(700,), samples=8)
+    kvcompress_eval.run(tight, **options)
+    rows = (options["out"] / "samples/niah_single_1-700-tight.jsonl").read_text().splitlines()
+    assert len(rows) == 8
+    assert all(json.loads(row)["prompt_tokens"] + json.loads(row)["predicted_tokens"] <= 700 for row in rows)
+
+
+def test_models_are_described(base: Path, compressed: Path, tmp_path: Path) -> None:
+    twin = tmp_path / "compressed"
+    shutil.copytree(compressed, twin)
+    models = describe_models([compressed, twin], base)
+    assert [model.name for model in models] == ["base", "compressed", "compressed-2"]
+    assert [model.compressed for model in models] == [False, True, True]
+    spec = codec_spec(read_config(compressed))
+    assert spec is not None
+    # 4 bits per channel and a gain of 2 bytes, per head, for keys and for values.
+    expected = tiny.NUM_LAYERS * tiny.NUM_KV_HEADS * 2 * (tiny.HEAD_DIM // 2 + 2)
+    assert bytes_per_token(read_config(compressed), spec) == expected
+    assert bytes_per_token({"architectures": ["Unknown"]}, None) is None
+
+
+def test_suites_name_known_tasks() -> None:
+    for suite in SUITES.values():
+        evaluate.choose_suite(suite)
+    assert evaluate.choose_suite("ruler", lengths=[1024], limit=7).samples == 7
