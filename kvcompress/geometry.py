@@ -1,4 +1,4 @@
-"""What a model's config.json says about its attention: layers, heads, windows. Reads no weights and imports no torch."""
+"""What a model's config.json says about its attention: layers, heads, windows. Imports no torch."""
 
 from __future__ import annotations
 

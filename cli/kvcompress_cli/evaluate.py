@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def register(app: typer.Typer) -> None:
-    example = "Example: kvcompress eval llama-4x --baseline meta-llama/Llama-3.1-8B --suite ruler --lengths 4096,16384 -o report"
+    example = "Example: kvcompress eval llama-4x --baseline meta-llama/Llama-3.1-8B --suite ruler -o report"
     app.command("eval", epilog=example)(evaluate)
 
 

@@ -13,7 +13,7 @@ from kvcompress_cli import compress, decompress, evaluate, inspect, methods, pla
 
 app = typer.Typer(
     name="kvcompress",
-    help="Compress the KV cache of language models after training, serve the result through vLLM, measure what was kept.",
+    help="Compress the KV cache of language models after training, serve it through vLLM, measure what was kept.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

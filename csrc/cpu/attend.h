@@ -24,12 +24,12 @@ KVC_INLINE bool in_integers(const kvc_side& side) {
 struct Scratch {
     float* row;         // one query, mean or output row, and its latent
     float* query;       // [rows][key positions] float32 queries, or:
-    int8_t* digits;     // [rows][digit][4 * quads]
+    uint8_t* factors;   // [quads][rows][digits]
     void* headers;      // IntegerQuery[rows]
     void* keys;         // unpacked tile
     void* values;       // unpacked tile
     float* scores;      // [rows][tile]: scores, then weights
-    uint8_t* weights;   // [rows][digit][tile]
+    uint8_t* weights;   // [tile / 4][rows][digits]
     float* sums;        // [rows][value positions]
     float* decay;       // [rows]
     void* tile_weights; // TileWeights[rows]
@@ -58,14 +58,14 @@ inline size_t lay_out(const kvc_pages& pages, char* base, Scratch& s) {
 #if KVC_LEVEL_NUMBER >= 3
     if (in_integers(pages.k)) {
         s.key_width = key_quads(pages.k);
-        s.digits = arena.take<int8_t>(static_cast<size_t>(kMaxRows * kDigits * 4 * s.key_width));
+        s.factors = arena.take<uint8_t>(static_cast<size_t>(kMaxRows * kFactorBytes * s.key_width));
         s.headers = arena.take<IntegerQuery>(kMaxRows);
         s.keys = arena.take<uint8_t>(static_cast<size_t>(kTile * 4 * s.key_width));
     }
     if (in_integers(pages.v)) {
         s.value_width = value_positions(pages.v);
         s.values = arena.take<uint8_t>(static_cast<size_t>(kTile * s.value_width));
-        s.weights = arena.take<uint8_t>(kMaxRows * kDigits * kTile);
+        s.weights = arena.take<uint8_t>(kMaxRows * kFactorBytes * kTile / 4);
         s.tile_weights = arena.take<TileWeights>(kMaxRows);
     }
 #endif
@@ -107,7 +107,7 @@ inline void absorb_queries(const kvc_attend_args& args, const Item& item, int ro
 #if KVC_LEVEL_NUMBER >= 3
         if (in_integers(side)) {
             integer_query(side, absorbed, s.key_width, static_cast<IntegerQuery*>(s.headers)[row],
-                          s.digits + row * kDigits * 4 * s.key_width);
+                          s.factors + row * kFactorBytes, rows * kFactorBytes);
             continue;
         }
 #endif
@@ -115,16 +115,20 @@ inline void absorb_queries(const kvc_attend_args& args, const Item& item, int ro
     }
 }
 
-inline void read_gains(const kvc_side& side, const uint8_t* record, int offset, int tokens, float* gains) {
-    for (int i = 0; i < kGroup; ++i) gains[i] = i < tokens ? 1.f : 0.f;
-    if (side.gain_offset < 0) return;
-    uint32_t halves[kGroup] = {};
-    for (int i = 0; i < tokens; ++i) {
-        uint16_t half;
-        std::memcpy(&half, record + side.gain_offset + 2 * (offset + i), 2);
-        halves[i] = half;
+// Sixteen tokens' gains; those past `tokens` are 0, whatever their bytes are.
+KVC_INLINE void read_gains(const kvc_side& side, const uint8_t* record, int offset, int tokens, float* gains) {
+    typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+    alignas(kAlign) uint16_t halves[kGroup];
+    if (side.gain_offset < 0)
+        for (int i = 0; i < kGroup; ++i) halves[i] = 0x3c00;  // 1
+    else
+        std::memcpy(halves, record + side.gain_offset + 2 * offset, sizeof halves);
+    for (int i = tokens; i < kGroup; ++i) halves[i] = 0;
+    for (int i = 0; i < kGroup; i += kLanes) {
+        Halves narrow;
+        std::memcpy(&narrow, halves + i, sizeof narrow);
+        store(gains + i, half_to_float(__builtin_convertvector(narrow, VecU)));
     }
-    for (int i = 0; i < kGroup; i += kLanes) store(gains + i, half_to_float(load(halves + i)));
 }
 
 KVC_INLINE void prefetch(const uint8_t* p, int64_t bytes) {
@@ -215,7 +219,7 @@ inline void attend_tile(const kvc_attend_args& args, const Item& item, int start
     unpack_tile(args, item, start, tokens, stop, s, k_gain, v_gain);
 #if KVC_LEVEL_NUMBER >= 3
     if (in_integers(pages.k))
-        score_tile_integer(static_cast<IntegerQuery*>(s.headers), s.digits, rows, static_cast<uint8_t*>(s.keys), s.key_width, s.scores);
+        score_tile_integer(static_cast<IntegerQuery*>(s.headers), s.factors, rows, static_cast<uint8_t*>(s.keys), s.key_width, s.scores);
 #endif
     if (!in_integers(pages.k))
         score_tile(s.query, s.key_width, rows, static_cast<float*>(s.keys), s.key_width, tokens, s.scores);
@@ -225,7 +229,7 @@ inline void attend_tile(const kvc_attend_args& args, const Item& item, int start
         s.decay[row] = soften(s.scores + row * kTile, k_gain, v_gain, seen, partial.max[row], partial.sum[row], largest, weight_sum);
 #if KVC_LEVEL_NUMBER >= 3
         if (in_integers(pages.v)) {
-            const float scale = integer_weights(s.scores + row * kTile, largest, s.weights + row * kDigits * kTile);
+            const float scale = integer_weights(s.scores + row * kTile, largest, s.weights + row * kFactorBytes, rows * kFactorBytes);
             static_cast<TileWeights*>(s.tile_weights)[row] = {s.decay[row], scale, 0.5f * weight_sum};
         }
 #endif

@@ -109,15 +109,17 @@ constexpr int kBlock = 4;
 template <int ROWS>
 KVC_INLINE void score_rows(const float* query, int query_stride, const float* keys, int positions, int tokens, float* score) {
     for (int token = 0; token < tokens; token += kBlock * kLanes) {
-        VecF sums[ROWS][kBlock] = {};
+        VecF sums[ROWS][kBlock];
+        KVC_UNROLL for (int row = 0; row < ROWS; ++row)
+            KVC_UNROLL for (int n = 0; n < kBlock; ++n) sums[row][n] = VecF{};
         for (int position = 0; position < positions; ++position) {
             const float* key = keys + position * kTile + token;
-            for (int row = 0; row < ROWS; ++row)
-                for (int n = 0; n < kBlock; ++n)
+            KVC_UNROLL for (int row = 0; row < ROWS; ++row)
+                KVC_UNROLL for (int n = 0; n < kBlock; ++n)
                     sums[row][n] += load(key + n * kLanes) * query[row * query_stride + position];
         }
-        for (int row = 0; row < ROWS; ++row)
-            for (int n = 0; n < kBlock; ++n) store(score + row * kTile + token + n * kLanes, sums[row][n]);
+        KVC_UNROLL for (int row = 0; row < ROWS; ++row)
+            KVC_UNROLL for (int n = 0; n < kBlock; ++n) store(score + row * kTile + token + n * kLanes, sums[row][n]);
     }
 }
 
@@ -133,14 +135,14 @@ inline void score_tile(const float* query, int query_stride, int rows, const flo
 template <int ROWS, int VECTORS>
 KVC_INLINE void mix_rows(const float* weight, const float* decay, const float* values, int tokens, int positions, float* sums) {
     VecF acc[ROWS][VECTORS];
-    for (int row = 0; row < ROWS; ++row)
-        for (int n = 0; n < VECTORS; ++n) acc[row][n] = load(sums + row * positions + n * kLanes) * decay[row];
+    KVC_UNROLL for (int row = 0; row < ROWS; ++row)
+        KVC_UNROLL for (int n = 0; n < VECTORS; ++n) acc[row][n] = load(sums + row * positions + n * kLanes) * decay[row];
     for (int token = 0; token < tokens; ++token)
-        for (int row = 0; row < ROWS; ++row)
-            for (int n = 0; n < VECTORS; ++n)
+        KVC_UNROLL for (int row = 0; row < ROWS; ++row)
+            KVC_UNROLL for (int n = 0; n < VECTORS; ++n)
                 acc[row][n] += load(values + token * positions + n * kLanes) * weight[row * kTile + token];
-    for (int row = 0; row < ROWS; ++row)
-        for (int n = 0; n < VECTORS; ++n) store(sums + row * positions + n * kLanes, acc[row][n]);
+    KVC_UNROLL for (int row = 0; row < ROWS; ++row)
+        KVC_UNROLL for (int n = 0; n < VECTORS; ++n) store(sums + row * positions + n * kLanes, acc[row][n]);
 }
 
 template <int ROWS>

@@ -16,6 +16,29 @@ namespace kvcompress::cpu::KVC_LEVEL {
 namespace {
 
 constexpr int kDigits = 3;
+constexpr int kFactorBytes = 16;  // one row's factors of one quad: four bytes of each digit, and four unused
+
+// sums[row][digit][n] += codes[quad][n] . factors[quad][row][digit], over all quads; CODES_SIGNED says which side of the
+// product has signed bytes.
+template <int ROWS, int VECTORS, bool CODES_SIGNED>
+KVC_INLINE void accumulate(__m512i (&sums)[ROWS][kDigits][VECTORS], const uint8_t* codes, int64_t code_step, int64_t quad_step,
+                           const uint8_t* factors, int64_t factor_step, int quads) {
+    for (int quad = 0; quad < quads; ++quad, codes += quad_step, factors += factor_step) {
+        __m512i code[VECTORS];
+        KVC_UNROLL for (int n = 0; n < VECTORS; ++n) code[n] = _mm512_load_si512(codes + n * code_step);
+        KVC_UNROLL for (int row = 0; row < ROWS; ++row) {
+            KVC_UNROLL for (int d = 0; d < kDigits; ++d) {
+                int32_t four;
+                std::memcpy(&four, factors + row * kFactorBytes + 4 * d, 4);
+                const __m512i factor = _mm512_set1_epi32(four);
+                KVC_UNROLL for (int n = 0; n < VECTORS; ++n) {
+                    __m512i& sum = sums[row][d][n];
+                    sum = CODES_SIGNED ? _mm512_dpbusd_epi32(sum, factor, code[n]) : _mm512_dpbusd_epi32(sum, code[n], factor);
+                }
+            }
+        }
+    }
+}
 
 KVC_INLINE float digits_to_float(int d0, int d1, int d2) {
     return static_cast<float>(d2) * 65536.f + (static_cast<float>(d1) * 256.f + static_cast<float>(d0));
@@ -96,7 +119,7 @@ inline void unpack_keys_integer(const kvc_side& side, const uint8_t* codes, uint
     }
 }
 
-// A query's digits [digit][4 * quads], and what a score needs beside them.
+// What a score needs beside its query's digits.
 struct IntegerQuery {
     float scale;          // score = gain * scale * (sum of digits times centred codes + half_sum)
     float half_sum;       // codes are centred at 2^(b-1), the code's middle is half a step below
@@ -104,7 +127,8 @@ struct IntegerQuery {
     int32_t padding[3];
 };
 
-inline void integer_query(const kvc_side& side, const float* absorbed, int quads, IntegerQuery& query, int8_t* digits) {
+// One row's factors of every quad, `step` bytes apart.
+inline void integer_query(const kvc_side& side, const float* absorbed, int quads, IntegerQuery& query, uint8_t* factors, int step) {
     constexpr float kLargest = 8355000.f;  // 127 * 65536 + 127 * 256 + 127, less the rounding of the scale
     float largest = 0, poison = 0;
     const float* x = absorbed;
@@ -116,7 +140,7 @@ inline void integer_query(const kvc_side& side, const float* absorbed, int quads
         }
     const float inverse = largest > 1e-30f ? kLargest / largest : 0.f;
     query.scale = largest / kLargest + poison;
-    std::memset(digits, 0, static_cast<size_t>(4 * quads * kDigits));
+    for (int quad = 0; quad < quads; ++quad) std::memset(factors + quad * step, 0, kFactorBytes);
     int64_t doubled = 0;
     int64_t centre[kDigits] = {};
     int base = 0;
@@ -127,11 +151,11 @@ inline void integer_query(const kvc_side& side, const float* absorbed, int quads
             const auto value = static_cast<uint32_t>(_mm_cvtss_si32(_mm_set_ss(*x++ * side.steps[band] * inverse)));
             const uint32_t biased = (value + 0x8080u) ^ 0x8080u;
             const int byte = channel / fields, field = channel % fields;
-            const int position = 4 * (base + byte / 4 * fields + field) + byte % 4;
+            uint8_t* target = factors + (base + byte / 4 * fields + field) * step + byte % 4;
             doubled += static_cast<int32_t>(value);
             for (int d = 0; d < kDigits; ++d) {
                 const auto digit = static_cast<int8_t>(biased >> (8 * d));
-                digits[d * 4 * quads + position] = digit;
+                target[4 * d] = static_cast<uint8_t>(digit);
                 centre[d] -= static_cast<int64_t>(digit) << (bits - 1);
             }
         }
@@ -142,40 +166,32 @@ inline void integer_query(const kvc_side& side, const float* absorbed, int quads
 }
 
 template <int ROWS, int GROUPS>
-KVC_INLINE void score_rows_integer(const IntegerQuery* query, const int8_t* digits, const uint8_t* keys, int quads, float* score) {
-    const int row_stride = 4 * quads * kDigits, digit_stride = 4 * quads;
+KVC_INLINE void score_rows_integer(const IntegerQuery* query, const uint8_t* factors, int step, const uint8_t* keys, int quads, float* score) {
     for (int group = 0; group < kTileGroups; group += GROUPS) {
         __m512i sums[ROWS][kDigits][GROUPS];
-        for (int row = 0; row < ROWS; ++row)
-            for (int d = 0; d < kDigits; ++d)
-                for (int g = 0; g < GROUPS; ++g) sums[row][d][g] = _mm512_set1_epi32(query[row].centre[d]);
-        for (int quad = 0; quad < quads; ++quad) {
-            __m512i codes[GROUPS];
-            for (int g = 0; g < GROUPS; ++g) codes[g] = _mm512_load_si512(keys + ((group + g) * quads + quad) * 64);
-            for (int row = 0; row < ROWS; ++row)
-                for (int d = 0; d < kDigits; ++d) {
-                    int32_t four;
-                    std::memcpy(&four, digits + row * row_stride + d * digit_stride + 4 * quad, 4);
-                    const __m512i factor = _mm512_set1_epi32(four);
-                    for (int g = 0; g < GROUPS; ++g)
-                        sums[row][d][g] = _mm512_dpbusd_epi32(sums[row][d][g], codes[g], factor);
-                }
-        }
-        for (int row = 0; row < ROWS; ++row)
-            for (int g = 0; g < GROUPS; ++g) {
+        KVC_UNROLL for (int row = 0; row < ROWS; ++row)
+            KVC_UNROLL for (int d = 0; d < kDigits; ++d)
+                KVC_UNROLL for (int g = 0; g < GROUPS; ++g) sums[row][d][g] = _mm512_set1_epi32(query[row].centre[d]);
+        accumulate<ROWS, GROUPS, false>(sums, keys + group * quads * 64, quads * 64, 64, factors, step, quads);
+        KVC_UNROLL for (int row = 0; row < ROWS; ++row)
+            KVC_UNROLL for (int g = 0; g < GROUPS; ++g) {
                 const __m512 sum = digits_to_float(sums[row][0][g], sums[row][1][g], sums[row][2][g]);
-                const __m512 scaled = _mm512_mul_ps(_mm512_add_ps(sum, _mm512_set1_ps(query[row].half_sum)), _mm512_set1_ps(query[row].scale));
+                const __m512 scale = _mm512_set1_ps(query[row].scale);
+                const __m512 scaled = _mm512_mul_ps(_mm512_add_ps(sum, _mm512_set1_ps(query[row].half_sum)), scale);
                 _mm512_store_ps(score + row * kTile + (group + g) * kGroup, scaled);
             }
     }
 }
 
-inline void score_tile_integer(const IntegerQuery* query, const int8_t* digits, int rows, const uint8_t* keys, int quads, float* score) {
-    const int stride = 4 * quads * kDigits;
+inline void score_tile_integer(const IntegerQuery* query, const uint8_t* factors, int rows, const uint8_t* keys, int quads, float* score) {
+    const int step = rows * kFactorBytes;
     int row = 0;
-    for (; row + 4 <= rows; row += 4) score_rows_integer<4, 2>(query + row, digits + row * stride, keys, quads, score + row * kTile);
-    for (; row + 2 <= rows; row += 2) score_rows_integer<2, 4>(query + row, digits + row * stride, keys, quads, score + row * kTile);
-    for (; row < rows; ++row) score_rows_integer<1, 4>(query + row, digits + row * stride, keys, quads, score + row * kTile);
+    for (; row + 4 <= rows; row += 4)
+        score_rows_integer<4, 2>(query + row, factors + row * kFactorBytes, step, keys, quads, score + row * kTile);
+    for (; row + 2 <= rows; row += 2)
+        score_rows_integer<2, 4>(query + row, factors + row * kFactorBytes, step, keys, quads, score + row * kTile);
+    for (; row < rows; ++row)
+        score_rows_integer<1, 4>(query + row, factors + row * kFactorBytes, step, keys, quads, score + row * kTile);
 }
 
 // ---- values --------------------------------------------------------------------------------------------------------
@@ -274,20 +290,21 @@ inline void value_channels_integer(const kvc_side& side, const float* at_positio
     }
 }
 
-// Non-negative weights [kTile] to three unsigned digits [digit][kTile]; returns the scale.
-inline float integer_weights(const float* weight, float largest, uint8_t* digits) {
+// Non-negative weights of a tile's tokens to one row's factors of every quad, `step` bytes apart; returns the scale.
+inline float integer_weights(const float* weight, float largest, uint8_t* factors, int step) {
     constexpr float kLargest = 16776000.f;  // below 2^24 after rounding
-    if (!(largest > 1e-30f)) {
-        std::memset(digits, 0, kDigits * kTile);
-        return largest > 0 ? 0.f : largest;
+    const float inverse = largest > 1e-30f ? kLargest / largest : 0.f;
+    // Bytes of four 32-bit weights to four bytes of each digit.
+    const __m512i by_digit = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    for (int token = 0; token < kTile; token += kGroup, factors += 4 * step) {
+        const __m512i value = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(weight + token), _mm512_set1_ps(inverse)));
+        const __m512i digits = _mm512_shuffle_epi8(value, by_digit);
+        _mm_store_si128(reinterpret_cast<__m128i*>(factors), _mm512_castsi512_si128(digits));
+        _mm_store_si128(reinterpret_cast<__m128i*>(factors + step), _mm512_extracti32x4_epi32(digits, 1));
+        _mm_store_si128(reinterpret_cast<__m128i*>(factors + 2 * step), _mm512_extracti32x4_epi32(digits, 2));
+        _mm_store_si128(reinterpret_cast<__m128i*>(factors + 3 * step), _mm512_extracti32x4_epi32(digits, 3));
     }
-    const __m512 inverse = _mm512_set1_ps(kLargest / largest);
-    for (int token = 0; token < kTile; token += kGroup) {
-        const __m512i value = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(weight + token), inverse));
-        for (int d = 0; d < kDigits; ++d)
-            _mm_store_si128(reinterpret_cast<__m128i*>(digits + d * kTile + token), _mm512_cvtepi32_epi8(_mm512_srli_epi32(value, static_cast<unsigned>(8 * d))));
-    }
-    return largest / kLargest;
+    return inverse > 0 ? largest / kLargest : 0.f * largest;  // NaN stays
 }
 
 // What a tile's weights contribute: sums = sums * decay + scale * (digits times codes) + half of the weights' sum.
@@ -298,45 +315,40 @@ struct TileWeights {
 };
 
 template <int ROWS, int VECTORS>
-KVC_INLINE void mix_rows_integer(const TileWeights* weights, const uint8_t* digits, const uint8_t* values, int quads, int positions, float* sums) {
-    __m512i acc[ROWS][kDigits][VECTORS] = {};
-    for (int quad = 0; quad < quads; ++quad) {
-        __m512i codes[VECTORS];
-        for (int n = 0; n < VECTORS; ++n) codes[n] = _mm512_load_si512(values + 4 * quad * positions + 64 * n);
-        for (int row = 0; row < ROWS; ++row)
-            for (int d = 0; d < kDigits; ++d) {
-                int32_t four;
-                std::memcpy(&four, digits + (row * kDigits + d) * kTile + 4 * quad, 4);
-                const __m512i factor = _mm512_set1_epi32(four);
-                for (int n = 0; n < VECTORS; ++n) acc[row][d][n] = _mm512_dpbusd_epi32(acc[row][d][n], factor, codes[n]);
-            }
-    }
-    for (int row = 0; row < ROWS; ++row)
-        for (int n = 0; n < VECTORS; ++n) {
+KVC_INLINE void mix_rows_integer(const TileWeights* weights, const uint8_t* factors, int step, const uint8_t* values, int quads, int positions, float* sums) {
+    __m512i acc[ROWS][kDigits][VECTORS];
+    KVC_UNROLL for (int row = 0; row < ROWS; ++row)
+        KVC_UNROLL for (int d = 0; d < kDigits; ++d)
+            KVC_UNROLL for (int n = 0; n < VECTORS; ++n) acc[row][d][n] = _mm512_setzero_si512();
+    accumulate<ROWS, VECTORS, true>(acc, values, 64, 4 * positions, factors, step, quads);
+    KVC_UNROLL for (int row = 0; row < ROWS; ++row)
+        KVC_UNROLL for (int n = 0; n < VECTORS; ++n) {
             const __m512 sum = digits_to_float(acc[row][0][n], acc[row][1][n], acc[row][2][n]);
             float* target = sums + row * positions + 16 * n;
-            const __m512 old = _mm512_fmadd_ps(_mm512_load_ps(target), _mm512_set1_ps(weights[row].decay), _mm512_set1_ps(weights[row].half_sum));
+            const __m512 half = _mm512_set1_ps(weights[row].half_sum);
+            const __m512 old = _mm512_fmadd_ps(_mm512_load_ps(target), _mm512_set1_ps(weights[row].decay), half);
             _mm512_store_ps(target, _mm512_fmadd_ps(sum, _mm512_set1_ps(weights[row].scale), old));
         }
 }
 
 template <int ROWS, int BLOCK>
-KVC_INLINE void mix_all_integer(const TileWeights* weights, const uint8_t* digits, const uint8_t* values, int quads, int positions, float* sums) {
+KVC_INLINE void mix_all_integer(const TileWeights* weights, const uint8_t* factors, int step, const uint8_t* values, int quads, int positions, float* sums) {
     int position = 0;
     for (; position + 16 * BLOCK <= positions; position += 16 * BLOCK)
-        mix_rows_integer<ROWS, BLOCK>(weights, digits, values + 4 * position, quads, positions, sums + position);
+        mix_rows_integer<ROWS, BLOCK>(weights, factors, step, values + 4 * position, quads, positions, sums + position);
     for (; position < positions; position += 16)
-        mix_rows_integer<ROWS, 1>(weights, digits, values + 4 * position, quads, positions, sums + position);
+        mix_rows_integer<ROWS, 1>(weights, factors, step, values + 4 * position, quads, positions, sums + position);
 }
 
-inline void mix_tile_integer(const TileWeights* weights, const uint8_t* digits, int rows, const uint8_t* values, int quads, int positions, float* sums) {
+inline void mix_tile_integer(const TileWeights* weights, const uint8_t* factors, int rows, const uint8_t* values, int quads, int positions, float* sums) {
+    const int step = rows * kFactorBytes;
     int row = 0;
     for (; row + 4 <= rows; row += 4)
-        mix_all_integer<4, 2>(weights + row, digits + row * kDigits * kTile, values, quads, positions, sums + row * positions);
+        mix_all_integer<4, 2>(weights + row, factors + row * kFactorBytes, step, values, quads, positions, sums + row * positions);
     for (; row + 2 <= rows; row += 2)
-        mix_all_integer<2, 4>(weights + row, digits + row * kDigits * kTile, values, quads, positions, sums + row * positions);
+        mix_all_integer<2, 4>(weights + row, factors + row * kFactorBytes, step, values, quads, positions, sums + row * positions);
     for (; row < rows; ++row)
-        mix_all_integer<1, 4>(weights + row, digits + row * kDigits * kTile, values, quads, positions, sums + row * positions);
+        mix_all_integer<1, 4>(weights + row, factors + row * kFactorBytes, step, values, quads, positions, sums + row * positions);
 }
 
 }  // namespace

@@ -15,6 +15,9 @@
 
 #define KVC_INLINE inline __attribute__((always_inline))
 
+// For loops over accumulators: unrolled early, or they stay an array in memory.
+#define KVC_UNROLL _Pragma("GCC unroll 8")
+
 namespace kvcompress::cpu::KVC_LEVEL {
 namespace {
 

@@ -106,13 +106,13 @@ def collect(root: Path) -> list[Document]:
 
 
 def sample_text(documents: list[Document], size: int, code_share: float) -> str:
-    """About `size` bytes of whole pages: prose, with `code_share` of it code. At most 12 kB of each page is taken."""
+    """About `size` bytes of whole pages: prose, with `code_share` of it code. At most 30 kB of each page is taken."""
     parts = []
     for kind, budget in (("prose", size * (1 - code_share)), ("code", size * code_share)):
         pages = sorted((d for d in documents if d.kind == kind), key=lambda d: hashlib.sha256(d.text.encode()).digest())
         used = 0
         for page in pages:
-            text = page.text[:12_000]
+            text = page.text[:30_000]
             if used + len(text.encode()) <= budget:
                 parts.append(text)
                 used += len(text.encode())

@@ -14,15 +14,24 @@ class Phase:
 
 
 # Look-up must be learned in the drill first: prompts of the benchmark alone leave it at chance.
+DRILL = {"recall": 0.6, "repeats": 0.25, "text": 0.15}
+SHORT = {"recall": 0.25, "repeats": 0.05, "text": 0.25, "single": 0.08, "multikey": 0.1, "multivalue": 0.07} | {
+    "needles": 0.08,
+    "tracking_drill": 0.12,
+}
+FULL = {"recall": 0.04, "text": 0.27, "single": 0.08, "multikey": 0.12, "multivalue": 0.13, "multiquery": 0.13} | {
+    "needles": 0.05,
+    "uuids": 0.03,
+    "tracking": 0.1,
+    "tracking_drill": 0.05,
+}
 PHASES = [
-    Phase(0, 128, 16, {"recall": 0.6, "repeats": 0.25, "text": 0.15}),
-    Phase(
-        1600,
-        192,
-        16,
-        {"recall": 0.3, "repeats": 0.1, "text": 0.2, "single": 0.08, "multikey": 0.1, "multivalue": 0.07}
-        | {"needles": 0.08, "tracking_drill": 0.07},
-    ),
+    Phase(0, 128, 16, DRILL),
+    Phase(2000, 192, 16, SHORT),
+    Phase(3500, 256, 16, FULL),
+    Phase(6000, 512, 8, FULL),
+    Phase(8000, 1024, 4, FULL),
+    Phase(13000, 2048, 2, FULL),
 ]
 TOTAL_STEPS = 14000
 WARMUP_STEPS = 50

@@ -1,8 +1,9 @@
-"""Calibration text as token ids. Sources: the built-in text, a text file, or jsonl with a `text` or `input_ids` field."""
+"""Calibration text as token ids: the built-in text, a text file, or jsonl with a `text` or `input_ids` field."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -59,7 +60,7 @@ def build(
     # Spread the cuts over the whole text, each anywhere inside its own stretch.
     room = len(stream) - body + 1
     edges = np.linspace(0, room, samples + 1).astype(np.int64)
-    starts = [int(generator.integers(low, max(low + 1, high))) for low, high in zip(edges[:-1], edges[1:], strict=True)]
+    starts = [int(generator.integers(low, max(low + 1, high))) for low, high in itertools.pairwise(edges.tolist())]
     tokens = np.stack([np.concatenate([bos, stream[start : start + body]]).astype(np.int64) for start in starts])
     offsets = np.zeros(samples, dtype=np.int64)
     late = samples // 2

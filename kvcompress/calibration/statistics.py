@@ -1,4 +1,4 @@
-"""Second moments of what an attention layer sees, accumulated in float64 so that the order of batches hardly matters."""
+"""Second moments of what an attention layer sees, in float64 so that the order of batches hardly matters."""
 
 from __future__ import annotations
 

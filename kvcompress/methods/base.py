@@ -1,4 +1,4 @@
-"""What a method is to the pipeline. Method modules import torch only inside functions: `plan` and `methods` run without."""
+"""What a method is to the pipeline. Method modules import torch inside functions only: `plan` runs without it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a recipe will do to a model, from config.json and safetensors headers alone. Imports no torch, reads no weights."""
+"""What a recipe will do to a model, from config.json and safetensors headers alone. Imports no torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _COMPUTE_BYTES = 4
 
 @dataclass(frozen=True)
 class Plan:
-    """A recipe applied to a model's sizes. `spec` has the exact bytes; where bands depend on the data they are nominal."""
+    """A recipe applied to a model's sizes. `spec` has the exact bytes; bands that depend on data are nominal."""
 
     model: str
     recipe: Recipe

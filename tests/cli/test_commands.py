@@ -173,8 +173,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     base = tmp_path / "base"
     shutil.copytree(base_model, base)
     damage(base)
-    before = {path for path in tmp_path.rglob("*")}
-    code, stdout, stderr = run("compress", base, "-r", recipe_file, "-o", tmp_path / "deep" / "out", "--samples", 2)
+    before = set(tmp_path.rglob("*"))
+    code, _, stderr = run("compress", base, "-r", recipe_file, "-o", tmp_path / "deep" / "out", "--samples", 2)
     assert code == 2, stderr
     errors = [line for line in stderr.splitlines() if not line.endswith((": started", ": done"))]
     assert len(errors) == 1, stderr
@@ -182,7 +182,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     import re
 
     assert re.search(words, errors[0]), errors[0]
-    assert {path for path in tmp_path.rglob("*")} == before
+    assert set(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize(

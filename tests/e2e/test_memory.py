@@ -59,9 +59,9 @@ def generate(directory: Path) -> dict[str, int]:
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": FFN,
-        "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM,
-        "vocab_size": VOCABULARY, "max_position_embeddings": 4096, "dtype": "bfloat16", "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 1,
+        "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS,
+        "head_dim": HEAD_DIM, "vocab_size": VOCABULARY, "max_position_embeddings": 4096, "dtype": "bfloat16",
+        "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 1,
     }  # fmt: skip
     (directory / "config.json").write_text(json.dumps(config))
     tiny.save_tokenizer(directory)

@@ -1,4 +1,4 @@
-"""The codec under Hugging Face generate: `model.generate(..., past_key_values=CompressedCache.from_pretrained(DIR))`."""
+"""The codec under generate: `model.generate(..., past_key_values=CompressedCache.from_pretrained(DIR))`."""
 
 from kvcompress.serving.transformers.cache import CompressedCache, CompressedLayer
 
