@@ -6,23 +6,28 @@
 #pragma once
 
 #include "float_side.h"
+#include "half_side.h"
 #include "integer_side.h"
 
 namespace kvcompress::cpu::KVC_LEVEL {
 namespace {
 
-KVC_INLINE bool in_integers(const kvc_side& side) {
+// How a level computes one side of the cache. Every level has FLOATS, the plain form.
+enum class Form { FLOATS, HALVES, INTEGERS };
+
+KVC_INLINE Form form_of([[maybe_unused]] const kvc_side& side) {
 #if KVC_LEVEL_NUMBER >= 3
-    return side.gain_offset >= 0;
-#else
-    (void)side;
-    return false;
+    if (side.gain_offset >= 0) return Form::INTEGERS;
 #endif
+#if KVC_LEVEL_NUMBER >= 1
+    if (side.gain_offset < 0) return Form::HALVES;
+#endif
+    return Form::FLOATS;
 }
 
 // Where each thread's temporary arrays start.
 struct Scratch {
-    float* row;         // one query, mean or output row, and its latent
+    float* row;         // a few rows of queries or outputs
     float* query;       // [rows][key positions] float32 queries, or:
     uint8_t* factors;   // [quads][rows][digits]
     void* headers;      // IntegerQuery[rows]
@@ -32,6 +37,7 @@ struct Scratch {
     uint8_t* weights;   // [tile / 4][rows][digits]
     float* sums;        // [rows][value positions]
     float* decay;       // [rows]
+    float* poison;      // [rows]: NaN for a query that is not finite, else 0
     void* tile_weights; // TileWeights[rows]
     int key_width;      // positions or quads
     int value_width;
@@ -50,30 +56,46 @@ struct Arena {
 
 inline size_t lay_out(const kvc_pages& pages, char* base, Scratch& s) {
     Arena arena{base};
-    s.row = arena.take<float>(4 * kMaxHeadDim);
+    s.row = arena.take<float>(2 * kMatrixRows * kMaxHeadDim);
     s.scores = arena.take<float>(kMaxRows * kTile);
     s.decay = arena.take<float>(kMaxRows);
-    s.key_width = key_positions(pages.k);
-    s.value_width = float_positions(pages.v);
+    s.poison = arena.take<float>(kMaxRows);
+    switch (form_of(pages.k)) {
+        case Form::FLOATS:
+            s.key_width = key_positions(pages.k);
+            s.query = arena.take<float>(static_cast<size_t>(kMaxRows * s.key_width));
+            s.keys = arena.take<float>(static_cast<size_t>(kTile * s.key_width));
+            break;
+        case Form::HALVES:
+            s.key_width = round_up(pages.k.rank, 16);
+            s.query = arena.take<float>(static_cast<size_t>(kMaxRows * s.key_width));
+            break;
+        case Form::INTEGERS:
 #if KVC_LEVEL_NUMBER >= 3
-    if (in_integers(pages.k)) {
-        s.key_width = key_quads(pages.k);
-        s.factors = arena.take<uint8_t>(static_cast<size_t>(kMaxRows * kFactorBytes * s.key_width));
-        s.headers = arena.take<IntegerQuery>(kMaxRows);
-        s.keys = arena.take<uint8_t>(static_cast<size_t>(kTile * 4 * s.key_width));
-    }
-    if (in_integers(pages.v)) {
-        s.value_width = value_positions(pages.v);
-        s.values = arena.take<uint8_t>(static_cast<size_t>(kTile * s.value_width));
-        s.weights = arena.take<uint8_t>(kMaxRows * kFactorBytes * kTile / 4);
-        s.tile_weights = arena.take<TileWeights>(kMaxRows);
-    }
+            s.key_width = key_quads(pages.k);
+            s.factors = arena.take<uint8_t>(static_cast<size_t>(kMaxRows * kFactorBytes * s.key_width));
+            s.headers = arena.take<IntegerQuery>(kMaxRows);
+            s.keys = arena.take<uint8_t>(static_cast<size_t>(kTile * 4 * s.key_width));
 #endif
-    if (!in_integers(pages.k)) {
-        s.query = arena.take<float>(static_cast<size_t>(kMaxRows * s.key_width));
-        s.keys = arena.take<float>(static_cast<size_t>(kTile * s.key_width));
+            break;
     }
-    if (!in_integers(pages.v)) s.values = arena.take<float>(static_cast<size_t>(kTile * s.value_width));
+    switch (form_of(pages.v)) {
+        case Form::FLOATS:
+            s.value_width = float_positions(pages.v);
+            s.values = arena.take<float>(static_cast<size_t>(kTile * s.value_width));
+            break;
+        case Form::HALVES:
+            s.value_width = round_up(pages.v.rank, 16);
+            break;
+        case Form::INTEGERS:
+#if KVC_LEVEL_NUMBER >= 3
+            s.value_width = value_positions(pages.v);
+            s.values = arena.take<uint8_t>(static_cast<size_t>(kTile * s.value_width));
+            s.weights = arena.take<uint8_t>(kMaxRows * kFactorBytes * kTile / 4);
+            s.tile_weights = arena.take<TileWeights>(kMaxRows);
+#endif
+            break;
+    }
     s.sums = arena.take<float>(static_cast<size_t>(kMaxRows * s.value_width));
     return arena.used;
 }
@@ -99,19 +121,36 @@ inline void absorb_queries(const kvc_attend_args& args, const Item& item, int ro
     const kvc_side& side = args.pages.k;
     const int head_dim = args.pages.head_dim;
     const float* decode = args.k_decode_HDR + static_cast<int64_t>(item.kv_head) * head_dim * side.rank;
-    float *query = s.row, *absorbed = s.row + kMaxHeadDim;
-    for (int row = 0; row < rows; ++row) {
-        load_row(args.query, query_token(args, item, row), query_head(args, item, row), head_dim, query);
-        for (int d = 0; d < head_dim; ++d) query[d] *= args.softmax_scale;
-        row_times_matrix(query, decode, head_dim, side.rank, absorbed);
-#if KVC_LEVEL_NUMBER >= 3
-        if (in_integers(side)) {
-            integer_query(side, absorbed, s.key_width, static_cast<IntegerQuery*>(s.headers)[row],
-                          s.factors + row * kFactorBytes, rows * kFactorBytes);
-            continue;
+    for (int first = 0; first < rows; first += kMatrixRows) {
+        const int count = min_of(rows - first, kMatrixRows);
+        float *queries = s.row, *absorbed = s.row + kMatrixRows * kMaxHeadDim;
+        for (int i = 0; i < count; ++i) {
+            const int row = first + i;
+            load_row(args.query, query_token(args, item, row), query_head(args, item, row), head_dim, queries + i * kMaxHeadDim);
+            for (int d = 0; d < head_dim; ++d) queries[i * kMaxHeadDim + d] *= args.softmax_scale;
         }
+        rows_times_matrix(queries, count, kMaxHeadDim, decode, head_dim, side.rank, absorbed, kMaxHeadDim);
+        for (int i = 0; i < count; ++i) {
+            const float* from = absorbed + i * kMaxHeadDim;
+            const int row = first + i;
+            s.poison[row] = 0;
+            for (int c = 0; c < side.rank; ++c) s.poison[row] += from[c] * 0.f;
+            switch (form_of(side)) {
+                case Form::FLOATS:
+                    key_query(side, from, s.query + row * s.key_width);
+                    break;
+                case Form::HALVES:
+                    std::memset(s.query + row * s.key_width, 0, sizeof(float) * static_cast<size_t>(s.key_width));
+                    std::memcpy(s.query + row * s.key_width, from, sizeof(float) * static_cast<size_t>(side.rank));
+                    break;
+                case Form::INTEGERS:
+#if KVC_LEVEL_NUMBER >= 3
+                    integer_query(side, from, s.key_width, static_cast<IntegerQuery*>(s.headers)[row],
+                                  s.factors + row * kFactorBytes, rows * kFactorBytes);
 #endif
-        key_query(side, absorbed, s.query + row * s.key_width);
+                    break;
+            }
+        }
     }
 }
 
@@ -131,81 +170,81 @@ KVC_INLINE void read_gains(const kvc_side& side, const uint8_t* record, int offs
     }
 }
 
-KVC_INLINE void prefetch(const uint8_t* p, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
+KVC_INLINE const uint8_t* record_of(const kvc_attend_args& args, const Item& item, int token) {
+    const int32_t block = args.block_table[item.request * args.block_table_stride + token / args.pages.block_size];
+    return args.pages.data + block * args.pages.block_stride + item.kv_head * args.pages.head_stride;
 }
 
-// A tile's tokens, unpacked. Slots past `tokens` hold anything but have gain 0 and, in float32 values, zeros.
-inline void unpack_tile(const kvc_attend_args& args, const Item& item, int start, int tokens, int stop, Scratch& s, float* k_gain, float* v_gain) {
+// A tile: where its groups of sixteen tokens lie, and its gains.
+struct Tile {
+    int tokens;
+    const uint8_t* k_codes[kTileGroups];
+    const uint8_t* v_codes[kTileGroups];
+    alignas(kAlign) float k_gain[kTile];
+    alignas(kAlign) float v_gain[kTile];
+
+    KVC_INLINE int groups() const { return (tokens + kGroup - 1) / kGroup; }
+    KVC_INLINE int tokens_of(int group) const { return min_of(tokens - group * kGroup, kGroup); }
+};
+
+// Finds and unpacks a tile. Slots past `tokens` hold anything but have gain 0.
+inline void read_tile(const kvc_attend_args& args, const Item& item, int start, Scratch& s, Tile& tile) {
     const kvc_pages& pages = args.pages;
-    const int32_t* blocks = args.block_table + item.request * args.block_table_stride;
-    const auto record_of = [&](int token) {
-        return pages.data + blocks[token / pages.block_size] * pages.block_stride + item.kv_head * pages.head_stride;
-    };
-    for (int group = 0; group * kGroup < tokens; ++group) {
-        const int first = start + group * kGroup, offset = first % pages.block_size;
-        const int count = min_of(tokens - group * kGroup, kGroup);
-        const uint8_t* record = record_of(first);
-        const uint8_t* k_codes = record + pages.k.code_offset + offset * pages.k.code_bytes;
-        const uint8_t* v_codes = record + pages.v.code_offset + offset * pages.v.code_bytes;
-        if (first + kTile < stop) {
-            const int ahead = first + kTile, ahead_offset = ahead % pages.block_size;
-            const uint8_t* next = record_of(ahead);
-            prefetch(next + pages.k.code_offset + ahead_offset * pages.k.code_bytes, kGroup * pages.k.code_bytes);
-            prefetch(next + pages.v.code_offset + ahead_offset * pages.v.code_bytes, kGroup * pages.v.code_bytes);
-        }
-        read_gains(pages.k, record, offset, count, k_gain + group * kGroup);
-        read_gains(pages.v, record, offset, count, v_gain + group * kGroup);
+    std::memset(tile.k_gain, 0, sizeof tile.k_gain);
+    std::memset(tile.v_gain, 0, sizeof tile.v_gain);
+    for (int group = 0; group < tile.groups(); ++group) {
+        const int first = start + group * kGroup, offset = first % pages.block_size, count = tile.tokens_of(group);
+        const uint8_t* record = record_of(args, item, first);
+        const uint8_t* k_codes = tile.k_codes[group] = record + pages.k.code_offset + offset * pages.k.code_bytes;
+        const uint8_t* v_codes = tile.v_codes[group] = record + pages.v.code_offset + offset * pages.v.code_bytes;
+        read_gains(pages.k, record, offset, count, tile.k_gain + group * kGroup);
+        read_gains(pages.v, record, offset, count, tile.v_gain + group * kGroup);
+        if (form_of(pages.k) == Form::FLOATS) unpack_keys(pages.k, k_codes, static_cast<float*>(s.keys) + group * kGroup);
+        if (form_of(pages.v) == Form::FLOATS)
+            for (int i = 0; i < count; ++i)
+                unpack_value(pages.v, v_codes + i * pages.v.code_bytes, static_cast<float*>(s.values) + (group * kGroup + i) * s.value_width);
 #if KVC_LEVEL_NUMBER >= 3
-        if (in_integers(pages.k))
+        if (form_of(pages.k) == Form::INTEGERS)
             unpack_keys_integer(pages.k, k_codes, static_cast<uint8_t*>(s.keys) + group * s.key_width * 64);
-        if (in_integers(pages.v))
+        if (form_of(pages.v) == Form::INTEGERS)
             for (int quad = 0; 4 * quad < count; ++quad)
                 unpack_values_integer(pages.v, v_codes + 4 * quad * pages.v.code_bytes,
                                       static_cast<uint8_t*>(s.values) + (4 * group + quad) * 4 * s.value_width);
 #endif
-        if (!in_integers(pages.k)) unpack_keys(pages.k, k_codes, static_cast<float*>(s.keys) + group * kGroup);
-        if (!in_integers(pages.v))
-            for (int i = 0; i < count; ++i)
-                unpack_value(pages.v, v_codes + i * pages.v.code_bytes, static_cast<float*>(s.values) + (group * kGroup + i) * s.value_width);
     }
 }
 
 // Scores of a row to weights p * gain; returns what the row's earlier sums must be multiplied by.
 inline float soften(float* scores, const float* k_gain, const float* v_gain, int seen, float& row_max, float& row_sum, float& largest, float& weight_sum) {
+    constexpr int kVectors = kTile / kLanes;
     largest = weight_sum = 0;
     if (seen <= 0) {
         std::memset(scores, 0, sizeof(float) * kTile);
         return 1.f;
     }
-    alignas(kAlign) int32_t index[kTile];
-    for (int i = 0; i < kTile; ++i) index[i] = i;
     const VecF hidden = splat(-__builtin_inff());
-    VecF max = hidden;
-    for (int i = 0; i < kTile; i += kLanes) {
-        VecI lane;
-        std::memcpy(&lane, index + i, sizeof lane);
-        // A select, not a product: slots past the end may hold anything.
-        const VecF score = lane < seen ? load(scores + i) * load(k_gain + i) : hidden;
-        store(scores + i, score);
-        max = max_of(score, max);
-    }
-    const float new_max = [&] {
-        const float tile_max = max_lane(max);
-        return tile_max > row_max ? tile_max : row_max;
-    }();
-    alignas(kAlign) float difference[kLanes];
-    store(difference, exp_nonpositive(splat(row_max - new_max)));
-    const float decay = row_max == new_max ? 1.f : difference[0];
+    VecF score[kVectors], max = hidden;
+    repeat<kVectors>([&](auto i) KVC_LAMBDA { score[i] = load(scores + i * kLanes) * load(k_gain + i * kLanes); });
+    if (seen < kTile)
+        repeat<kVectors>([&](auto i) KVC_LAMBDA {
+            VecI token;
+            for (int lane = 0; lane < kLanes; ++lane) token[lane] = i * kLanes + lane;
+            // A select, not a product: slots past the end may hold anything.
+            score[i] = token < seen ? score[i] : hidden;
+        });
+    repeat<kVectors>([&](auto i) KVC_LAMBDA { max = max_of(score[i], max); });
+    const float tile_max = max_lane(max);
+    const float new_max = tile_max > row_max ? tile_max : row_max;
+    const float decay = exp_nonpositive(splat(row_max - new_max))[0];
     VecF total = {}, weights = {}, top = {};
-    for (int i = 0; i < kTile; i += kLanes) {
-        const VecF p = exp_nonpositive(load(scores + i) - new_max);
-        const VecF weight = p * load(v_gain + i);
+    repeat<kVectors>([&](auto i) KVC_LAMBDA {
+        const VecF p = exp_nonpositive(score[i] - new_max);
+        const VecF weight = p * load(v_gain + i * kLanes);
         total += p;
         weights += weight;
         top = max_of(weight, top);
-        store(scores + i, weight);
-    }
+        store(scores + i * kLanes, weight);
+    });
     row_max = new_max;
     row_sum = row_sum * decay + sum(total);
     largest = max_lane(top);
@@ -213,33 +252,73 @@ inline float soften(float* scores, const float* k_gain, const float* v_gain, int
     return decay;
 }
 
-inline void attend_tile(const kvc_attend_args& args, const Item& item, int start, int tokens, int stop, int rows, const Partial& partial, Scratch& s) {
-    const kvc_pages& pages = args.pages;
-    alignas(kAlign) float k_gain[kTile] = {}, v_gain[kTile] = {};
-    unpack_tile(args, item, start, tokens, stop, s, k_gain, v_gain);
 #if KVC_LEVEL_NUMBER >= 3
-    if (in_integers(pages.k))
-        score_tile_integer(static_cast<IntegerQuery*>(s.headers), s.factors, rows, static_cast<uint8_t*>(s.keys), s.key_width, s.scores);
+KVC_INLINE Ahead ahead_of(const kvc_attend_args& args, const Item& item, const kvc_side& side, int token) {
+    const uint8_t* record = record_of(args, item, token);
+    const int offset = token % args.pages.block_size, count = min_of(kTile, args.pages.block_size - offset);
+    if (side.gain_offset >= 0) __builtin_prefetch(record + side.gain_offset + 2 * offset);
+    const uint8_t* codes = record + side.code_offset + offset * side.code_bytes;
+    return {codes, codes + count * side.code_bytes};
+}
 #endif
-    if (!in_integers(pages.k))
-        score_tile(s.query, s.key_width, rows, static_cast<float*>(s.keys), s.key_width, tokens, s.scores);
+
+inline void attend_tile(const kvc_attend_args& args, const Item& item, int start, int stop, int rows, const Partial& partial, Scratch& s) {
+    const kvc_pages& pages = args.pages;
+    Tile tile;
+    tile.tokens = min_of(stop - start, kTile);
+    read_tile(args, item, start, s, tile);
+#if KVC_LEVEL_NUMBER >= 3
+    const int next = start + kTile < stop ? start + kTile : start;
+#endif
+    switch (form_of(pages.k)) {
+        case Form::FLOATS:
+            score_tile(s.query, s.key_width, rows, static_cast<float*>(s.keys), s.key_width, tile.tokens, s.scores);
+            break;
+        case Form::HALVES:
+#if KVC_LEVEL_NUMBER >= 1
+            for (int group = 0; group < tile.groups(); ++group)
+                score_group_half(s.query, s.key_width, rows, pages.k, tile.k_codes[group], s.scores + group * kGroup);
+#endif
+            break;
+        case Form::INTEGERS:
+#if KVC_LEVEL_NUMBER >= 3
+            score_tile_integer(static_cast<IntegerQuery*>(s.headers), s.factors, rows, static_cast<uint8_t*>(s.keys), s.key_width, s.scores,
+                               ahead_of(args, item, pages.k, next));
+#endif
+            break;
+    }
     for (int row = 0; row < rows; ++row) {
         float largest, weight_sum;
-        const int seen = min_of(visible(args, item, row) - start, tokens);
-        s.decay[row] = soften(s.scores + row * kTile, k_gain, v_gain, seen, partial.max[row], partial.sum[row], largest, weight_sum);
+        float* scores = s.scores + row * kTile;
+        const int seen = min_of(visible(args, item, row) - start, tile.tokens);
+        s.decay[row] = soften(scores, tile.k_gain, tile.v_gain, seen, partial.max[row], partial.sum[row], largest, weight_sum);
 #if KVC_LEVEL_NUMBER >= 3
-        if (in_integers(pages.v)) {
-            const float scale = integer_weights(s.scores + row * kTile, largest, s.weights + row * kFactorBytes, rows * kFactorBytes);
+        if (form_of(pages.v) == Form::INTEGERS) {
+            const float scale = integer_weights(scores, largest, s.weights + row * kFactorBytes, rows * kFactorBytes);
             static_cast<TileWeights*>(s.tile_weights)[row] = {s.decay[row], scale, 0.5f * weight_sum};
         }
 #endif
     }
-#if KVC_LEVEL_NUMBER >= 3
-    if (in_integers(pages.v))
-        mix_tile_integer(static_cast<TileWeights*>(s.tile_weights), s.weights, rows, static_cast<uint8_t*>(s.values), (tokens + 3) / 4, s.value_width, s.sums);
+    switch (form_of(pages.v)) {
+        case Form::FLOATS:
+            mix_tile(s.scores, s.decay, rows, static_cast<float*>(s.values), tile.tokens, s.value_width, s.sums);
+            break;
+        case Form::HALVES:
+#if KVC_LEVEL_NUMBER >= 1
+            for (int group = 0; group < tile.groups(); ++group) {
+                if (group == 1)
+                    for (int row = 0; row < rows; ++row) s.decay[row] = 1;
+                mix_group_half(s.scores + group * kGroup, s.decay, rows, pages.v, tile.v_codes[group], tile.tokens_of(group), s.value_width, s.sums);
+            }
 #endif
-    if (!in_integers(pages.v))
-        mix_tile(s.scores, s.decay, rows, static_cast<float*>(s.values), tokens, s.value_width, s.sums);
+            break;
+        case Form::INTEGERS:
+#if KVC_LEVEL_NUMBER >= 3
+            mix_tile_integer(static_cast<TileWeights*>(s.tile_weights), s.weights, rows, static_cast<uint8_t*>(s.values), (tile.tokens + 3) / 4,
+                             s.value_width, s.sums, ahead_of(args, item, pages.v, next));
+#endif
+            break;
+    }
 }
 
 void attend(const kvc_attend_args& args, const Item& item, int start, int stop, const Partial& partial, void* scratch) {
@@ -253,17 +332,25 @@ void attend(const kvc_attend_args& args, const Item& item, int start, int stop, 
     std::memset(s.sums, 0, sizeof(float) * static_cast<size_t>(rows * s.value_width));
     absorb_queries(args, item, rows, s);
     for (int tile = start; tile < stop; tile += kTile)
-        attend_tile(args, item, tile, min_of(stop - tile, kTile), stop, rows, partial, s);
+        attend_tile(args, item, tile, stop, rows, partial, s);
+    // Comparisons and integers would hide it.
+    for (int row = 0; row < rows; ++row) partial.sum[row] += s.poison[row];
     for (int row = 0; row < rows; ++row) {
         const float* sums = s.sums + row * s.value_width;
         float* latent = partial.latent + row * args.pages.v.rank;
+        switch (form_of(args.pages.v)) {
+            case Form::FLOATS:
+                value_channels(args.pages.v, sums, latent);
+                break;
+            case Form::HALVES:
+                std::memcpy(latent, sums, sizeof(float) * static_cast<size_t>(args.pages.v.rank));
+                break;
+            case Form::INTEGERS:
 #if KVC_LEVEL_NUMBER >= 3
-        if (in_integers(args.pages.v)) {
-            value_channels_integer(args.pages.v, sums, latent);
-            continue;
-        }
+                value_channels_integer(args.pages.v, sums, latent);
 #endif
-        value_channels(args.pages.v, sums, latent);
+                break;
+        }
     }
 }
 
@@ -272,13 +359,12 @@ void merge(const kvc_attend_args& args, const Item& item, const Partial& into, c
     for (int row = 0; row < item.tokens * item.group; ++row) {
         if (from.sum[row] == 0) continue;  // none of these tokens is visible to the row
         const float max = into.max[row] > from.max[row] ? into.max[row] : from.max[row];
-        alignas(kAlign) float ours[kLanes], theirs[kLanes];
-        store(ours, exp_nonpositive(splat(into.max[row] - max)));
-        store(theirs, exp_nonpositive(splat(from.max[row] - max)));
+        const float ours = exp_nonpositive(splat(into.max[row] - max))[0];
+        const float theirs = exp_nonpositive(splat(from.max[row] - max))[0];
         into.max[row] = max;
-        into.sum[row] = into.sum[row] * ours[0] + from.sum[row] * theirs[0];
+        into.sum[row] = into.sum[row] * ours + from.sum[row] * theirs;
         for (int c = 0; c < rank; ++c)
-            into.latent[row * rank + c] = into.latent[row * rank + c] * ours[0] + from.latent[row * rank + c] * theirs[0];
+            into.latent[row * rank + c] = into.latent[row * rank + c] * ours + from.latent[row * rank + c] * theirs;
     }
 }
 
@@ -289,17 +375,23 @@ void finish(const kvc_attend_args& args, const Item& item, const Partial& partia
     const float* decode = args.v_decode_HRD + static_cast<int64_t>(item.kv_head) * rank * head_dim;
     const float* v_mean = args.v_mean_HD + item.kv_head * head_dim;
     const float* k_mean = args.k_mean_HD + item.kv_head * head_dim;
-    float* out = s.row;
-    for (int row = 0; row < item.tokens * item.group; ++row) {
-        float* latent = partial.latent + row * rank;
-        for (int c = 0; c < rank; ++c) latent[c] /= partial.sum[row];
-        row_times_matrix(latent, decode, rank, head_dim, out);
-        for (int d = 0; d < head_dim; ++d) out[d] += v_mean[d];
-        const int64_t token = query_token(args, item, row);
-        const int head = query_head(args, item, row);
-        store_row(args.output, token, head, head_dim, out);
-        if (args.lse_TH) {
-            float* query = s.row + kMaxHeadDim;
+    const int rows = item.tokens * item.group;
+    for (int row = 0; row < rows; ++row)
+        for (int c = 0; c < rank; ++c) partial.latent[row * rank + c] /= partial.sum[row];
+    for (int first = 0; first < rows; first += kMatrixRows) {
+        float *latents = s.row, *outputs = s.row + kMatrixRows * kMaxHeadDim;
+        const int count = min_of(rows - first, kMatrixRows);
+        for (int i = 0; i < count; ++i)
+            std::memcpy(latents + i * kMaxHeadDim, partial.latent + (first + i) * rank, sizeof(float) * static_cast<size_t>(rank));
+        rows_times_matrix(latents, count, kMaxHeadDim, decode, rank, head_dim, outputs, kMaxHeadDim);
+        for (int i = 0; i < count; ++i) {
+            const int row = first + i, head = query_head(args, item, row);
+            const int64_t token = query_token(args, item, row);
+            float* out = outputs + i * kMaxHeadDim;
+            for (int d = 0; d < head_dim; ++d) out[d] += v_mean[d];
+            store_row(args.output, token, head, head_dim, out);
+            if (!args.lse_TH) continue;
+            float* query = latents + i * kMaxHeadDim;
             load_row(args.query, token, head, head_dim, query);
             float constant = 0;
             for (int d = 0; d < head_dim; ++d) constant += query[d] * k_mean[d];

@@ -85,7 +85,8 @@ inline void encode_side(const kvc_side& side, int head_dim, const kvc_rows& rows
     float *padded_latent = latent + kMaxHeadDim, *padded_weight = padded_latent + 2 * kMaxHeadDim;
     load_row(rows, token, head, head_dim, x);
     for (int d = 0; d < head_dim; ++d) x[d] -= mean_HD[head * head_dim + d];
-    row_times_matrix(x, encode_HDR + static_cast<int64_t>(head) * head_dim * side.rank, head_dim, side.rank, latent);
+    const float* encode = encode_HDR + static_cast<int64_t>(head) * head_dim * side.rank;
+    rows_times<1>(x, 0, encode, head_dim, side.rank, latent, 0);
     for (int c = 0; c < side.rank; ++c) {
         if (latent[c] != latent[c]) latent[c] = 0;
         if (__builtin_isinf(latent[c])) latent[c] = latent[c] > 0 ? kHalfMax : -kHalfMax;

@@ -13,10 +13,11 @@ namespace {
 KVC_INLINE int words_of(int bits, int width) { return round_up(bits * width / 8, 4) / 4; }
 KVC_INLINE float middle_of(int bits) { return bits == 16 ? 0.f : static_cast<float>((1 << bits) - 1) / 2; }
 
-KVC_INLINE VecF field_to_float(VecU word, int bits, int field) {
-    const VecU code = word >> static_cast<uint32_t>(bits * field) & ((1u << bits) - 1u);
-    if (bits == 16) return half_to_float(code);
-    return __builtin_convertvector(reinterpret_cast<const VecI&>(code), VecF) - middle_of(bits);
+template <int BITS>
+KVC_INLINE VecF field_to_float(VecU word, int field) {
+    const VecU code = word >> static_cast<uint32_t>(BITS * field) & ((1u << BITS) - 1u);
+    if (BITS == 16) return half_to_float(code);
+    return __builtin_convertvector(reinterpret_cast<const VecI&>(code), VecF) - middle_of(BITS);
 }
 
 // Positions of a side's channels once unpacked, padding included.
@@ -27,27 +28,34 @@ KVC_INLINE int float_positions(const kvc_side& side) {
     return positions;
 }
 
-inline void read_words(const uint8_t* bytes, int count, uint32_t* words) {
-    words[(count - 1) / 4] = 0;
-    std::memcpy(words, bytes, static_cast<size_t>(count));
+// Keys: out[position][tile], sixteen tokens of it; position = channel within its band, bands padded to whole words.
+template <int BITS>
+inline float* unpack_key_band(const uint8_t* codes, int64_t code_bytes, int bytes, float* out) {
+    for (int byte = 0; byte < bytes; byte += 4) {
+        alignas(kAlign) uint32_t words[kGroup] = {};
+        for (int token = 0; token < kGroup; ++token) {
+            const uint8_t* source = codes + token * code_bytes + byte;
+            if (byte + 4 <= bytes)
+                std::memcpy(&words[token], source, 4);
+            else
+                std::memcpy(&words[token], source, static_cast<size_t>(bytes - byte));
+        }
+        for (int lane = 0; lane < kGroup; lane += kLanes) {
+            const VecU vector = load(words + lane);
+            repeat<32 / BITS>([&](auto field) KVC_LAMBDA { store(out + field * kTile + lane, field_to_float<BITS>(vector, field)); });
+        }
+        out += 32 / BITS * kTile;
+    }
+    return out;
 }
 
-// Keys: out[position][tile], sixteen tokens of it; position = channel within its band, bands padded to whole words.
 inline void unpack_keys(const kvc_side& side, const uint8_t* codes, float* out) {
-    alignas(kAlign) uint32_t words[kMaxHeadDim / 2][kGroup];
     for (int band = 0; band < side.num_bands; ++band) {
         const int bits = side.bits[band], bytes = bits * side.widths[band] / 8;
-        const int num_words = words_of(bits, side.widths[band]);
-        for (int token = 0; token < kGroup; ++token) {
-            const uint8_t* source = codes + token * side.code_bytes;
-            int word = 0;
-            for (; 4 * word + 4 <= bytes; ++word) std::memcpy(&words[word][token], source + 4 * word, 4);
-            if (word < num_words) read_words(source + 4 * word, bytes - 4 * word, &words[word][token]);
-        }
-        for (int word = 0; word < num_words; ++word)
-            for (int field = 0; field < 32 / bits; ++field, out += kTile)
-                for (int lane = 0; lane < kGroup; lane += kLanes)
-                    store(out + lane, field_to_float(load(words[word] + lane), bits, field));
+        out = bits == 16  ? unpack_key_band<16>(codes, side.code_bytes, bytes, out)
+              : bits == 8 ? unpack_key_band<8>(codes, side.code_bytes, bytes, out)
+              : bits == 4 ? unpack_key_band<4>(codes, side.code_bytes, bytes, out)
+                          : unpack_key_band<2>(codes, side.code_bytes, bytes, out);
         codes += bytes;
     }
 }
@@ -60,15 +68,27 @@ KVC_INLINE int key_positions(const kvc_side& side) {
 }
 
 // Values: out[token][position]; a band's vectors of words follow each other, field by field.
+template <int BITS>
+inline float* unpack_value_band(const uint8_t* codes, int bytes, float* out) {
+    for (int byte = 0; byte < bytes; byte += 4 * kLanes) {
+        VecU vector = {};
+        if (byte + 4 * kLanes <= bytes)
+            std::memcpy(&vector, codes + byte, sizeof vector);
+        else
+            std::memcpy(&vector, codes + byte, static_cast<size_t>(bytes - byte));
+        repeat<32 / BITS>([&](auto field) KVC_LAMBDA { store(out + field * kLanes, field_to_float<BITS>(vector, field)); });
+        out += 32 / BITS * kLanes;
+    }
+    return out;
+}
+
 inline void unpack_value(const kvc_side& side, const uint8_t* codes, float* out) {
     for (int band = 0; band < side.num_bands; ++band) {
         const int bits = side.bits[band], bytes = bits * side.widths[band] / 8;
-        for (int byte = 0; byte < bytes; byte += 4 * kLanes) {
-            alignas(kAlign) uint32_t words[kLanes] = {};
-            std::memcpy(words, codes + byte, static_cast<size_t>(min_of(bytes - byte, 4 * kLanes)));
-            const VecU vector = load(words);
-            for (int field = 0; field < 32 / bits; ++field, out += kLanes) store(out, field_to_float(vector, bits, field));
-        }
+        out = bits == 16  ? unpack_value_band<16>(codes, bytes, out)
+              : bits == 8 ? unpack_value_band<8>(codes, bytes, out)
+              : bits == 4 ? unpack_value_band<4>(codes, bytes, out)
+                          : unpack_value_band<2>(codes, bytes, out);
         codes += bytes;
     }
 }
@@ -110,16 +130,19 @@ template <int ROWS>
 KVC_INLINE void score_rows(const float* query, int query_stride, const float* keys, int positions, int tokens, float* score) {
     for (int token = 0; token < tokens; token += kBlock * kLanes) {
         VecF sums[ROWS][kBlock];
-        KVC_UNROLL for (int row = 0; row < ROWS; ++row)
-            KVC_UNROLL for (int n = 0; n < kBlock; ++n) sums[row][n] = VecF{};
+        repeat<ROWS>([&](auto row) KVC_LAMBDA { repeat<kBlock>([&](auto n) KVC_LAMBDA { sums[row][n] = VecF{}; }); });
         for (int position = 0; position < positions; ++position) {
             const float* key = keys + position * kTile + token;
-            KVC_UNROLL for (int row = 0; row < ROWS; ++row)
-                KVC_UNROLL for (int n = 0; n < kBlock; ++n)
-                    sums[row][n] += load(key + n * kLanes) * query[row * query_stride + position];
+            VecF vectors[kBlock];
+            repeat<kBlock>([&](auto n) KVC_LAMBDA { vectors[n] = load(key + n * kLanes); });
+            repeat<ROWS>([&](auto row) KVC_LAMBDA {
+                const float factor = query[row * query_stride + position];
+                repeat<kBlock>([&](auto n) KVC_LAMBDA { sums[row][n] += vectors[n] * factor; });
+            });
         }
-        KVC_UNROLL for (int row = 0; row < ROWS; ++row)
-            KVC_UNROLL for (int n = 0; n < kBlock; ++n) store(score + row * kTile + token + n * kLanes, sums[row][n]);
+        repeat<ROWS>([&](auto row) KVC_LAMBDA {
+            repeat<kBlock>([&](auto n) KVC_LAMBDA { store(score + row * kTile + token + n * kLanes, sums[row][n]); });
+        });
     }
 }
 
@@ -135,14 +158,21 @@ inline void score_tile(const float* query, int query_stride, int rows, const flo
 template <int ROWS, int VECTORS>
 KVC_INLINE void mix_rows(const float* weight, const float* decay, const float* values, int tokens, int positions, float* sums) {
     VecF acc[ROWS][VECTORS];
-    KVC_UNROLL for (int row = 0; row < ROWS; ++row)
-        KVC_UNROLL for (int n = 0; n < VECTORS; ++n) acc[row][n] = load(sums + row * positions + n * kLanes) * decay[row];
-    for (int token = 0; token < tokens; ++token)
-        KVC_UNROLL for (int row = 0; row < ROWS; ++row)
-            KVC_UNROLL for (int n = 0; n < VECTORS; ++n)
-                acc[row][n] += load(values + token * positions + n * kLanes) * weight[row * kTile + token];
-    KVC_UNROLL for (int row = 0; row < ROWS; ++row)
-        KVC_UNROLL for (int n = 0; n < VECTORS; ++n) store(sums + row * positions + n * kLanes, acc[row][n]);
+    repeat<ROWS>([&](auto row) KVC_LAMBDA {
+        repeat<VECTORS>([&](auto n) KVC_LAMBDA { acc[row][n] = load(sums + row * positions + n * kLanes) * decay[row]; });
+    });
+    for (int token = 0; token < tokens; ++token) {
+        const float* value = values + token * positions;
+        VecF vectors[VECTORS];
+        repeat<VECTORS>([&](auto n) KVC_LAMBDA { vectors[n] = load(value + n * kLanes); });
+        repeat<ROWS>([&](auto row) KVC_LAMBDA {
+            const float factor = weight[row * kTile + token];
+            repeat<VECTORS>([&](auto n) KVC_LAMBDA { acc[row][n] += vectors[n] * factor; });
+        });
+    }
+    repeat<ROWS>([&](auto row) KVC_LAMBDA {
+        repeat<VECTORS>([&](auto n) KVC_LAMBDA { store(sums + row * positions + n * kLanes, acc[row][n]); });
+    });
 }
 
 template <int ROWS>

@@ -18,28 +18,47 @@ namespace {
 constexpr int kDigits = 3;
 constexpr int kFactorBytes = 16;  // one row's factors of one quad: four bytes of each digit, and four unused
 
-// sums[row][digit][n] += codes[quad][n] . factors[quad][row][digit], over all quads; CODES_SIGNED says which side of the
+// Bytes that the next tile needs, asked for line by line while this one is computed.
+struct Ahead {
+    const uint8_t* next;
+    const uint8_t* stop;
+
+    KVC_INLINE void step() {
+        // No branch: past the end, the last line is asked for again.
+        __builtin_prefetch(next);
+        const uint8_t* line = next + 64;
+        next = line < stop ? line : next;
+    }
+};
+
+// sum += products of four neighbouring bytes. As an instruction, because GCC 12 copies and spills the sums around the
+// intrinsic.
+KVC_INLINE void dot_bytes(__m512i& sum, __m512i unsigned_bytes, __m512i signed_bytes) {
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(unsigned_bytes), "v"(signed_bytes));
+}
+
+// sums[row][digit][n] += codes[quad][n] . factors[quad][row][digit], over all quads; SIGNED_CODES says which side of the
 // product has signed bytes.
-template <int ROWS, int VECTORS, bool CODES_SIGNED>
+template <int ROWS, int VECTORS, bool SIGNED_CODES>
 KVC_INLINE void accumulate(__m512i (&sums)[ROWS][kDigits][VECTORS], const uint8_t* codes, int64_t code_step, int64_t quad_step,
-                           const uint8_t* factors, int64_t factor_step, int quads) {
+                           const uint8_t* factors, int64_t factor_step, int quads, Ahead& ahead) {
     for (int quad = 0; quad < quads; ++quad, codes += quad_step, factors += factor_step) {
+        ahead.step();
+        ahead.step();
         __m512i code[VECTORS];
-        KVC_UNROLL for (int n = 0; n < VECTORS; ++n) code[n] = _mm512_load_si512(codes + n * code_step);
-        KVC_UNROLL for (int row = 0; row < ROWS; ++row) {
-            KVC_UNROLL for (int d = 0; d < kDigits; ++d) {
+        repeat<VECTORS>([&](auto n) KVC_LAMBDA { code[n] = _mm512_load_si512(codes + n * code_step); });
+        repeat<ROWS>([&](auto row) KVC_LAMBDA {
+            repeat<kDigits>([&](auto d) KVC_LAMBDA {
                 int32_t four;
                 std::memcpy(&four, factors + row * kFactorBytes + 4 * d, 4);
                 const __m512i factor = _mm512_set1_epi32(four);
-                KVC_UNROLL for (int n = 0; n < VECTORS; ++n) {
-                    __m512i& sum = sums[row][d][n];
-                    sum = CODES_SIGNED ? _mm512_dpbusd_epi32(sum, factor, code[n]) : _mm512_dpbusd_epi32(sum, code[n], factor);
-                }
-            }
-        }
+                repeat<VECTORS>([&](auto n) KVC_LAMBDA {
+                    dot_bytes(sums[row][d][n], SIGNED_CODES ? factor : code[n], SIGNED_CODES ? code[n] : factor);
+                });
+            });
+        });
     }
 }
-
 KVC_INLINE float digits_to_float(int d0, int d1, int d2) {
     return static_cast<float>(d2) * 65536.f + (static_cast<float>(d1) * 256.f + static_cast<float>(d0));
 }
@@ -92,7 +111,7 @@ KVC_INLINE uint8_t* store_fields(__m512i word, uint8_t* out) {
 }
 
 template <int BITS>
-KVC_INLINE uint8_t* unpack_key_band(const uint8_t* codes, int64_t stride, int bytes, uint8_t* out) {
+KVC_INLINE uint8_t* unpack_key_band_integer(const uint8_t* codes, int64_t stride, int bytes, uint8_t* out) {
     int byte = 0;
     __m512i tokens[4], words[4];
     for (; byte + 16 <= bytes; byte += 16) {
@@ -112,9 +131,9 @@ KVC_INLINE uint8_t* unpack_key_band(const uint8_t* codes, int64_t stride, int by
 inline void unpack_keys_integer(const kvc_side& side, const uint8_t* codes, uint8_t* out) {
     for (int band = 0; band < side.num_bands; ++band) {
         const int bits = side.bits[band], bytes = bits * side.widths[band] / 8;
-        out = bits == 8   ? unpack_key_band<8>(codes, side.code_bytes, bytes, out)
-              : bits == 4 ? unpack_key_band<4>(codes, side.code_bytes, bytes, out)
-                          : unpack_key_band<2>(codes, side.code_bytes, bytes, out);
+        out = bits == 8   ? unpack_key_band_integer<8>(codes, side.code_bytes, bytes, out)
+              : bits == 4 ? unpack_key_band_integer<4>(codes, side.code_bytes, bytes, out)
+                          : unpack_key_band_integer<2>(codes, side.code_bytes, bytes, out);
         codes += bytes;
     }
 }
@@ -130,16 +149,15 @@ struct IntegerQuery {
 // One row's factors of every quad, `step` bytes apart.
 inline void integer_query(const kvc_side& side, const float* absorbed, int quads, IntegerQuery& query, uint8_t* factors, int step) {
     constexpr float kLargest = 8355000.f;  // 127 * 65536 + 127 * 256 + 127, less the rounding of the scale
-    float largest = 0, poison = 0;
+    float largest = 0;
     const float* x = absorbed;
     for (int band = 0; band < side.num_bands; ++band)
         for (int channel = 0; channel < side.widths[band]; ++channel) {
             const float magnitude = __builtin_fabsf(*x++ * side.steps[band]);
             if (magnitude > largest) largest = magnitude;
-            poison += magnitude * 0.f;  // NaN for a query that is not finite, and so is its output
         }
     const float inverse = largest > 1e-30f ? kLargest / largest : 0.f;
-    query.scale = largest / kLargest + poison;
+    query.scale = largest / kLargest;
     for (int quad = 0; quad < quads; ++quad) std::memset(factors + quad * step, 0, kFactorBytes);
     int64_t doubled = 0;
     int64_t centre[kDigits] = {};
@@ -166,32 +184,35 @@ inline void integer_query(const kvc_side& side, const float* absorbed, int quads
 }
 
 template <int ROWS, int GROUPS>
-KVC_INLINE void score_rows_integer(const IntegerQuery* query, const uint8_t* factors, int step, const uint8_t* keys, int quads, float* score) {
+KVC_INLINE void score_rows_integer(const IntegerQuery* query, const uint8_t* factors, int step, const uint8_t* keys, int quads, float* score, Ahead& ahead) {
     for (int group = 0; group < kTileGroups; group += GROUPS) {
         __m512i sums[ROWS][kDigits][GROUPS];
-        KVC_UNROLL for (int row = 0; row < ROWS; ++row)
-            KVC_UNROLL for (int d = 0; d < kDigits; ++d)
-                KVC_UNROLL for (int g = 0; g < GROUPS; ++g) sums[row][d][g] = _mm512_set1_epi32(query[row].centre[d]);
-        accumulate<ROWS, GROUPS, false>(sums, keys + group * quads * 64, quads * 64, 64, factors, step, quads);
-        KVC_UNROLL for (int row = 0; row < ROWS; ++row)
-            KVC_UNROLL for (int g = 0; g < GROUPS; ++g) {
+        repeat<ROWS>([&](auto row) KVC_LAMBDA {
+            repeat<kDigits>([&](auto d) KVC_LAMBDA {
+                repeat<GROUPS>([&](auto g) KVC_LAMBDA { sums[row][d][g] = _mm512_set1_epi32(query[row].centre[d]); });
+            });
+        });
+        accumulate<ROWS, GROUPS, false>(sums, keys + group * quads * 64, quads * 64, 64, factors, step, quads, ahead);
+        repeat<ROWS>([&](auto row) KVC_LAMBDA {
+            repeat<GROUPS>([&](auto g) KVC_LAMBDA {
                 const __m512 sum = digits_to_float(sums[row][0][g], sums[row][1][g], sums[row][2][g]);
                 const __m512 scale = _mm512_set1_ps(query[row].scale);
                 const __m512 scaled = _mm512_mul_ps(_mm512_add_ps(sum, _mm512_set1_ps(query[row].half_sum)), scale);
                 _mm512_store_ps(score + row * kTile + (group + g) * kGroup, scaled);
-            }
+            });
+        });
     }
 }
 
-inline void score_tile_integer(const IntegerQuery* query, const uint8_t* factors, int rows, const uint8_t* keys, int quads, float* score) {
+inline void score_tile_integer(const IntegerQuery* query, const uint8_t* factors, int rows, const uint8_t* keys, int quads, float* score, Ahead ahead) {
     const int step = rows * kFactorBytes;
     int row = 0;
     for (; row + 4 <= rows; row += 4)
-        score_rows_integer<4, 2>(query + row, factors + row * kFactorBytes, step, keys, quads, score + row * kTile);
+        score_rows_integer<4, 2>(query + row, factors + row * kFactorBytes, step, keys, quads, score + row * kTile, ahead);
     for (; row + 2 <= rows; row += 2)
-        score_rows_integer<2, 4>(query + row, factors + row * kFactorBytes, step, keys, quads, score + row * kTile);
+        score_rows_integer<2, 4>(query + row, factors + row * kFactorBytes, step, keys, quads, score + row * kTile, ahead);
     for (; row < rows; ++row)
-        score_rows_integer<1, 4>(query + row, factors + row * kFactorBytes, step, keys, quads, score + row * kTile);
+        score_rows_integer<1, 4>(query + row, factors + row * kFactorBytes, step, keys, quads, score + row * kTile, ahead);
 }
 
 // ---- values --------------------------------------------------------------------------------------------------------
@@ -230,7 +251,7 @@ KVC_INLINE void interleave(const __m512i in[4], __m512i out[4]) {
 }
 
 template <int BITS>
-KVC_INLINE uint8_t* unpack_value_band(const uint8_t* codes, int64_t stride, int bytes, uint8_t* out) {
+KVC_INLINE uint8_t* unpack_value_band_integer(const uint8_t* codes, int64_t stride, int bytes, uint8_t* out) {
     int byte = 0;
     for (; bytes - byte >= 64; byte += 64) {
         __m512i in[4], words[4];
@@ -265,9 +286,9 @@ KVC_INLINE uint8_t* unpack_value_band(const uint8_t* codes, int64_t stride, int 
 inline void unpack_values_integer(const kvc_side& side, const uint8_t* codes, uint8_t* out) {
     for (int band = 0; band < side.num_bands; ++band) {
         const int bits = side.bits[band], bytes = bits * side.widths[band] / 8;
-        out = bits == 8   ? unpack_value_band<8>(codes, side.code_bytes, bytes, out)
-              : bits == 4 ? unpack_value_band<4>(codes, side.code_bytes, bytes, out)
-                          : unpack_value_band<2>(codes, side.code_bytes, bytes, out);
+        out = bits == 8   ? unpack_value_band_integer<8>(codes, side.code_bytes, bytes, out)
+              : bits == 4 ? unpack_value_band_integer<4>(codes, side.code_bytes, bytes, out)
+                          : unpack_value_band_integer<2>(codes, side.code_bytes, bytes, out);
         codes += bytes;
     }
 }
@@ -304,7 +325,7 @@ inline float integer_weights(const float* weight, float largest, uint8_t* factor
         _mm_store_si128(reinterpret_cast<__m128i*>(factors + 2 * step), _mm512_extracti32x4_epi32(digits, 2));
         _mm_store_si128(reinterpret_cast<__m128i*>(factors + 3 * step), _mm512_extracti32x4_epi32(digits, 3));
     }
-    return inverse > 0 ? largest / kLargest : 0.f * largest;  // NaN stays
+    return inverse > 0 ? largest / kLargest : 0.f;
 }
 
 // What a tile's weights contribute: sums = sums * decay + scale * (digits times codes) + half of the weights' sum.
@@ -315,40 +336,44 @@ struct TileWeights {
 };
 
 template <int ROWS, int VECTORS>
-KVC_INLINE void mix_rows_integer(const TileWeights* weights, const uint8_t* factors, int step, const uint8_t* values, int quads, int positions, float* sums) {
+KVC_INLINE void mix_rows_integer(const TileWeights* weights, const uint8_t* factors, int step, const uint8_t* values, int quads, int positions, float* sums, Ahead& ahead) {
     __m512i acc[ROWS][kDigits][VECTORS];
-    KVC_UNROLL for (int row = 0; row < ROWS; ++row)
-        KVC_UNROLL for (int d = 0; d < kDigits; ++d)
-            KVC_UNROLL for (int n = 0; n < VECTORS; ++n) acc[row][d][n] = _mm512_setzero_si512();
-    accumulate<ROWS, VECTORS, true>(acc, values, 64, 4 * positions, factors, step, quads);
-    KVC_UNROLL for (int row = 0; row < ROWS; ++row)
-        KVC_UNROLL for (int n = 0; n < VECTORS; ++n) {
+    repeat<ROWS>([&](auto row) KVC_LAMBDA {
+        repeat<kDigits>([&](auto d) KVC_LAMBDA {
+            repeat<VECTORS>([&](auto n) KVC_LAMBDA { acc[row][d][n] = _mm512_setzero_si512(); });
+        });
+    });
+    accumulate<ROWS, VECTORS, true>(acc, values, 64, 4 * positions, factors, step, quads, ahead);
+    repeat<ROWS>([&](auto row) KVC_LAMBDA {
+        const __m512 decay = _mm512_set1_ps(weights[row].decay), scale = _mm512_set1_ps(weights[row].scale);
+        const __m512 half = _mm512_set1_ps(weights[row].half_sum);
+        repeat<VECTORS>([&](auto n) KVC_LAMBDA {
             const __m512 sum = digits_to_float(acc[row][0][n], acc[row][1][n], acc[row][2][n]);
             float* target = sums + row * positions + 16 * n;
-            const __m512 half = _mm512_set1_ps(weights[row].half_sum);
-            const __m512 old = _mm512_fmadd_ps(_mm512_load_ps(target), _mm512_set1_ps(weights[row].decay), half);
-            _mm512_store_ps(target, _mm512_fmadd_ps(sum, _mm512_set1_ps(weights[row].scale), old));
-        }
+            const __m512 old = _mm512_fmadd_ps(_mm512_load_ps(target), decay, half);
+            _mm512_store_ps(target, _mm512_fmadd_ps(sum, scale, old));
+        });
+    });
 }
 
 template <int ROWS, int BLOCK>
-KVC_INLINE void mix_all_integer(const TileWeights* weights, const uint8_t* factors, int step, const uint8_t* values, int quads, int positions, float* sums) {
+KVC_INLINE void mix_all_integer(const TileWeights* weights, const uint8_t* factors, int step, const uint8_t* values, int quads, int positions, float* sums, Ahead& ahead) {
     int position = 0;
     for (; position + 16 * BLOCK <= positions; position += 16 * BLOCK)
-        mix_rows_integer<ROWS, BLOCK>(weights, factors, step, values + 4 * position, quads, positions, sums + position);
+        mix_rows_integer<ROWS, BLOCK>(weights, factors, step, values + 4 * position, quads, positions, sums + position, ahead);
     for (; position < positions; position += 16)
-        mix_rows_integer<ROWS, 1>(weights, factors, step, values + 4 * position, quads, positions, sums + position);
+        mix_rows_integer<ROWS, 1>(weights, factors, step, values + 4 * position, quads, positions, sums + position, ahead);
 }
 
-inline void mix_tile_integer(const TileWeights* weights, const uint8_t* factors, int rows, const uint8_t* values, int quads, int positions, float* sums) {
+inline void mix_tile_integer(const TileWeights* weights, const uint8_t* factors, int rows, const uint8_t* values, int quads, int positions, float* sums, Ahead ahead) {
     const int step = rows * kFactorBytes;
     int row = 0;
     for (; row + 4 <= rows; row += 4)
-        mix_all_integer<4, 2>(weights + row, factors + row * kFactorBytes, step, values, quads, positions, sums + row * positions);
+        mix_all_integer<4, 2>(weights + row, factors + row * kFactorBytes, step, values, quads, positions, sums + row * positions, ahead);
     for (; row + 2 <= rows; row += 2)
-        mix_all_integer<2, 4>(weights + row, factors + row * kFactorBytes, step, values, quads, positions, sums + row * positions);
+        mix_all_integer<2, 4>(weights + row, factors + row * kFactorBytes, step, values, quads, positions, sums + row * positions, ahead);
     for (; row < rows; ++row)
-        mix_all_integer<1, 4>(weights + row, factors + row * kFactorBytes, step, values, quads, positions, sums + row * positions);
+        mix_all_integer<1, 4>(weights + row, factors + row * kFactorBytes, step, values, quads, positions, sums + row * positions, ahead);
 }
 
 }  // namespace

@@ -196,10 +196,15 @@ using namespace kvcompress::cpu;
 
 int32_t kvc_abi_version(void) { return KVC_ABI_VERSION; }
 
+void kvc_struct_sizes(int64_t sizes[2]) {
+    sizes[0] = sizeof(kvc_attend_args);
+    sizes[1] = sizeof(kvc_append_args);
+}
+
 int32_t kvc_best_level(void) {
 #ifdef KVC_X86
     __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     if (avx512 && __builtin_cpu_supports("avx512vnni")) return KVC_AVX512_VNNI;

@@ -4,6 +4,10 @@
 #include "kernels.h"
 
 #include <cstring>
+#if KVC_LEVEL_NUMBER >= 1
+#include <immintrin.h>
+#endif
+#include <utility>
 
 #if KVC_LEVEL_NUMBER >= 2
 #define KVC_LANES 16
@@ -15,8 +19,7 @@
 
 #define KVC_INLINE inline __attribute__((always_inline))
 
-// For loops over accumulators: unrolled early, or they stay an array in memory.
-#define KVC_UNROLL _Pragma("GCC unroll 8")
+#define KVC_LAMBDA __attribute__((always_inline))
 
 namespace kvcompress::cpu::KVC_LEVEL {
 namespace {
@@ -28,6 +31,17 @@ typedef uint32_t VecU __attribute__((vector_size(4 * KVC_LANES), may_alias));
 
 constexpr int round_up(int value, int unit) { return (value + unit - 1) / unit * unit; }
 KVC_INLINE int min_of(int a, int b) { return a < b ? a : b; }
+
+// body(0), ..., body(N - 1) with compile-time indices. Accumulator arrays are indexed this way only: a loop that is
+// unrolled later leaves them in memory.
+template <typename Body, int... I>
+KVC_INLINE void repeat(std::integer_sequence<int, I...>, const Body& body) {
+    (body(std::integral_constant<int, I>{}), ...);
+}
+template <int N, typename Body>
+KVC_INLINE void repeat(const Body& body) {
+    repeat(std::make_integer_sequence<int, N>{}, body);
+}
 
 KVC_INLINE VecF load(const float* p) {
     VecF v;
@@ -47,19 +61,27 @@ KVC_INLINE VecF bits_to_float(VecU v) { return reinterpret_cast<VecF&>(v); }
 KVC_INLINE VecU float_to_bits(VecF v) { return reinterpret_cast<VecU&>(v); }
 
 KVC_INLINE float sum(VecF v) {
-    float lanes[kLanes];
-    store(lanes, v);
+#if KVC_LANES == 16
+    return _mm512_reduce_add_ps(v);
+#else
+    float total[kLanes];
+    store(total, v);
     for (int width = kLanes / 2; width > 0; width /= 2)
-        for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-    return lanes[0];
+        for (int i = 0; i < width; ++i) total[i] += total[i + width];
+    return total[0];
+#endif
 }
 
 KVC_INLINE float max_lane(VecF v) {
-    float lanes[kLanes];
-    store(lanes, v);
+#if KVC_LANES == 16
+    return _mm512_reduce_max_ps(v);
+#else
+    float largest[kLanes];
+    store(largest, v);
     for (int width = kLanes / 2; width > 0; width /= 2)
-        for (int i = 0; i < width; ++i) lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
-    return lanes[0];
+        for (int i = 0; i < width; ++i) largest[i] = largest[i] > largest[i + width] ? largest[i] : largest[i + width];
+    return largest[0];
+#endif
 }
 
 // e^x for x <= 0, exact zero below -87, relative error under 3e-7: x = n ln 2 + r and a degree-6 polynomial in r
@@ -154,33 +176,39 @@ inline void store_row(const kvc_rows& rows, int64_t token, int64_t head, int wid
     for (int i = 0; i < width; ++i) halves[i] = rows.dtype == KVC_BFLOAT16 ? float_to_bfloat(in[i]) : float_to_half(in[i]);
 }
 
-// out[j] = sum_i x[i] matrix[i][j] for j < columns; `out` has room for columns rounded up to 16, the matrix does not.
-inline void row_times_matrix(const float* x, const float* matrix, int rows, int columns, float* out) {
+// out[r][j] = sum_i x[r][i] matrix[i][j] for ROWS rows.
+template <int ROWS>
+inline void rows_times(const float* x, int x_stride, const float* matrix, int rows, int columns, float* out, int out_stride) {
+    constexpr int kVectors = 16 / kLanes;  // columns come in eights
     int j = 0;
-    for (; j + 4 * kLanes <= columns; j += 4 * kLanes) {
-        VecF a = {}, b = {}, c = {}, d = {};
+    for (; j + kVectors * kLanes <= columns; j += kVectors * kLanes) {
+        VecF sums[ROWS][kVectors];
+        repeat<ROWS>([&](auto r) KVC_LAMBDA { repeat<kVectors>([&](auto n) KVC_LAMBDA { sums[r][n] = VecF{}; }); });
         for (int i = 0; i < rows; ++i) {
             const float* m = matrix + static_cast<int64_t>(i) * columns + j;
-            a += load(m) * x[i];
-            b += load(m + kLanes) * x[i];
-            c += load(m + 2 * kLanes) * x[i];
-            d += load(m + 3 * kLanes) * x[i];
+            repeat<kVectors>([&](auto n) KVC_LAMBDA {
+                const VecF column = load(m + n * kLanes);
+                repeat<ROWS>([&](auto r) KVC_LAMBDA { sums[r][n] += column * x[r * x_stride + i]; });
+            });
         }
-        store(out + j, a);
-        store(out + j + kLanes, b);
-        store(out + j + 2 * kLanes, c);
-        store(out + j + 3 * kLanes, d);
+        repeat<ROWS>([&](auto r) KVC_LAMBDA {
+            repeat<kVectors>([&](auto n) KVC_LAMBDA { store(out + r * out_stride + j + n * kLanes, sums[r][n]); });
+        });
     }
-    for (; j + kLanes <= columns; j += kLanes) {
-        VecF a = {};
-        for (int i = 0; i < rows; ++i) a += load(matrix + static_cast<int64_t>(i) * columns + j) * x[i];
-        store(out + j, a);
-    }
-    for (; j < columns; ++j) {
-        float a = 0;
-        for (int i = 0; i < rows; ++i) a += matrix[static_cast<int64_t>(i) * columns + j] * x[i];
-        out[j] = a;
-    }
+    for (; j < columns; ++j)
+        for (int r = 0; r < ROWS; ++r) {
+            float sum = 0;
+            for (int i = 0; i < rows; ++i) sum += matrix[static_cast<int64_t>(i) * columns + j] * x[r * x_stride + i];
+            out[r * out_stride + j] = sum;
+        }
+}
+
+// Up to eight rows multiplied by a matrix.
+constexpr int kMatrixRows = 8;
+inline void rows_times_matrix(const float* x, int count, int x_stride, const float* matrix, int rows, int columns, float* out, int out_stride) {
+    int r = 0;
+    for (; r + 4 <= count; r += 4) rows_times<4>(x + r * x_stride, x_stride, matrix, rows, columns, out + r * out_stride, out_stride);
+    for (; r < count; ++r) rows_times<1>(x + r * x_stride, x_stride, matrix, rows, columns, out + r * out_stride, out_stride);
 }
 
 }  // namespace

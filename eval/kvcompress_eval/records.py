@@ -97,9 +97,7 @@ class Records:
             progress=partial(tell, f"agreement: {self.model.name}"),
         )
 
-    def measure_agreement(
-        self, engine: Engine, reference: agreement.Reference, *, seed: int, tell: Progress
-    ) -> None:
+    def measure_agreement(self, engine: Engine, reference: agreement.Reference, *, seed: int, tell: Progress) -> None:
         """Compare this model with the reference."""
         assert self.agreement is not None
         self.agreement.append(

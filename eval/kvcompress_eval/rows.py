@@ -1,4 +1,4 @@
-"""Result rows on disk, one JSON object per line, appended as they are made and picked up again after an interruption."""
+"""Result rows on disk, one JSON object per line, appended as they are made and picked up after an interruption."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Intervals, tests and verdicts for scores between 0 and 1, compared sample by sample with a baseline.
 
-The verdict rests on a score interval, not on the bootstrap: where nearly all pairs agree, as they do for a good codec, a
-bootstrap of the few that differ is far too sure of itself (with no differing pair it has no width at all).
+The verdict rests on a score interval, not on the bootstrap: where nearly all pairs agree, as they do for a good codec,
+a bootstrap of the few that differ is far too sure of itself (with no differing pair it has no width at all).
 """
 
 from __future__ import annotations
@@ -37,7 +37,12 @@ class Comparison:
 
 
 def compare(
-    baseline: Sequence[float], candidate: Sequence[float], *, margin: float = 1.0, confidence: float = 0.95, seed: int = 0
+    baseline: Sequence[float],
+    candidate: Sequence[float],
+    *,
+    margin: float = 1.0,
+    confidence: float = 0.95,
+    seed: int = 0,
 ) -> Comparison:
     """Paired comparison of per-sample scores between 0 and 1, in the same order.
 
@@ -139,7 +144,8 @@ def bootstrap_interval(
     rng = np.random.default_rng(seed)
     # Means from multinomial counts: the same draw as indexing, without an array of resamples x n values.
     means = rng.multinomial(n, np.full(n, 1 / n), size=resamples) @ data / n
-    low, high = np.quantile(means if statistic is None else statistic(means), [0.5 - confidence / 2, 0.5 + confidence / 2])
+    found = means if statistic is None else statistic(means)
+    low, high = np.quantile(found, [0.5 - confidence / 2, 0.5 + confidence / 2])
     return float(low), float(high)
 
 

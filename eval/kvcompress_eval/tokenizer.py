@@ -41,9 +41,7 @@ class TextTokenizer:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of generated tokens, special tokens left out, spaces as they are."""
-        return str(
-            self._tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        )
+        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     @cached_property
     def prefix(self) -> list[int]:

@@ -73,7 +73,7 @@ def prepare(
     """Make every prompt and window.
 
     Raises:
-        ValueError: a model cannot take the lengths, there is no text where the suite needs one, or nothing is left to do.
+        ValueError: a model cannot take the lengths, there is no text where one is needed, or nothing is left to do.
     """
     units, skipped = _units(suite, tokenizer, seed, cache_dir, progress)
     limits = [model.context for model in models if model.context]
@@ -172,7 +172,9 @@ def _text(
         return None, [], []
     path = find_text(text, [model.folder for model in models])
     if path is None:
-        raise ValueError("perplexity and agreement need a text: none of the models has a heldout.txt; give one with --text")
+        raise ValueError(
+            "perplexity and agreement need a text, and no model folder has a heldout.txt; name a file with --text"
+        )
     held_out = read_text(path, tokenizer, wanted)
     window = min(suite.window, limit - 1) if limit else suite.window
     stride = min(suite.stride, window // 2)

@@ -76,14 +76,21 @@ class LayerAccumulator:
             output_weight: o_proj's weight `[hidden, query heads * head_dim]`.
         """
         kv_heads, head_dim = self.keys.moments().mean_HD.shape
-        weight = output_weight.detach().double().cpu().unflatten(1, (kv_heads, -1, head_dim))
+        # Head by head: in float64 the whole matrix would be the largest thing in memory.
+        blocks = output_weight.detach().unflatten(1, (kv_heads, -1, head_dim)).unbind(1)
+        output_moment = torch.stack([_gram(block.flatten(0, 1)) for block in blocks])
         return LayerStatistics(
             keys=self.keys.moments(),
             values=self.values.moments(),
             query_moment_HDD=self.queries.second_moment(),
-            output_moment_HDD=torch.einsum("ohgd,ohge->hde", weight, weight),
+            output_moment_HDD=output_moment.cpu(),
             tokens=self.keys.count,
         )
+
+
+def _gram(rows_ND: Tensor) -> Tensor:
+    rows = rows_ND.double()
+    return rows.mT @ rows
 
 
 def _tokens_first(x_BHTD: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from kvcompress.codec.layout import PageLayout
 from kvcompress.ops import library, reference
 from kvcompress.ops.plan import LayerPlan, rows_covered, rows_struct
 
-SPLIT_TOKENS = 2048
+SPLIT_TOKENS = 4096
 """Tokens one thread attends at a time. Fixed positions, so that a result depends on nothing but its own tokens."""
 
 

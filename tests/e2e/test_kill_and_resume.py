@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import random
 import signal
 import time
@@ -35,33 +34,34 @@ def test_twenty_random_kills(base_model: Path, tmp_path: Path) -> None:
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["tests.e2e.test_kill_and_resume", "transformers.models.llama.modeling_llama"])
 
-    def start(out: Path, resume: bool) -> tuple[multiprocessing.process.BaseProcess, Path]:
+    def start(out: Path, resume: bool) -> multiprocessing.process.BaseProcess:
+        """A run that is past its imports."""
         begun = tmp_path / f"begun-{time.monotonic_ns()}"
         process = processes.Process(target=_work, args=(str(base_model), str(out), resume, str(begun)))
         process.start()
         while not begun.exists():
             assert process.is_alive() or begun.exists(), "the run ended before it began"
             time.sleep(0.001)
-        return process, begun
+        return process
 
-    def finish(out: Path, resume: bool) -> None:
-        process, _ = start(out, resume)
+    def finish(out: Path, resume: bool) -> float:
+        """Run to the end; seconds it took."""
+        process = start(out, resume)
+        began = time.monotonic()
         process.join(120)
         assert process.exitcode == 0
+        return time.monotonic() - began
 
     finish(tmp_path / "warm-up", False)
-    began = time.monotonic()
-    finish(tmp_path / "whole", False)
-    seconds = time.monotonic() - began
+    seconds = finish(tmp_path / "whole", False)
     expected = tree_sha256(tmp_path / "whole")
     dice, hit = random.Random(0), 0
     for attempt in range(KILLS):
         out = tmp_path / f"out-{attempt}"
-        process, _ = start(out, False)
+        process = start(out, False)
         # One moment in each twentieth of the run, so that every phase is hit.
         time.sleep(seconds * (attempt + dice.random()) / KILLS)
-        assert process.pid is not None
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()
         process.join()
         hit += process.exitcode == -signal.SIGKILL and not out.exists()
         finish(out, True)

@@ -16,7 +16,7 @@ from kvcompress.checkpoint.safetensors_file import TensorSpec, build_header
 from tests import tiny
 from tests.conftest import BALANCED
 
-LAYERS, HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 10, 2048, 8192, 32, 8, 64, 32000
+LAYERS, HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 15, 2048, 8192, 32, 8, 64, 32000
 SHARDS = 5
 SAMPLES, LENGTH = 8, 256
 
@@ -37,7 +37,7 @@ def generate(directory: Path) -> dict[str, int]:
     generator = np.random.default_rng(0)
     weight_map, sizes = {}, []
     for shard in range(SHARDS):
-        tensors = {name: shape for layer in shapes[shard * 2 : shard * 2 + 2] for name, shape in layer.items()}
+        tensors = {name: shape for layer in shapes[shard * LAYERS // SHARDS : (shard + 1) * LAYERS // SHARDS] for name, shape in layer.items()}
         if shard == 0:
             tensors |= {"model.embed_tokens.weight": ends["model.embed_tokens.weight"]}
         if shard == SHARDS - 1:
@@ -49,12 +49,13 @@ def generate(directory: Path) -> dict[str, int]:
             file.write(raw)
             for info in header.tensors.values():
                 # bfloat16 is the upper half of float32: small normal values, or ones for the norms.
-                rows = 1 if len(info.shape) == 1 else info.shape[0]
-                for _ in range(0, rows, 1024):
-                    count = min(1024, rows) * (info.nbytes // 2 // rows)
-                    values = generator.standard_normal(count, dtype=np.float32) * np.float32(0.02)
-                    bits = np.ones(count, np.float32) if len(info.shape) == 1 else values
-                    file.write((bits.view(np.uint32) >> 16).astype(np.uint16).tobytes()[: info.nbytes])
+                left = info.nbytes // 2
+                while left:
+                    count = min(left, 1 << 21)
+                    left -= count
+                    ones = len(info.shape) == 1
+                    values = np.ones(count, np.float32) if ones else generator.standard_normal(count, np.float32) / 50
+                    file.write((values.view(np.uint32) >> 16).astype(np.uint16).tobytes())
         sizes.append((directory / name).stat().st_size)
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     config = {

@@ -14,7 +14,6 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 MARK = "RESULT "
-ENTRY_POINT = "[vllm.general_plugins]\nkvcompress = kvcompress.serving.vllm:register\n"
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -43,10 +42,20 @@ def run(
 
     Returns:
         tokens: generated ids, by pass and prompt; cached: prompt tokens taken from the prefix cache, likewise;
-        blocks: cache blocks allocated; metrics: vLLM's counters by name; log: everything the engine wrote;
-        error: instead of all these but the log, the message of the exception that stopped the start.
+        blocks: cache blocks allocated; capacity_tokens: the tokens vLLM says fit; metrics: its counters by name;
+        log: everything the engine wrote.
     """
-    scenario = {"engine": ENGINE | {"model": str(model)} | engine, "passes": passes, "max_tokens": max_tokens}
+    return _child({"engine": ENGINE | {"model": str(model)} | engine, "passes": passes, "max_tokens": max_tokens}, env)
+
+
+def refusals(*attempts: dict[str, Any]) -> list[str]:
+    """The message with which each engine refuses to start; they are tried one after the other in one process."""
+    result = _child({"attempts": [ENGINE | attempt for attempt in attempts]}, None)
+    errors: list[str] = result["errors"]
+    return errors
+
+
+def _child(scenario: dict[str, Any], env: dict[str, str] | None) -> dict[str, Any]:
     inherited = dict(os.environ)
     inherited.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would take precedence over kv_cache_memory_bytes
     child = subprocess.run(
@@ -69,13 +78,20 @@ def _python_path() -> str:
     return os.pathsep.join([str(ROOT), *sys.path])
 
 
+def _attempt(engine: dict[str, Any]) -> str:
+    from vllm import LLM
+
+    try:
+        LLM(**engine)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "started"
+
+
 def _generate(scenario: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
-    try:
-        llm = LLM(**scenario["engine"])
-    except Exception as error:
-        return {"error": f"{type(error).__name__}: {error}"}
+    llm = LLM(**scenario["engine"])
     sampling = SamplingParams(temperature=0, max_tokens=scenario["max_tokens"], detokenize=False, ignore_eos=True)
     outputs = [
         llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
@@ -91,4 +107,6 @@ def _generate(scenario: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(MARK + json.dumps(_generate(json.load(sys.stdin))), flush=True)
+    task = json.load(sys.stdin)
+    found = {"errors": [_attempt(engine) for engine in task["attempts"]]} if "attempts" in task else _generate(task)
+    print(MARK + json.dumps(found), flush=True)

@@ -118,9 +118,7 @@ def niah(
 
     inc = 5 if length < 4096 else 25
     per_unit = tokens(sample(inc)[0]) / inc
-    size = best_size(
-        lambda n: tokens(sample(n)[0]) + generated - length, inc, max(int(length / per_unit * 3), 2 * inc)
-    )
+    size = best_size(lambda n: tokens(sample(n)[0]) + generated - length, inc, max(int(length / per_unit * 3), 2 * inc))
     rows: Rows = []
     for index in range(count):
         n = size
@@ -241,9 +239,7 @@ def cwe(tokens: Tokens, length: int, count: int, seed: int) -> Rows:
         return head + prompt.replace("{context}", main), answers
 
     per_word = tokens(sample(4096)[0]) / 4096
-    size = best_size(
-        lambda n: tokens(sample(n)[0]) + generated - length, 10, max(int(length // per_word) * 2, 20)
-    )
+    size = best_size(lambda n: tokens(sample(n)[0]) + generated - length, 10, max(int(length // per_word) * 2, 20))
     rows: Rows = []
     for index in range(count):
         n = size

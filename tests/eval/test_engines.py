@@ -82,9 +82,7 @@ def test_generation_may_end_once_all_texts_are_found(base: Path, tokenizer: Text
     assert never == free
 
 
-def test_compressed_scores_see_every_token_as_stored(
-    compressed: Path, base: Path, tokenizer: TextTokenizer
-) -> None:
+def test_compressed_scores_see_every_token_as_stored(compressed: Path, base: Path, tokenizer: TextTokenizer) -> None:
     tokens = TOKENS[:80]
     scores = engine_on(compressed, tokenizer).score(tokens, distribution=True)
     assert scores.distribution_TV is not None
@@ -126,7 +124,8 @@ class Server(BaseHTTPRequestHandler):
         made = [prompt[-1] + at + 1 for at in range(body["max_tokens"])]
         choice: dict[str, Any] = {"text": " ".join(map(str, made)), "token_ids": made}
         if "prompt_logprobs" in body:
-            rows = [{str(token): {"logprob": -2.0, "rank": 2}, "7": {"logprob": -0.5, "rank": 1}} for token in prompt[1:]]
+            best = {"7": {"logprob": -0.5, "rank": 1}}
+            rows = [{str(token): {"logprob": -2.0, "rank": 2}, **best} for token in prompt[1:]]
             choice["prompt_logprobs"] = [None, *rows]
         self._answer({"choices": [choice]})
 

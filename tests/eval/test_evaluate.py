@@ -13,15 +13,17 @@ from kvcompress_eval import evaluate
 from kvcompress_eval.engines import transformers_engine
 from kvcompress_eval.models import bytes_per_token, codec_spec, describe_models, read_config
 from kvcompress_eval.suite import SUITES, Suite
+from kvcompress_eval.tasks.ruler import generate, ruler_task
+from kvcompress_eval.tokenizer import TextTokenizer
 
 from tests import tiny
 from tests.eval.conftest import train_tokenizer
 
 SMALL = Suite(
     summary="for tests",
-    tasks=("niah_single_1", "niah_multikey_3"),
+    tasks=("fwe", "niah_multikey_3"),
     lengths=(640,),
-    samples=3,
+    samples=2,
     perplexity_tokens=300,
     window=128,
     stride=64,
@@ -57,17 +59,17 @@ def test_results_have_the_documented_shape(
     assert results["models"][0]["manifest_sha256"] is None
     assert len(results["models"][1]["manifest_sha256"]) == 64
 
-    assert [(row["task"], row["model"]) for row in results["tasks"]] == [("niah_single_1", name) for name in names]
+    assert [(row["task"], row["model"]) for row in results["tasks"]] == [("fwe", name) for name in names]
     assert [row["task"] for row in results["skipped"]] == ["niah_multikey_3"]
     assert "too short" in results["skipped"][0]["reason"]
     for row in results["tasks"] + results["overall"]:
-        assert row["n"] == 3
+        assert row["n"] == 2
         assert row["ci95"][0] <= row["score"] <= row["ci95"][1]
         assert (row["verdict"] is None) == (row["model"] == "base")
 
-    rows = [json.loads(line) for line in (options["out"] / "samples/niah_single_1-640-base.jsonl").read_text().splitlines()]
-    assert [row["index"] for row in rows] == [0, 1, 2]
-    other = (options["out"] / "samples/niah_single_1-640-crushed.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in (options["out"] / "samples/fwe-640-base.jsonl").read_text().splitlines()]
+    assert [row["index"] for row in rows] == [0, 1]
+    other = (options["out"] / "samples/fwe-640-crushed.jsonl").read_text().splitlines()
     assert [row["prompt_sha256"] for row in rows] == [json.loads(line)["prompt_sha256"] for line in other]
 
     perplexity = {row["model"]: row for row in results["perplexity"]["models"]}
@@ -129,14 +131,14 @@ def test_an_interrupted_run_continues(
     whole = kvcompress_eval.run(compressed, baseline=base, **options)
     asked = counting.generated, counting.scored
 
-    counting.generated, counting.scored, counting.fail_after = 0, 0, 2
+    counting.generated, counting.scored, counting.fail_after = 0, 0, 1
     options["out"] = tmp_path / "again"
     with pytest.raises(KeyboardInterrupt):
         kvcompress_eval.run(compressed, baseline=base, **options)
-    samples = options["out"] / "samples/niah_single_1-640-base.jsonl"
-    assert len(samples.read_text().splitlines()) == 2
+    samples = options["out"] / "samples/fwe-640-base.jsonl"
+    assert len(samples.read_text().splitlines()) == 1
     with samples.open("a") as file:
-        file.write('{"index": 2, "prompt_sha')
+        file.write('{"index": 1, "prompt_sha')
     counting.fail_after = None
     resumed = kvcompress_eval.run(compressed, baseline=base, resume=True, **options)
     assert (counting.generated, counting.scored) == asked, "nothing is asked twice"
@@ -148,10 +150,8 @@ def test_an_interrupted_run_continues(
     assert without_clock(again) == without_clock(whole)
 
 
-def test_rows_of_another_run_are_not_reused(
-    base: Path, options: dict[str, Any], counting: type[Counting]
-) -> None:
-    options["suite"] = Suite(summary="", tasks=("niah_single_1",), lengths=(640,), samples=2)
+def test_rows_of_another_run_are_not_reused(base: Path, options: dict[str, Any], counting: type[Counting]) -> None:
+    options["suite"] = Suite(summary="", tasks=("fwe",), lengths=(640,), samples=2)
     kvcompress_eval.run(base, **options)
     assert counting.generated == 2
     kvcompress_eval.run(base, **options)
@@ -166,7 +166,7 @@ def test_rows_of_another_run_are_not_reused(
 
 
 def test_full_generations_score_the_same(base: Path, options: dict[str, Any]) -> None:
-    options["suite"] = Suite(summary="", tasks=("niah_single_1",), lengths=(640,), samples=2)
+    options["suite"] = Suite(summary="", tasks=("fwe",), lengths=(640,), samples=2)
     early = kvcompress_eval.run(base, **options)
     full = kvcompress_eval.run(base, full_generations=True, **options)
     assert early["tasks"] == full["tasks"]
@@ -203,19 +203,24 @@ def test_bad_input_is_refused_before_any_model_is_loaded(
     train_tokenizer(other, 900, single_digits=False)
     refused("another tokenizer", model=other, baseline=base)
     (other / "heldout.txt").unlink()
-    refused("none of the models has a heldout.txt", model=other)
+    refused("no model folder has a heldout.txt", model=other)
 
 
-def test_the_tokens_a_tokenizer_adds_do_not_make_a_length_impossible(base: Path, options: dict[str, Any], tmp_path: Path) -> None:
+def test_the_tokens_a_tokenizer_adds_do_not_make_a_length_impossible(
+    base: Path, options: dict[str, Any], tmp_path: Path
+) -> None:
+    tokenizer = TextTokenizer(base)
+    made = generate("fwe", length=640, samples=4, seed=1, count=tokenizer.count, tokenizer_sha256=tokenizer.sha256)
+    context = max(sample.length for sample in made)
     tight = tmp_path / "tight"
     shutil.copytree(base, tight)
-    config = read_config(tight)
-    (tight / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 700}))
-    options["suite"] = Suite(summary="", tasks=("niah_single_1",), lengths=(700,), samples=8)
+    (tight / "config.json").write_text(json.dumps(read_config(tight) | {"max_position_embeddings": context}))
+    options["suite"] = Suite(summary="", tasks=("fwe",), lengths=(640,), samples=4)
+    # The benchmark counts no beginning token, so the longest prompt and all its answer are one token too many.
     kvcompress_eval.run(tight, **options)
-    rows = (options["out"] / "samples/niah_single_1-700-tight.jsonl").read_text().splitlines()
-    assert len(rows) == 8
-    assert all(json.loads(row)["prompt_tokens"] + json.loads(row)["predicted_tokens"] <= 700 for row in rows)
+    rows = [json.loads(row) for row in (options["out"] / "samples/fwe-640-tight.jsonl").read_text().splitlines()]
+    assert max(row["prompt_tokens"] for row in rows) + ruler_task("fwe").tokens_to_generate == context + 1
+    assert max(row["prompt_tokens"] + row["predicted_tokens"] for row in rows) <= context
 
 
 def test_models_are_described(base: Path, compressed: Path, tmp_path: Path) -> None:

@@ -15,7 +15,9 @@ from tests.eval.fake_engine import FakeEngine
 
 
 @pytest.mark.parametrize("prefix", [(), (99,)])
-@pytest.mark.parametrize(("length", "window", "stride"), [(100, 16, 4), (100, 16, 15), (17, 16, 8), (5, 16, 8), (40, 8, 3)])
+@pytest.mark.parametrize(
+    ("length", "window", "stride"), [(100, 16, 4), (100, 16, 15), (17, 16, 8), (5, 16, 8), (40, 8, 3)]
+)
 def test_every_token_is_scored_once_with_enough_context(
     length: int, window: int, stride: int, prefix: tuple[int, ...]
 ) -> None:

@@ -15,12 +15,14 @@ from kvcompress_eval.tasks.ruler import (
     OFFICIAL,
     TASKS,
     NotApplicableError,
+    Request,
     Sample,
     generate,
     ruler_task,
     score,
     task_score,
 )
+from kvcompress_eval.tasks.ruler.vt import Vt
 from kvcompress_eval.tasks.ruler.words import WordKeys, word_keys, word_pool
 from kvcompress_eval.tokenizer import TextTokenizer
 
@@ -124,7 +126,8 @@ def test_word_keys_are_the_sorted_set() -> None:
 
 
 def test_word_keys_merge_adjectives_that_begin_alike() -> None:
-    adjectives, nouns = ["blue", "blue-eyed", "blu", "ad", "ad hoc", "blue-eyed-y"], ["a", "eyed-z", "eyed", "z", "eyez"]
+    adjectives = ["blue", "blue-eyed", "blu", "ad", "ad hoc", "blue-eyed-y"]
+    nouns = ["a", "eyed-z", "eyed", "z", "eyez"]
     keys = WordKeys(adjectives, nouns)
     expected = sorted({f"{adjective}-{noun}" for adjective in adjectives for noun in nouns})
     assert list(keys) == expected == keys[:]
@@ -146,6 +149,11 @@ def test_word_keys_merge_adjectives_that_begin_alike() -> None:
 def test_impossible_lengths_are_named(name: str, length: int, reason: str) -> None:
     with pytest.raises(NotApplicableError, match=reason):
         generate(name, length=length, samples=1, seed=1, count=count_pieces, tokenizer_sha256="pieces")
+
+
+def test_chains_longer_than_the_smallest_haystack_are_named() -> None:
+    with pytest.raises(NotApplicableError, match="9 assignments need as many lines, 5 fit"):
+        next(Vt(hops=8).generate(Request(1024, 1, 1, count_pieces)))
 
 
 def test_unknown_task_lists_the_known() -> None:

@@ -53,11 +53,11 @@ def test_equal_models_are_cleared_with_enough_samples() -> None:
 def test_full_comparison_convicts_partial_scores_too() -> None:
     rng = np.random.default_rng(0)
     found = Counter()
-    for _ in range(100):
+    for _ in range(50):
         base = rng.choice([0.5, 0.75, 1.0], size=200)
         candidate = base - np.where(rng.random(200) < 0.2, 0.25, 0.0)
         found[compare(base.tolist(), candidate.tolist()).verdict] += 1
-    assert found["worse"] >= 90
+    assert found["worse"] >= 45
 
 
 def test_agreement_on_few_samples_proves_nothing() -> None:

@@ -97,6 +97,9 @@ typedef struct {
 
 KVC_EXPORT int32_t kvc_abi_version(void);
 
+// sizeof(kvc_attend_args), sizeof(kvc_append_args).
+KVC_EXPORT void kvc_struct_sizes(int64_t sizes[2]);
+
 // The best level this machine has.
 KVC_EXPORT int32_t kvc_best_level(void);
 

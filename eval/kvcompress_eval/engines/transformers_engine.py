@@ -24,7 +24,8 @@ class TransformersEngine:
 
     Args:
         model: folder of a plain or compressed checkpoint.
-        dtype: torch dtype name, or auto: the checkpoint's on an accelerator, float32 on a CPU, which is slow in bfloat16.
+        dtype: torch dtype name, or auto: the checkpoint's on an accelerator, and float32 on a CPU, which is
+            slow in bfloat16.
         device: torch device, or auto.
     """
 
@@ -116,7 +117,7 @@ def cache_factory(model: Path) -> Callable[[], Any]:
     if not is_compressed(model):
         from transformers import DynamicCache
 
-        return DynamicCache
+        return lambda: DynamicCache()
     from kvcompress.serving.loading import load_codec
     from kvcompress.serving.transformers import CompressedCache
 

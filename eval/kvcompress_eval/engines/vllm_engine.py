@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 
 from kvcompress_eval.engines.base import Generation, Scores, contains_all
-from kvcompress_eval.models import end_tokens
+from kvcompress_eval.models import end_tokens, is_compressed
 from kvcompress_eval.tokenizer import TextTokenizer
 
-# Set only where the caller has not: one process starts in seconds, and one GiB holds any prompt of a small model.
+# Set only where the caller has not: one process starts in seconds, one GiB holds any prompt of a small model, and
+# threads bound to cores would stay bound for whatever runs in this process afterwards.
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
 
@@ -25,7 +27,7 @@ class VllmEngine:
     """vLLM's `LLM`, greedy.
 
     Args:
-        model: folder of a plain or compressed checkpoint; a compressed one needs the kvcompress plug-in installed.
+        model: folder of a plain or compressed checkpoint.
         max_context: longest prompt plus continuation in tokens.
         dtype: torch dtype name, or auto.
         options: further arguments of `vllm.LLM`.
@@ -46,6 +48,11 @@ class VllmEngine:
             raise ValueError(f"engine vllm needs vLLM installed, and importing it failed: {error}") from error
         import torch
 
+        if is_compressed(model):
+            # vLLM finds the plug-in by itself where kvcompress is installed; a source checkout is not.
+            from kvcompress.serving.vllm import register
+
+            register()
         if dtype == "auto" and not torch.cuda.is_available():
             dtype = "float32"
         self._tokenizer = tokenizer

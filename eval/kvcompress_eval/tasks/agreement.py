@@ -117,7 +117,8 @@ def measure(
         progress(done, total)
     result: dict[str, Any] = {source: _summary(found, seed) for source, found in rows.items()}
     if firsts:
-        lengths = [len(expected) if at is None else at for at, expected in zip(firsts, reference.continuations, strict=True)]
+        pairs = zip(firsts, reference.continuations, strict=True)
+        lengths = [len(expected) if at is None else at for at, expected in pairs]
         result["divergence"] = {
             "prompts": len(firsts),
             "identical": sum(at is None for at in firsts) / len(firsts),
@@ -131,8 +132,8 @@ def kl_sum(base_TV: np.ndarray[Any, Any], other_TV: np.ndarray[Any, Any]) -> flo
     """Sum over tokens of KL(base || other) in nats, from log probabilities [T, V]."""
     base, other = base_TV.astype(np.float64), other_TV.astype(np.float64)
     # A probability of zero contributes nothing, and its logarithm must not turn that into nan.
-    terms = np.where(base > -np.inf, np.exp(base) * (base - other), 0.0)
-    return float(terms.sum())
+    gap = np.subtract(base, other, out=np.zeros_like(base), where=np.isfinite(base))
+    return float((np.exp(base) * gap).sum())
 
 
 def first_difference(expected: Sequence[int], found: Sequence[int]) -> int | None:

@@ -12,11 +12,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kvcompress.codec import pages
 from kvcompress.codec.layer import LayerCodec
 from kvcompress.codec.layout import PART_ALIGNMENT, PageLayout
+from kvcompress.codec.spec import LayerSpec
+from kvcompress.ops import reference
+from kvcompress.ops.append import append
+from kvcompress.ops.attention import decode_attention
+from kvcompress.ops.plan import LayerPlan
 from kvcompress.serving.vllm import compat
-from kvcompress.serving.vllm.paged_attention import attend_batch, workspace_bytes
 
 
 class CompressedAttentionBackend(compat.AttentionBackend):  # type: ignore[misc]
@@ -55,17 +58,17 @@ class CompressedAttentionBackend(compat.AttentionBackend):  # type: ignore[misc]
 
 @dataclass
 class CompressedMetadata(compat.AttentionMetadata):  # type: ignore[misc]
-    """One step's batch. Lists are the host's copies: the reference path loops over requests."""
+    """One step's batch. Starts and lengths are on the host, where requests are scheduled."""
 
     num_actual_tokens: int
     slot_mapping: Tensor
     block_table: Tensor
-    query_starts: list[int]
-    seq_lens: list[int]
+    query_starts: Tensor
+    seq_lens: Tensor
 
 
 class CompressedMetadataBuilder(compat.AttentionMetadataBuilder):  # type: ignore[misc]
-    """Reads lengths back to the host once per step, not once per layer."""
+    """Brings lengths to the host once per step, not once per layer."""
 
     _cudagraph_support = compat.AttentionCGSupport.NEVER
 
@@ -87,13 +90,13 @@ class CompressedMetadataBuilder(compat.AttentionMetadataBuilder):  # type: ignor
             num_actual_tokens=batch.num_actual_tokens,
             slot_mapping=batch.slot_mapping,
             block_table=batch.block_table_tensor,
-            query_starts=batch.query_start_loc_cpu.tolist(),
-            seq_lens=batch.seq_lens[: batch.num_reqs].tolist(),
+            query_starts=batch.query_start_loc_cpu[: batch.num_reqs + 1],
+            seq_lens=batch.seq_lens[: batch.num_reqs].cpu(),
         )
 
 
 class CompressedAttentionImpl(compat.AttentionImpl):  # type: ignore[misc]
-    """Attention of one layer. The codec is set once weights are loaded (`use_codec`)."""
+    """Attention of one layer, by the codec it is given."""
 
     def __init__(
         self,
@@ -119,15 +122,15 @@ class CompressedAttentionImpl(compat.AttentionImpl):  # type: ignore[misc]
         self.scale = float(scale)
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
-        self._codec: LayerCodec | None = None
+        self._plan: LayerPlan | None = None
         self._layout: PageLayout | None = None
         self._workspace_bytes = 0
 
     def use_codec(self, codec: LayerCodec, longest: int) -> None:
         """Set the codec of this rank's KV heads, on the layer's device, for requests of up to `longest` tokens."""
         assert (codec.spec.num_kv_heads, codec.spec.head_dim) == (self.num_kv_heads, self.head_size)
-        self._codec = codec
-        self._workspace_bytes = workspace_bytes(codec, self.num_heads, longest)
+        self._plan = LayerPlan.of(codec)
+        self._workspace_bytes = workspace_bytes(codec.spec, self.num_heads, longest)
 
     def forward(
         self,
@@ -154,22 +157,22 @@ class CompressedAttentionImpl(compat.AttentionImpl):  # type: ignore[misc]
         assert output_block_scale is None
         if attn_metadata is None:
             return self._profile(output)
-        codec = self._codec
-        assert codec is not None, "the codec is loaded with the weights"
+        plan = self._plan
+        assert plan is not None
         batch = attn_metadata
-        layout = self._layout_of(codec, kv_cache.shape[2])
+        layout = self._layout_of(plan, kv_cache.shape[2])
         pages_NHX = kv_cache.view(kv_cache.shape[0], layout.num_kv_heads, layout.record_bytes)
         tokens = batch.num_actual_tokens
-        pages.append(pages_NHX, layout, codec, key[:tokens], value[:tokens], batch.slot_mapping[:tokens])
-        attend_batch(
-            output, query, pages_NHX, layout, codec, batch.block_table, batch.query_starts, batch.seq_lens, self.scale
+        append(pages_NHX, layout, plan, key[:tokens], value[:tokens], batch.slot_mapping[:tokens])
+        decode_attention(
+            output, query, pages_NHX, layout, plan, batch.block_table, batch.query_starts, batch.seq_lens, self.scale
         )
         return output
 
-    def _layout_of(self, codec: LayerCodec, block_size: int) -> PageLayout:
+    def _layout_of(self, plan: LayerPlan, block_size: int) -> PageLayout:
         # The block size that counts is the allocated cache's: vLLM may scale or split blocks after asking for specs.
         if self._layout is None or self._layout.block_size != block_size:
-            self._layout = PageLayout.of(codec.spec, block_size)
+            self._layout = PageLayout.of(plan.spec, block_size)
         return self._layout
 
     def _profile(self, output: Tensor) -> Tensor:
@@ -178,3 +181,12 @@ class CompressedAttentionImpl(compat.AttentionImpl):  # type: ignore[misc]
         if output.device.type != "cpu":
             torch.empty(self._workspace_bytes, dtype=torch.uint8, device=output.device)
         return output.fill_(0)
+
+
+def workspace_bytes(spec: LayerSpec, num_heads: int, longest: int) -> int:
+    """Bytes the torch path of attention takes at most beside its arguments, for requests of `longest` tokens."""
+    latents = longest * spec.num_kv_heads * (spec.k.rank + spec.v.rank) * torch.float32.itemsize
+    scores = max(reference.SCORE_BYTES, num_heads * longest * torch.float32.itemsize)
+    # Unpacked codes, their values and the concatenated latents live side by side; so do scores, masked scores and
+    # probabilities.
+    return 3 * (latents + scores)

@@ -67,7 +67,10 @@ def _features(layer: Any, config: compat.VllmConfig) -> list[tuple[bool, str]]:
     stock = layer.impl
     return [
         (type(layer) is not compat.Attention, f"is a {type(layer).__name__} layer"),
-        (layer.attn_type != compat.AttentionType.DECODER, f"does {layer.attn_type} attention"),
+        (
+            layer.attn_type != compat.AttentionType.DECODER,
+            f"does {compat.AttentionType(layer.attn_type).value} attention",
+        ),
         (layer.sliding_window is not None, f"attends a sliding window of {layer.sliding_window} tokens"),
         (getattr(stock, "alibi_slopes", None) is not None or layer.use_alibi_sqrt, "uses ALiBi position biases"),
         (bool(getattr(stock, "logits_soft_cap", None)), "caps its attention logits"),

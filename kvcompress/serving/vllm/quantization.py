@@ -89,18 +89,18 @@ class CompressedCacheMethod(compat.BaseKVCacheMethod):  # type: ignore[misc]
     def create_weights(self, layer: Any) -> None:
         spec = self.quant_config.codec_spec.layers[self._index]
         limits.check_layer(layer, self._name, spec, self._startup.vllm_config)
-        codec = self._startup.codec_of(self._index)
+        local = self._startup.codec_of(self._index).spec
         impl = CompressedAttentionImpl(layer.num_heads, layer.head_size, layer.impl.scale, layer.num_kv_heads)
         # The block size may change between now and the call.
         compat.attach(
             layer,
             CompressedAttentionBackend,
             impl,
-            lambda vllm_config: cache_spec(codec.spec, vllm_config.cache_config.block_size),
+            lambda vllm_config: cache_spec(local, vllm_config.cache_config.block_size),
         )
-        self._startup.note_compressed(self._index, codec.spec)
+        self._startup.note_compressed(self._index, local)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         codec = self._startup.codec_of(self._index).to(compat.layer_device(layer))
-        layer.impl.use_codec(codec, self._startup.vllm_config.model_config.max_model_len)
+        layer.impl.use_codec(codec, longest=self._startup.vllm_config.model_config.max_model_len)
         self._startup.report()

@@ -45,7 +45,9 @@ class Startup:
         directory = checkpoint_directory(vllm_config)
         if compat.is_first_rank_of_machine():
             check_files(directory)
-        return cls(vllm_config, load_codec(directory, spec))
+        # vLLM builds models under a default device; a codec waits on the CPU until the weights are there.
+        with torch.device("cpu"):
+            return cls(vllm_config, load_codec(directory, spec))
 
     def codec_of(self, index: int) -> LayerCodec:
         """The codec of the KV heads of this tensor-parallel rank, on the CPU."""

@@ -1,4 +1,4 @@
-"""The RULER tasks by name: the six that need no download, and variants on the noise haystack under names of their own."""
+"""The RULER tasks by name: the six that need no download, and variants on the noise haystack under other names."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """RULER's variable tracking: find every variable that a chain of assignments in noise gives one value.
 
-Specification: NVIDIA/RULER v1. Names come from the `random` stream, values from numpy's, both seeded once; an example in
-the prompt is built first and gets new names and a new value for every sample.
+Specification: NVIDIA/RULER v1. Names come from the `random` stream, values from numpy's, both seeded once; an example
+in the prompt is built first and gets new names and a new value for every sample.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import string
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from random import Random
 
 import numpy as np
@@ -69,9 +70,7 @@ class Vt:
         drawn = draw_fitting(draw, size, 5, EXAMPLE_LENGTH)
         return drawn.prompt + " " + " ".join(drawn.outputs) + "\n"
 
-    def _search(
-        self, streams: Streams, request: Request, step: int, budget: int, *, is_example: bool = False
-    ) -> int:
+    def _search(self, streams: Streams, request: Request, step: int, budget: int, *, is_example: bool = False) -> int:
         def tokens_at(size: int) -> int:
             return request.count(self._draw(streams, size, is_example=is_example)[0])
 
@@ -89,10 +88,12 @@ class Vt:
         chains = [names[start : start + names_per_chain] for start in range(0, wanted, names_per_chain)]
         values = [EXAMPLE_VALUE if is_example else streams.value() for _ in chains]
 
+        if size < names_per_chain:
+            raise NotApplicableError(f"too short: {names_per_chain} assignments need as many lines, {size} fit")
         lines = [strings("niah").noise] * size
         for chain, value in zip(chains, values, strict=True):
             assignments = [f"VAR {chain[0]} = {value}"]
-            assignments += [f"VAR {new} = VAR {old} " for old, new in zip(chain, chain[1:], strict=False)]
+            assignments += [f"VAR {new} = VAR {old} " for old, new in pairwise(chain)]
             positions = sorted(streams.random.sample(range(len(lines)), len(assignments)))
             for shift, (position, assignment) in enumerate(zip(positions, assignments, strict=True)):
                 lines.insert(position + shift, assignment)

@@ -1,4 +1,4 @@
-"""Words of the benchmark: the lists of the wonderwords package, and the 6.2 million adjective-noun keys made of them."""
+"""Words of the benchmark: the lists of the wonderwords package, and the 6.2 million adjective-noun keys of them."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def word_pool() -> tuple[str, ...]:
 class WordKeys(Sequence[str]):
     """The sorted set of every `adjective-noun`, indexable without being built.
 
-    Strings that begin with different adjectives compare as `adjective-` does, unless one `adjective-` is a prefix of the
-    other (`blue-` and `blue-eyed-`). So the list is a run of blocks, one per adjective, in which only adjectives related
-    by prefix have to be merged; every other block is the sorted nouns behind one adjective.
+    Strings that begin with different adjectives compare as `adjective-` does, unless one `adjective-` is a prefix of
+    the other (`blue-` and `blue-eyed-`). So the list is a run of blocks, one per adjective, in which only adjectives
+    related by prefix have to be merged; every other block is the sorted nouns behind one adjective.
     """
 
     def __init__(self, adjectives: Sequence[str], nouns: Sequence[str]) -> None:

@@ -1,0 +1,41 @@
+"""The summary as a Markdown table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvcompress_eval.report.figures import Results, by_model, difference, scored, summary_figures
+
+
+def markdown_table(results: Results, *, tasks: bool = False) -> str:
+    """One row per figure and one column per model, the verdict last; with `tasks`, one row per task and length too."""
+    names = [model["name"] for model in results["models"]]
+    overall = by_model(results["overall"])
+    rows = [[figure.label, *(figure.values.get(name, "-") for name in names)] for figure in summary_figures(results)]
+    if tasks:
+        keys = dict.fromkeys((row["task"], row["length"]) for row in results["tasks"])
+        for task, length in keys:
+            found = by_model([row for row in results["tasks"] if (row["task"], row["length"]) == (task, length)])
+            rows.append([f"{task}, {length:,} tokens", *(_task_cell(found[name]) for name in names)])
+    if any(row["verdict"] for row in results["overall"]):
+        margin = f"{results['margin']:g}"
+        rows.append(
+            [f"Verdict at {margin} point{'' if margin == '1' else 's'}, 95 %"]
+            + [(overall[name]["verdict"] or "-") for name in names]
+        )
+    header = ["", *(_heading(model) for model in results["models"])]
+    lines = [_line(header), _line(["---"] + ["---:"] * len(names)), *map(_line, rows)]
+    return "\n".join(lines) + "\n"
+
+
+def _heading(model: dict[str, Any]) -> str:
+    return f"{model['name']} (base)" if model["role"] == "baseline" else str(model["name"])
+
+
+def _task_cell(row: dict[str, Any]) -> str:
+    change = difference(row)
+    return scored(row) if not change else f"{row['score']:.1f} ({change})"
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

@@ -1,0 +1,169 @@
+"""From results.json to one HTML file that needs no network."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from kvcompress_eval.report.figures import (
+    Results,
+    baseline,
+    by_model,
+    difference,
+    scored,
+    summary_figures,
+    verdict_sentence,
+)
+from kvcompress_eval.report.plots import Line, Point, forest, layer_errors, pareto
+
+MINUS = "\N{MINUS SIGN}"
+
+
+def write_report(results: Results, path: str | Path) -> None:
+    """Render into a file."""
+    from kvcompress.checkpoint.atomic import atomic_write
+
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(Path(path), render(results).encode())
+
+
+def render(results: Results, *, title: str = "KV cache compression, measured") -> str:
+    """The report as HTML.
+
+    Args:
+        results: what `run` returned, or results.json read back. `serving` may come from elsewhere.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=PackageLoader("kvcompress_eval.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    models = results["models"]
+    colours = {model["name"]: index for index, model in enumerate(models)}
+    base = baseline(results)
+    plots = {"pareto": _pareto(results, colours), "layers": _layers(results, colours)}
+    return environment.get_template("page.html.j2").render(
+        title=title,
+        headline=_headline(results),
+        results=results,
+        models=models,
+        colours=colours,
+        base=base,
+        verdicts=_verdicts(results, colours),
+        figures=summary_figures(results),
+        tasks=_tasks(results, colours),
+        plots={name: Markup(plot) if plot else None for name, plot in plots.items()},
+        forest=lambda **values: Markup(forest(**values)),
+        recipes={model["name"]: json.dumps(model["recipe"], indent=2) for model in models if model["recipe"]},
+        environment=_flat(results["environment"]),
+    )
+
+
+def _headline(results: Results) -> str:
+    candidates = [model for model in results["models"] if model["role"] == "candidate"]
+    base = next((model for model in results["models"] if model["role"] == "baseline"), None)
+    if not candidates or base is None:
+        return f"{results['models'][0]['name']}, measured"
+    if len(candidates) > 1:
+        return f"{len(candidates)} compressed models against {base['name']}"
+    if not base["bytes_per_token"] or not candidates[0]["bytes_per_token"]:
+        return f"{candidates[0]['name']} against {base['name']}"
+    return f"A KV cache {base['bytes_per_token'] / candidates[0]['bytes_per_token']:.1f} times smaller"
+
+
+def _verdicts(results: Results, colours: dict[str, int]) -> list[dict[str, Any]]:
+    """One card per compared model."""
+    return [
+        {
+            "model": row["model"],
+            "colour": colours[row["model"]],
+            "verdict": row["verdict"],
+            "sentence": verdict_sentence(row, results["margin"]),
+            "score": scored(row),
+            "difference": difference(row).replace("-", MINUS),
+        }
+        for row in results["overall"]
+        if row["verdict"]
+    ]
+
+
+def _tasks(results: Results, colours: dict[str, int]) -> list[dict[str, Any]]:
+    """One group per task and length; within it one row per model."""
+    rows = results["tasks"]
+    bounds = [abs(bound) for row in rows if row["delta_ci95"] for bound in row["delta_ci95"]]
+    reach = min(100.0, 1.05 * max([*bounds, 2 * results["margin"]]))
+    groups: list[dict[str, Any]] = []
+    for task, length in dict.fromkeys((row["task"], row["length"]) for row in rows):
+        found = [row for row in rows if (row["task"], row["length"]) == (task, length)]
+        groups.append(
+            {
+                "task": task,
+                "length": length,
+                "n": found[0]["n"],
+                "rows": [
+                    {
+                        "model": row["model"],
+                        "colour": colours[row["model"]],
+                        "score": scored(row),
+                        "difference": difference(row).replace("-", MINUS),
+                        "verdict": row["verdict"],
+                        "plot": row["delta"] is not None
+                        and {
+                            "delta": row["delta"],
+                            "low": row["delta_ci95"][0],
+                            "high": row["delta_ci95"][1],
+                            "margin": results["margin"],
+                            "reach": reach,
+                            "colour": colours[row["model"]],
+                        },
+                    }
+                    for row in found
+                ],
+            }
+        )
+    return groups
+
+
+def _pareto(results: Results, colours: dict[str, int]) -> str | None:
+    overall = by_model(results["overall"])
+    points = [
+        Point(
+            name=model["name"],
+            colour=colours[model["name"]],
+            x=model["bytes_per_token"],
+            y=overall[model["name"]]["score"],
+            low=overall[model["name"]]["ci95"][0],
+            high=overall[model["name"]]["ci95"][1],
+            is_base=model["role"] == "baseline",
+        )
+        for model in results["models"]
+        if model["bytes_per_token"] and model["name"] in overall
+    ]
+    return pareto(points) if len(points) > 1 else None
+
+
+def _layers(results: Results, colours: dict[str, int]) -> str | None:
+    lines = [
+        Line(colours[model["name"]], side == "v", [layer[side] for layer in model["layers"]])
+        for model in results["models"]
+        for side in ("k", "v")
+        if any(layer[side] is not None for layer in model["layers"])
+    ]
+    return layer_errors(lines) if lines else None
+
+
+def _flat(values: Results) -> list[tuple[str, str]]:
+    """Nested settings as lines."""
+    lines: list[tuple[str, str]] = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            lines += [(f"{key}: {name}" if key != "packages" else name, text) for name, text in _flat(value)]
+        elif value is not None:
+            lines.append((key.replace("_", " "), str(value)))
+    return lines

@@ -1,0 +1,129 @@
+"""Finding the library, and what happens without it."""
+
+from __future__ import annotations
+
+import ctypes
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvcompress.ops import library
+from kvcompress.ops.append import append
+from kvcompress.ops.attention import decode_attention
+from tests.ops.cases import bands, exact, random_cache, random_codec, relative_error
+
+
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    """`load` forgets what it found, before and after."""
+    library.load.cache_clear()
+    yield
+    library.load.cache_clear()
+
+
+@pytest.mark.usefixtures("compiled")
+def test_structs_have_the_sizes_the_library_was_built_with() -> None:
+    compiled = library.load()
+    assert compiled is not None
+    sizes = (ctypes.c_int64 * 2)()
+    compiled.kvc_struct_sizes(sizes)
+    assert list(sizes) == [ctypes.sizeof(library.AttendArgs), ctypes.sizeof(library.AppendArgs)]
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_missing_library_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(library.PATH_VARIABLE, raising=False)
+    monkeypatch.setattr(library, "_FILE", "not-there.so")
+    with pytest.warns(UserWarning, match="C\\+\\+17 compiler"):
+        assert library.load() is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert library.load() is None
+
+
+@pytest.mark.usefixtures("fresh")
+def test_an_empty_variable_turns_kernels_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(library.PATH_VARIABLE, "")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert library.load() is None
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_file_that_is_no_library_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "kernels.so"
+    path.write_text("no library")
+    monkeypatch.setenv(library.PATH_VARIABLE, str(path))
+    with pytest.raises(ValueError, match=r"kernels\.so is not a library"):
+        library.load()
+
+
+@pytest.mark.usefixtures("compiled")
+def test_another_interface_version_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    library.load.cache_clear()
+    monkeypatch.setattr(library, "ABI_VERSION", library.ABI_VERSION + 1)
+    try:
+        with pytest.warns(UserWarning, match="build the library again"):
+            assert library.load() is None
+    finally:
+        library.load.cache_clear()
+
+
+@pytest.mark.usefixtures("compiled")
+def test_an_unknown_level_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(library.LEVEL_VARIABLE, "avx1024")
+    with pytest.raises(ValueError, match="'avx1024'; expected one of portable"):
+        library.level()
+
+
+@pytest.mark.usefixtures("without_library")
+def test_attention_without_the_library() -> None:
+    codec = random_codec(2, 64, bands((8, 16), (4, 24)), bands((16, 40)))
+    cache = random_cache(codec, [40, 9, 17])
+    query_THD = torch.randn(5, 8, 64, generator=torch.Generator().manual_seed(1))
+    output_THD, lse_TH = torch.empty_like(query_THD), torch.empty(5, 8)
+    decode_attention(
+        output_THD,
+        query_THD,
+        cache.pages_NHX,
+        cache.layout,
+        cache.plan,
+        cache.block_table_RN,
+        [0, 1, 1, 5],
+        cache.seq_lens,
+        0.125,
+        lse_TH,
+    )
+    expected_THD, expected_TH = exact(cache, query_THD, [0, 1, 1, 5], 0.125)
+    assert relative_error(output_THD, expected_THD) < 1e-5
+    torch.testing.assert_close(lse_TH.double(), expected_TH, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("without_library")
+def test_append_without_the_library() -> None:
+    codec = random_codec(2, 64, bands((8, 16), (4, 24)), bands((16, 40)))
+    cache = random_cache(codec, [40])
+    again = cache.pages_NHX.clone()
+    again[cache.block_table_RN[0, :3].long()] = 0xFF
+    generator = torch.Generator().manual_seed(0)
+    keys_THD = 1.5 * torch.randn(40, 2, 64, generator=generator)
+    values_THD = 1.5 * torch.randn(40, 2, 64, generator=generator)
+    token_T = torch.arange(40)
+    slots_T = cache.block_table_RN[0].long()[token_T // 16] * 16 + token_T % 16
+    append(again, cache.layout, cache.plan, keys_THD, values_THD, slots_T)
+    assert torch.equal(again, cache.pages_NHX)
+
+
+@pytest.mark.usefixtures("compiled")
+def test_a_shape_the_kernels_do_not_cover_goes_to_the_reference() -> None:
+    cache = random_cache(random_codec(1, 20, bands((8, 16)), bands((8, 8))), [30])
+    assert not cache.plan.covered()
+    query_THD = torch.randn(2, 3, 20, generator=torch.Generator().manual_seed(1))
+    output_THD = torch.empty_like(query_THD)
+    decode_attention(
+        output_THD, query_THD, cache.pages_NHX, cache.layout, cache.plan, cache.block_table_RN, [0, 2], [30], 0.2
+    )
+    assert relative_error(output_THD, exact(cache, query_THD, [0, 2], 0.2)[0]) < 1e-5

@@ -1,0 +1,17 @@
+from __future__ import annotations
+
+from kvcompress.serving.vllm.report import LayerReport, describe
+
+
+def test_sizes_and_reasons_are_given_for_runs_of_layers() -> None:
+    layers = {index: LayerReport(100, 400) for index in (0, 1, 2, 4)}
+    layers[3] = LayerReport(400, 400, "sliding window of 128")
+    layers[5] = LayerReport(50, 400)
+    assert describe(layers, "bfloat16") == (
+        "KV cache 850 bytes per token, 2.82x smaller than 2400 in bfloat16; "
+        "bytes per token and layer: 0-2: 100, 3: 400, 4: 100, 5: 50; uncompressed layers: 3: sliding window of 128"
+    )
+
+
+def test_nothing_is_said_about_uncompressed_layers_when_there_are_none() -> None:
+    assert "uncompressed" not in describe({0: LayerReport(64, 128)}, "float16")

@@ -1,0 +1,129 @@
+"""What happens before the first token: registration, version check, cache sizes, verification, head slices."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvcompress.codec.layout import PageLayout
+from kvcompress.codec.spec import LayerSpec
+from tests import tiny
+
+pytest.importorskip("vllm")
+
+from kvcompress.serving.vllm import compat, register
+from kvcompress.serving.vllm.cache_spec import cache_spec
+from kvcompress.serving.vllm.quantization import KVCompressConfig
+from kvcompress.serving.vllm.startup import SKIP_VERIFY, check_files, heads_of_rank
+
+SECTION = {"quant_method": "kvcompress", "version": 1, "codec": tiny.mixed_spec().to_json()}
+
+
+def layer_spec(index: int) -> LayerSpec:
+    spec = tiny.mixed_spec().layers[index]
+    assert spec is not None
+    return spec
+
+
+def test_register_may_be_called_again() -> None:
+    register()
+    register()
+    assert compat.AttentionBackendEnum[compat.BACKEND_NAME].get_class().get_name() == compat.BACKEND_NAME
+    assert compat.QUANTIZATION_METHODS.count("kvcompress") == 1
+
+
+def test_importing_the_plug_in_imports_no_engine() -> None:
+    # Entry points are imported in every process that merely asks vLLM for its version.
+    code = "import sys, kvcompress.serving.vllm; print({'vllm', 'torch', 'transformers'} & set(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert loaded.strip() == "set()"
+
+
+@pytest.mark.parametrize("found", ["0.31.2", "0.33.0", "1.32.0", "dev"])
+def test_other_versions_are_refused_by_name(found: str) -> None:
+    with pytest.raises(RuntimeError, match=rf"found vLLM {found}; .* vLLM >= 0\.32, < 0\.33"):
+        compat.check_version(found)
+
+
+@pytest.mark.parametrize("found", ["0.32.0", "0.32.1rc1.dev3+gabc", "0.32"])
+def test_supported_versions_pass(found: str) -> None:
+    compat.check_version(found)
+
+
+@pytest.mark.parametrize("index", [0, 2, 3])
+@pytest.mark.parametrize("block_size", [16, 32, 128])
+def test_a_page_takes_the_bytes_of_the_layout(index: int, block_size: int) -> None:
+    spec = cache_spec(layer_spec(index), block_size)
+    assert spec.page_size_bytes == PageLayout.of(layer_spec(index), block_size).page_bytes
+    assert pickle.loads(pickle.dumps(spec)) == spec
+    # vLLM scales blocks of hybrid models; a record must scale with them.
+    doubled = spec.copy_with_new_block_size(2 * block_size)
+    assert doubled.page_size_bytes == PageLayout.of(layer_spec(index), 2 * block_size).page_bytes
+
+
+def test_layers_of_other_sizes_do_not_merge() -> None:
+    # vLLM's grouping understands an AssertionError, and nothing else, as "keep these apart".
+    with pytest.raises(AssertionError):
+        compat.FullAttentionSpec.merge([cache_spec(layer_spec(0), 32), cache_spec(layer_spec(3), 32)])
+
+
+@pytest.mark.parametrize(
+    ("num_kv_heads", "world_size", "expected"),
+    [
+        (8, 1, [(0, 8)]),
+        (8, 2, [(0, 4), (4, 8)]),
+        (2, 4, [(0, 1), (0, 1), (1, 2), (1, 2)]),
+        (1, 2, [(0, 1), (0, 1)]),
+    ],
+)
+def test_heads_of_each_rank(num_kv_heads: int, world_size: int, expected: list[tuple[int, int]]) -> None:
+    assert [heads_of_rank(num_kv_heads, rank, world_size) for rank in range(world_size)] == expected
+
+
+def test_the_config_travels_between_processes() -> None:
+    config = KVCompressConfig.from_config(SECTION)
+    assert pickle.loads(pickle.dumps(config)).codec_spec == tiny.mixed_spec()
+
+
+@pytest.mark.parametrize("change", [{"version": 2}, {"codec": {}}])
+def test_a_section_that_cannot_be_read_is_refused(change: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"kvcompress format|cannot be read"):
+        KVCompressConfig.from_config(SECTION | change)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    return tiny.save_compressed(tiny.save_model(folder / "base"), folder / "model", tiny.mixed_spec())
+
+
+def flipped(model: Path, target: Path, file: str) -> Path:
+    shutil.copytree(model, target)
+    data = bytearray((target / file).read_bytes())
+    data[-1] ^= 0x80
+    (target / file).write_bytes(data)
+    return target
+
+
+def test_an_untouched_checkpoint_passes(model: Path) -> None:
+    check_files(model)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "kvcompress/codec.safetensors"])
+def test_the_tensor_with_a_flipped_bit_is_named(model: Path, tmp_path: Path, file: str) -> None:
+    with pytest.raises(ValueError, match=rf"{file}::\S+: expected [0-9a-f]{{64}}, found [0-9a-f]{{64}}"):
+        check_files(flipped(model, tmp_path / "copy", file))
+
+
+def test_weights_can_be_skipped_but_the_codec_cannot(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(SKIP_VERIFY, "1")
+    check_files(flipped(model, tmp_path / "weights", "model.safetensors"))
+    with pytest.raises(ValueError, match=r"codec\.safetensors::layers"):
+        check_files(flipped(model, tmp_path / "codec", "kvcompress/codec.safetensors"))
