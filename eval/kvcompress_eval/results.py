@@ -134,7 +134,7 @@ def _perplexity(records: Sequence[Records], base: Records | None, work: Work, se
             row |= perplexity.summarise_increase(base_losses, losses, seed=seed)
         models.append(row)
     text = {"name": work.text.name, "sha256": work.text.sha256}
-    return {"text": text, "window": work.suite.window, "stride": work.suite.stride, "models": models}
+    return {"text": text, "window": work.window, "stride": work.stride, "models": models}
 
 
 def _agreement(records: Sequence[Records], base: Records | None) -> dict[str, Any]:

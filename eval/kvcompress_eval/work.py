@@ -51,6 +51,8 @@ class Work:
     skipped: list[Skipped]
     text: HeldOutText | None
     windows: list[Window]
+    window: int
+    stride: int
     agreement_texts: list[list[int]]
     agreement_prompts: list[list[int]]
     serving_prompt: list[int]
@@ -79,9 +81,15 @@ def prepare(
     limits = [model.context for model in models if model.context]
     limit = min(limits) if limits else None
     units = [_fitted(unit, limit, len(tokenizer.prefix)) for unit in units]
-    held_out, cut, texts = _text(suite, models, tokenizer, text, limit)
-    prompts = _alternate([unit.prompts for unit in units])[: suite.agreement_prompts]
+    window = min(suite.window, limit - 1) if limit else suite.window
+    stride = min(suite.stride, window // 2)
+    held_out, cut, texts = _text(suite, models, tokenizer, text, window, stride)
+    prompts = _agreement_prompts(units, suite, limit)
     serving = _serving_prompt(units, texts, serving_context) if serving_context else []
+    if serving and limit and serving_context + serving_tokens + 1 > limit:
+        raise ValueError(
+            f"decode speed after {serving_context} tokens does not fit a model made for {limit}; choose fewer tokens"
+        )
     needs = [len(prompt) + unit.max_tokens for unit in units for prompt in unit.prompts]
     needs += [len(window.tokens) + 1 for window in cut] + [len(item) + 1 for item in texts]
     needs += [len(prompt) + suite.agreement_new_tokens + 1 for prompt in prompts]
@@ -95,6 +103,8 @@ def prepare(
         skipped=skipped,
         text=held_out,
         windows=cut,
+        window=window,
+        stride=stride,
         agreement_texts=texts if suite.agreement_windows else [],
         agreement_prompts=prompts,
         serving_prompt=serving,
@@ -165,7 +175,12 @@ def _fitted(unit: Unit, limit: int | None, special: int) -> Unit:
 
 
 def _text(
-    suite: Suite, models: Sequence[Model], tokenizer: TextTokenizer, text: str | Path | None, limit: int | None
+    suite: Suite,
+    models: Sequence[Model],
+    tokenizer: TextTokenizer,
+    text: str | Path | None,
+    window: int,
+    stride: int,
 ) -> tuple[HeldOutText | None, list[Window], list[list[int]]]:
     wanted = max(suite.perplexity_tokens, suite.agreement_windows * suite.stride)
     if not wanted:
@@ -176,8 +191,6 @@ def _text(
             "perplexity and agreement need a text, and no model folder has a heldout.txt; name a file with --text"
         )
     held_out = read_text(path, tokenizer, wanted)
-    window = min(suite.window, limit - 1) if limit else suite.window
-    stride = min(suite.stride, window // 2)
     cut: list[Window] = []
     if suite.perplexity_tokens:
         cut = list(windows(held_out.tokens[: suite.perplexity_tokens], window, stride, tokenizer.prefix))
@@ -192,7 +205,9 @@ def _serving_prompt(units: Sequence[Unit], texts: Sequence[Sequence[int]], conte
     return (list(source) * (context // len(source) + 1))[:context]
 
 
-def _alternate(groups: Sequence[Sequence[list[int]]]) -> list[list[int]]:
-    """The first of every group, then the second of every group, and so on."""
-    longest = max((len(group) for group in groups), default=0)
-    return [group[at] for at in range(longest) for group in groups if at < len(group)]
+def _agreement_prompts(units: Sequence[Unit], suite: Suite, limit: int | None) -> list[list[int]]:
+    """The first prompt of every unit, then the second of every unit, and so on, as long as answers fit behind them."""
+    room = limit - suite.agreement_new_tokens - 1 if limit else None
+    longest = max((len(unit.prompts) for unit in units), default=0)
+    turns = [unit.prompts[at] for at in range(longest) for unit in units if at < len(unit.prompts)]
+    return [prompt for prompt in turns if room is None or len(prompt) <= room][: suite.agreement_prompts]

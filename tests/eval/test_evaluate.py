@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from tests.eval.conftest import train_tokenizer
 SMALL = Suite(
     summary="for tests",
     tasks=("fwe", "niah_multikey_3"),
-    lengths=(640,),
+    lengths=(400,),
     samples=2,
     perplexity_tokens=300,
     window=128,
@@ -67,9 +68,9 @@ def test_results_have_the_documented_shape(
         assert row["ci95"][0] <= row["score"] <= row["ci95"][1]
         assert (row["verdict"] is None) == (row["model"] == "base")
 
-    rows = [json.loads(line) for line in (options["out"] / "samples/fwe-640-base.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (options["out"] / "samples/fwe-400-base.jsonl").read_text().splitlines()]
     assert [row["index"] for row in rows] == [0, 1]
-    other = (options["out"] / "samples/fwe-640-crushed.jsonl").read_text().splitlines()
+    other = (options["out"] / "samples/fwe-400-crushed.jsonl").read_text().splitlines()
     assert [row["prompt_sha256"] for row in rows] == [json.loads(line)["prompt_sha256"] for line in other]
 
     perplexity = {row["model"]: row for row in results["perplexity"]["models"]}
@@ -86,7 +87,13 @@ def test_results_have_the_documented_shape(
     assert all(0 <= done <= total for _, done, total in told)
 
 
-def test_one_model_alone(base: Path, compressed: Path, options: dict[str, Any]) -> None:
+def test_one_model_alone_and_no_network(
+    base: Path, compressed: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def connect(*args: Any) -> None:
+        raise AssertionError("a connection was opened")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
     alone = kvcompress_eval.run(base, limit=1, **options)
     assert [model["role"] for model in alone["models"]] == ["baseline"]
     assert [row["n"] for row in alone["tasks"]] == [1]
@@ -135,7 +142,7 @@ def test_an_interrupted_run_continues(
     options["out"] = tmp_path / "again"
     with pytest.raises(KeyboardInterrupt):
         kvcompress_eval.run(compressed, baseline=base, **options)
-    samples = options["out"] / "samples/fwe-640-base.jsonl"
+    samples = options["out"] / "samples/fwe-400-base.jsonl"
     assert len(samples.read_text().splitlines()) == 1
     with samples.open("a") as file:
         file.write('{"index": 1, "prompt_sha')
@@ -151,7 +158,7 @@ def test_an_interrupted_run_continues(
 
 
 def test_rows_of_another_run_are_not_reused(base: Path, options: dict[str, Any], counting: type[Counting]) -> None:
-    options["suite"] = Suite(summary="", tasks=("fwe",), lengths=(640,), samples=2)
+    options["suite"] = Suite(summary="", tasks=("fwe",), lengths=(400,), samples=2)
     kvcompress_eval.run(base, **options)
     assert counting.generated == 2
     kvcompress_eval.run(base, **options)
@@ -166,7 +173,7 @@ def test_rows_of_another_run_are_not_reused(base: Path, options: dict[str, Any],
 
 
 def test_full_generations_score_the_same(base: Path, options: dict[str, Any]) -> None:
-    options["suite"] = Suite(summary="", tasks=("fwe",), lengths=(640,), samples=2)
+    options["suite"] = Suite(summary="", tasks=("fwe",), lengths=(400,), samples=2)
     early = kvcompress_eval.run(base, **options)
     full = kvcompress_eval.run(base, full_generations=True, **options)
     assert early["tasks"] == full["tasks"]
@@ -191,12 +198,13 @@ def test_bad_input_is_refused_before_any_model_is_loaded(
     refused("expected positive numbers", samples=0)
     refused("expected positive numbers", lengths=[-1])
     refused("made for 2048 tokens", lengths=[4096])
+    refused("decode speed after 2047 tokens does not fit", serving_context=2047)
     refused("no text file at", text=tmp_path / "missing.txt")
     refused("a URL serves one model", model=compressed, baseline=base, engine="http://127.0.0.1:9")
     refused("at least one model", model=[])
     (tmp_path / "empty").mkdir()
     refused("no config.json", model=tmp_path / "empty")
-    refused("nothing to evaluate: niah_multikey_3 at 640: too short", suite=Suite("", ("niah_multikey_3",), (640,), 1))
+    refused("nothing to evaluate: niah_multikey_3 at 400: too short", suite=Suite("", ("niah_multikey_3",), (400,), 1))
 
     other = tmp_path / "other"
     shutil.copytree(base, other)
@@ -210,15 +218,15 @@ def test_the_tokens_a_tokenizer_adds_do_not_make_a_length_impossible(
     base: Path, options: dict[str, Any], tmp_path: Path
 ) -> None:
     tokenizer = TextTokenizer(base)
-    made = generate("fwe", length=640, samples=4, seed=1, count=tokenizer.count, tokenizer_sha256=tokenizer.sha256)
+    made = generate("fwe", length=400, samples=4, seed=1, count=tokenizer.count, tokenizer_sha256=tokenizer.sha256)
     context = max(sample.length for sample in made)
     tight = tmp_path / "tight"
     shutil.copytree(base, tight)
     (tight / "config.json").write_text(json.dumps(read_config(tight) | {"max_position_embeddings": context}))
-    options["suite"] = Suite(summary="", tasks=("fwe",), lengths=(640,), samples=4)
+    options["suite"] = Suite(summary="", tasks=("fwe",), lengths=(400,), samples=4)
     # The benchmark counts no beginning token, so the longest prompt and all its answer are one token too many.
     kvcompress_eval.run(tight, **options)
-    rows = [json.loads(row) for row in (options["out"] / "samples/fwe-640-tight.jsonl").read_text().splitlines()]
+    rows = [json.loads(row) for row in (options["out"] / "samples/fwe-400-tight.jsonl").read_text().splitlines()]
     assert max(row["prompt_tokens"] for row in rows) + ruler_task("fwe").tokens_to_generate == context + 1
     assert max(row["prompt_tokens"] + row["predicted_tokens"] for row in rows) <= context
 

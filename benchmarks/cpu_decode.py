@@ -1,0 +1,297 @@
+"""Decode attention of one Llama-3.1-8B layer on the CPU: compressed pages against vLLM's bf16 op and torch's SDPA.
+
+    python benchmarks/cpu_decode.py [--contexts 1024 4096 32768] [--batches 1 4] [--threads 2] [--note "..."]
+
+One repetition times every method once, one after the other, so that other load on the machine falls on all of them;
+ratios are taken within a repetition and their median is reported. A model has many layers, so a step finds its cache in
+memory, not in the processor: each method goes round enough copies of the cache to exceed the last-level cache.
+CPU time (all threads) is recorded beside wall time, because wall time on a shared machine measures its neighbours, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvcompress.codec.layer import LayerCodec, SideCodec
+from kvcompress.codec.layout import PageLayout
+from kvcompress.codec.spec import Band, SideSpec
+from kvcompress.ops import library
+from kvcompress.ops.append import append
+from kvcompress.ops.attention import decode_attention
+from kvcompress.ops.plan import LayerPlan
+
+HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
+BITS = (16, 8, 4, 2)
+BLOCK_SIZE = 128
+"""vLLM's default on the CPU, for both."""
+
+COLD_BYTES = 256 * 2**20
+"""bf16 cache bytes to go round: several last-level caches."""
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384, 32768])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--repetitions", type=int, default=15)
+    parser.add_argument("--note", default="", help="what else the machine was doing")
+    parser.add_argument("--without-vllm", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if library.load() is None:
+        sys.exit("error: no compiled kernels; install kvcompress with a C++ compiler or set KVCOMPRESS_LIBRARY")
+    rows = []
+    for batch in args.batches:
+        for context in args.contexts:
+            row = measure(context, batch, args.repetitions, not args.without_vllm)
+            rows.append(row)
+            print(line(row), flush=True)
+    result = {
+        "what": "decode attention, one Llama-3.1-8B layer",
+        "shape": {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "block_size": BLOCK_SIZE},
+        "machine": machine(args.threads),
+        "note": args.note,
+        "load_average_after": os.getloadavg(),
+        "rows": rows,
+        "linear_fit_r2": linear_fits(rows),
+    }
+    path = RESULTS / f"{datetime.date.today()}-{machine_name()}-cpu-decode.json"
+    RESULTS.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(path)
+
+
+def measure(context: int, batch: int, repetitions: int, with_vllm: bool) -> dict[str, Any]:
+    """Every method's samples at one context and batch, in seconds per decode step of one layer."""
+    gc.collect()
+    copies = max(1, -(-COLD_BYTES // (4 * KV_HEADS * HEAD_DIM * context * batch)))
+    query_THD = torch.randn(batch, HEADS, HEAD_DIM, dtype=torch.bfloat16)
+    methods = {f"{bits}-bit": compressed_step(bits, context, batch, copies, query_THD) for bits in BITS}
+    methods["append 4-bit"] = append_step(4, context, batch, copies)
+    methods["torch sdpa bf16"] = sdpa_step(context, batch, copies, query_THD)
+    baseline = "torch sdpa bf16"
+    if with_vllm:
+        baseline = "vllm cpu_attn bf16"
+        methods[baseline] = vllm_step(context, batch, copies, query_THD)
+    wall: dict[str, list[float]] = {name: [] for name in methods}
+    cpu: dict[str, list[float]] = {name: [] for name in methods}
+    for repetition in range(repetitions + 1):
+        for name, step in methods.items():
+            wall_start, cpu_start = time.perf_counter(), time.process_time()
+            for copy in range(copies):
+                step(copy)
+            cpu_seconds, wall_seconds = time.process_time() - cpu_start, time.perf_counter() - wall_start
+            if repetition:  # the first one warms up
+                wall[name].append(wall_seconds / copies)
+                cpu[name].append(cpu_seconds / copies)
+    return {
+        "context": context,
+        "batch": batch,
+        "copies": copies,
+        "baseline": baseline,
+        "wall_seconds": wall,
+        "cpu_seconds": cpu,
+        "median_wall_ms": {name: 1e3 * statistics.median(samples) for name, samples in wall.items()},
+        "speedup_wall": ratios(wall, baseline),
+        "speedup_cpu": ratios(cpu, baseline),
+    }
+
+
+def ratios(samples: dict[str, list[float]], baseline: str) -> dict[str, float]:
+    """Median over repetitions of baseline's time over the method's."""
+    return {
+        name: statistics.median(base / own for base, own in zip(samples[baseline], times, strict=True))
+        for name, times in samples.items()
+    }
+
+
+def line(row: dict[str, Any]) -> str:
+    parts = [
+        f"{name} {row['median_wall_ms'][name]:.2f} ms (x{row['speedup_wall'][name]:.2f}, cpu x{row['speedup_cpu'][name]:.2f})"
+        for name in row["wall_seconds"]
+    ]
+    return f"context {row['context']} batch {row['batch']}: " + "; ".join(parts)
+
+
+def linear_fits(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """R^2 of CPU time against context from 4K on, batch 1: the cost of a token must not grow with what came before."""
+    chosen = [row for row in rows if row["batch"] == 1 and row["context"] >= 4096]
+    if len(chosen) < 3:
+        return {}
+    contexts = [float(row["context"]) for row in chosen]
+    fits = {}
+    for name in chosen[0]["cpu_seconds"]:
+        times = [statistics.median(row["cpu_seconds"][name]) for row in chosen]
+        fits[name] = statistics.correlation(contexts, times) ** 2
+    return fits
+
+
+def codec_of(bits: int) -> LayerCodec:
+    spec = SideSpec((Band(bits, HEAD_DIM),))
+
+    def side() -> SideCodec:
+        basis_HDR = torch.linalg.qr(torch.randn(KV_HEADS, HEAD_DIM, HEAD_DIM))[0].contiguous()
+        scale_HR = torch.linspace(2, 0.3, HEAD_DIM).expand(KV_HEADS, -1).contiguous()
+        return SideCodec(spec, torch.randn(KV_HEADS, HEAD_DIM), basis_HDR, basis_HDR.mT.contiguous(), scale_HR)
+
+    return LayerCodec(side(), side())
+
+
+def block_table(context: int, batch: int) -> Tensor:
+    blocks = -(-context // BLOCK_SIZE)
+    return torch.randperm(batch * blocks).to(torch.int32).view(batch, blocks)
+
+
+def compressed_pages(bits: int, context: int, batch: int) -> tuple[LayerPlan, PageLayout, Tensor]:
+    codec = codec_of(bits)
+    layout = PageLayout.of(codec.spec, BLOCK_SIZE)
+    slots = batch * -(-context // BLOCK_SIZE) * BLOCK_SIZE
+    plan = LayerPlan.of(codec)
+    pages_NHX = torch.zeros(slots // BLOCK_SIZE, KV_HEADS, layout.record_bytes, dtype=torch.uint8)
+    for start in range(0, slots, 4096):
+        tokens = min(4096, slots - start)
+        keys_THD, values_THD = torch.randn(2, tokens, KV_HEADS, HEAD_DIM)
+        append(pages_NHX, layout, plan, keys_THD, values_THD, torch.arange(start, start + tokens))
+    return plan, layout, pages_NHX
+
+
+def compressed_step(bits: int, context: int, batch: int, copies: int, query_THD: Tensor) -> Callable[[int], None]:
+    plan, layout, pages_NHX = compressed_pages(bits, context, batch)
+    caches = [pages_NHX] + [pages_NHX.clone() for _ in range(copies - 1)]
+    table_RN = block_table(context, batch)
+    starts_R = torch.arange(batch + 1, dtype=torch.int32)
+    lengths_R = torch.full((batch,), context, dtype=torch.int32)
+    output_THD = torch.empty_like(query_THD)
+
+    def step(copy: int) -> None:
+        decode_attention(
+            output_THD, query_THD, caches[copy], layout, plan, table_RN, starts_R, lengths_R, HEAD_DIM**-0.5
+        )
+
+    return step
+
+
+def append_step(bits: int, context: int, batch: int, copies: int) -> Callable[[int], None]:
+    """Storing one new token per request: what a decode step does beside attention."""
+    codec = codec_of(bits)
+    layout, plan = PageLayout.of(codec.spec, BLOCK_SIZE), LayerPlan.of(codec)
+    caches = torch.zeros(copies, batch, KV_HEADS, layout.record_bytes, dtype=torch.uint8)
+    keys_THD, values_THD = torch.randn(2, batch, KV_HEADS, HEAD_DIM, dtype=torch.bfloat16)
+    slots_T = torch.arange(batch) * BLOCK_SIZE
+
+    def step(copy: int) -> None:
+        append(caches[copy], layout, plan, keys_THD, values_THD, slots_T)
+
+    return step
+
+
+def sdpa_step(context: int, batch: int, copies: int, query_THD: Tensor) -> Callable[[int], None]:
+    """Contiguous bf16 keys and values, which no paged engine has: the best case."""
+    cache = torch.randn(2, batch, KV_HEADS, context, HEAD_DIM, dtype=torch.bfloat16)
+    caches = [cache] + [cache.clone() for _ in range(copies - 1)]
+    query_BHQD = query_THD[:, :, None]
+
+    def step(copy: int) -> None:
+        keys_BHTD, values_BHTD = caches[copy]
+        torch.nn.functional.scaled_dot_product_attention(query_BHQD, keys_BHTD, values_BHTD, enable_gqa=True)
+
+    return step
+
+
+def vllm_step(context: int, batch: int, copies: int, query_THD: Tensor) -> Callable[[int], None]:
+    from vllm import _custom_ops as ops
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+    current_platform.import_kernels()
+    blocks = batch * -(-context // BLOCK_SIZE)
+    cache = torch.randn(blocks, KV_HEADS, 2 * BLOCK_SIZE, HEAD_DIM, dtype=torch.bfloat16)
+    caches = [cache] + [cache.clone() for _ in range(copies - 1)]
+    output_THD = torch.empty_like(query_THD)
+    table_RN = block_table(context, batch)
+    starts_R = torch.arange(batch + 1, dtype=torch.int32)
+    lengths_R = torch.full((batch,), context, dtype=torch.int32)
+    # vLLM makes this once per step for all layers, so it is not timed.
+    metadata = ops.cpu_attn_get_scheduler_metadata(
+        num_reqs=batch,
+        num_heads=HEADS,
+        num_kv_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        seq_lens=lengths_R,
+        dtype=torch.bfloat16,
+        query_start_loc=starts_R,
+        causal=True,
+        sliding_window_size=-1,
+        isa=_get_attn_isa(torch.bfloat16, BLOCK_SIZE, HEAD_DIM),
+        enable_kv_split=True,
+    )
+
+    def step(copy: int) -> None:
+        keys, values = caches[copy].chunk(2, dim=2)
+        ops.cpu_attention_with_kv_cache(
+            query=query_THD,
+            key_cache=keys,
+            value_cache=values,
+            output=output_THD,
+            query_start_loc=starts_R,
+            seq_lens=lengths_R,
+            scale=HEAD_DIM**-0.5,
+            causal=True,
+            alibi_slopes=None,
+            sliding_window=-1,
+            block_table=table_RN,
+            softcap=0,
+            scheduler_metadata=metadata,
+            s_aux=None,
+        )
+
+    return step
+
+
+def cpu_model() -> str:
+    match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return match.group(1) if match else platform.processor()
+
+
+def machine_name() -> str:
+    return re.sub(r"[^a-z0-9]+", "-", f"{cpu_model()} {len(os.sched_getaffinity(0))} cores".lower()).strip("-")
+
+
+def machine(threads: int) -> dict[str, Any]:
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    if "vllm" in sys.modules:
+        versions["vllm"] = sys.modules["vllm"].__version__
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=RESULTS.parent, capture_output=True, text=True, check=False
+    )
+    return {
+        "cpu": cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": threads,
+        "kernel_level": library.LEVELS[library.level()],
+        "versions": versions,
+        "commit": commit.stdout.strip() or "unknown",
+    }
+
+
+if __name__ == "__main__":
+    main()
