@@ -97,8 +97,9 @@ def _show(results: Mapping[str, Any]) -> None:
         for row in results["perplexity"].get("models", [])
     ]
     rows += [
-        ("next-token agreement", "", row["model"], f"{row['top1_agreement']:.4f}", "", "")
+        ("next-token agreement", "", row["model"], f"{row['text']['top1']:.4f}", "", "")
         for row in results["agreement"].get("models", [])
+        if "text" in row
     ]
     table("Results", ("task", "length", "model", "score", "95 % interval", "against the baseline"), rows)
 
