@@ -74,7 +74,7 @@ def test_speculative_decoding(llama: Case) -> None:
 
 def test_compiled_model(llama: Case) -> None:
     result = llama.run(enforce_eager=False)
-    assert "torch.compile" in result["log"]
+    assert "CompilationMode.DYNAMO_TRACE_ONCE" in result["log"]
 
 
 def test_cache_takes_the_bytes_of_the_codec(llama: Case) -> None:
