@@ -256,7 +256,8 @@ inline float soften(float* scores, const float* k_gain, const float* v_gain, int
 KVC_INLINE Ahead ahead_of(const kvc_attend_args& args, const Item& item, const kvc_side& side, int token) {
     const uint8_t* record = record_of(args, item, token);
     const int offset = token % args.pages.block_size, count = min_of(kTile, args.pages.block_size - offset);
-    if (side.gain_offset >= 0) __builtin_prefetch(record + side.gain_offset + 2 * offset);
+    if (side.gain_offset >= 0)
+        for (int i = 0; i < count; i += 32) __builtin_prefetch(record + side.gain_offset + 2 * (offset + i));
     const uint8_t* codes = record + side.code_offset + offset * side.code_bytes;
     return {codes, codes + count * side.code_bytes};
 }

@@ -104,7 +104,7 @@ template <int BITS>
 KVC_INLINE uint8_t* store_fields(__m512i word, uint8_t* out) {
     const __m512i mask = _mm512_set1_epi8(static_cast<char>((1 << BITS) - 1));
     for (int field = 0; field < 8 / BITS; ++field, out += 64) {
-        const __m512i shifted = _mm512_srli_epi32(word, static_cast<unsigned>(BITS * field));
+        const __m512i shifted = field ? _mm512_srli_epi32(word, static_cast<unsigned>(BITS * field)) : word;
         _mm512_store_si512(out, BITS == 8 ? shifted : _mm512_and_si512(shifted, mask));
     }
     return out;
@@ -237,7 +237,8 @@ KVC_INLINE int value_positions(const kvc_side& side) {
 template <int BITS>
 KVC_INLINE __m512i centred_field(__m512i codes, int field) {
     if (BITS == 8) return _mm512_xor_si512(codes, _mm512_set1_epi8(static_cast<char>(0x80)));
-    const __m512i code = _mm512_and_si512(_mm512_srli_epi32(codes, static_cast<unsigned>(BITS * field)), _mm512_set1_epi8((1 << BITS) - 1));
+    const __m512i shifted = field ? _mm512_srli_epi32(codes, static_cast<unsigned>(BITS * field)) : codes;
+    const __m512i code = _mm512_and_si512(shifted, _mm512_set1_epi8((1 << BITS) - 1));
     return _mm512_sub_epi8(code, _mm512_set1_epi8(1 << (BITS - 1)));
 }
 
@@ -265,9 +266,10 @@ KVC_INLINE uint8_t* unpack_value_band_integer(const uint8_t* codes, int64_t stri
         for (int t = 0; t < 4; ++t)
             in[t] = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + t * stride + byte)));
         interleave(in, words);
+        const __m512i pairs[2] = {_mm512_inserti64x4(words[0], _mm512_castsi512_si256(words[1]), 1),
+                                  _mm512_inserti64x4(words[2], _mm512_castsi512_si256(words[3]), 1)};
         for (int field = 0; field < 8 / BITS; ++field)
-            for (int k = 0; k < 4; ++k, out += 32)
-                _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_castsi512_si256(centred_field<BITS>(words[k], field)));
+            for (int k = 0; k < 2; ++k, out += 64) _mm512_storeu_si512(out, centred_field<BITS>(pairs[k], field));
     }
     for (; byte < bytes; byte += 16) {
         const int left = min_of(bytes - byte, 16);

@@ -15,7 +15,7 @@ _HOMES = {"run": "evaluate", "SUITES": "suite", "Suite": "suite"}
 
 
 def __getattr__(name: str) -> Any:
-    # Imported on first use: the command line lists the suites without numpy, and shows help without anything.
+    # Imported on first use, so that the command line shows its help without numpy and scipy.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module

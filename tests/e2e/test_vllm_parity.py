@@ -72,8 +72,8 @@ def test_speculative_decoding(llama: Case) -> None:
     assert 0 < result["metrics"]["vllm:spec_decode_num_accepted_tokens"] < drafted
 
 
-def test_compiled_model(llama: Case) -> None:
-    result = llama.run(enforce_eager=False)
+def test_compiled_model(llama: Case, tmp_path: Path) -> None:
+    result = llama.run(enforce_eager=False, env={"VLLM_CACHE_ROOT": str(tmp_path)})
     assert "CompilationMode.DYNAMO_TRACE_ONCE" in result["log"]
 
 

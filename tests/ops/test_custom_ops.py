@@ -16,8 +16,11 @@ from tests.ops.cases import Cache, bands, random_cache, random_codec
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
 
 
-def a_cache(k: SideSpec = bands((8, 16), (4, 16)), v: SideSpec = bands((16, 24))) -> Cache:
-    return random_cache(random_codec(2, 32, k, v), [40, 17])
+K_SIDE = bands((8, 16), (4, 16))
+
+
+def a_cache(k: SideSpec = K_SIDE) -> Cache:
+    return random_cache(random_codec(2, 32, k, bands((16, 24))), [40, 17])
 
 
 def attention_arguments(cache: Cache) -> tuple[Any, ...]:
