@@ -174,7 +174,7 @@ inline void integer_query(const kvc_side& side, const float* absorbed, int quads
             for (int d = 0; d < kDigits; ++d) {
                 const auto digit = static_cast<int8_t>(biased >> (8 * d));
                 target[4 * d] = static_cast<uint8_t>(digit);
-                centre[d] -= static_cast<int64_t>(digit) << (bits - 1);
+                centre[d] -= static_cast<int64_t>(digit) * (1 << (bits - 1));
             }
         }
         base += round_up(bits * side.widths[band] / 8, 4) / 4 * fields;

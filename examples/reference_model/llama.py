@@ -14,16 +14,16 @@ from torch import Tensor, nn
 class Shape:
     """The architecture, in the field names of Transformers' LlamaConfig."""
 
-    vocab_size: int = 4096
-    hidden_size: int = 256
-    intermediate_size: int = 640
-    num_hidden_layers: int = 6
+    vocab_size: int = 1024
+    hidden_size: int = 192
+    intermediate_size: int = 512
+    num_hidden_layers: int = 8
     num_attention_heads: int = 4
     num_key_value_heads: int = 2
     head_dim: int = 64
     max_position_embeddings: int = 4096
     rope_theta: float = 10000.0
-    rms_norm_eps: float = 1e-5
+    rms_norm_eps: float = 1e-6
 
     def hf_config(self) -> dict:
         """config.json for Transformers and vLLM."""

@@ -24,7 +24,7 @@ def multikey(material: Material, rng: random.Random, length: int) -> Sequence | 
     """Several keys, some of them asked for one by one."""
     keys = rng.randint(2, room_for(length, 4, 8))
     haystack = rng.choices(["noise", "text"], [0.75, 0.25])[0]
-    return tasks.niah(material, rng, length, haystack=haystack, keys=keys, questions=rng.randint(1, min(keys, 4)))
+    return tasks.niah(material, rng, length, haystack=haystack, keys=keys, questions=rng.randint(1, keys))
 
 
 def multivalue(material: Material, rng: random.Random, length: int) -> Sequence | None:

@@ -82,14 +82,12 @@ def singular(template: str) -> str:
 def niah_answer(queries: list[str], values: dict[str, list[str]]) -> str:
     """The answer style the model is taught.
 
-    One value: just it. Several queries: each key repeated before its value. Several values of one key: numbered in
-    order of appearance. Repeating the key makes each step a look-up of text seen before.
+    Each key is repeated with the needle's own words before its value, so that every step is a look-up of text seen
+    before. Several values of one key are numbered in order of appearance.
     """
-    if len(queries) == 1:
-        found = values[queries[0]]
-        numbered = ", ".join(f"{i}: {v}" for i, v in enumerate(found, 1))
-        return f" {found[0]}." if len(found) == 1 else f" {numbered}."
-    return " " + ", ".join(f"{q}: {' '.join(values[q])}" for q in queries) + "."
+    if len(queries) == 1 and len(values[queries[0]]) > 1:
+        return " " + ", ".join(f"{i}: {v}" for i, v in enumerate(values[queries[0]], 1)) + "."
+    return " " + ", ".join(f"{q} is: {values[q][0]}" for q in queries) + "."
 
 
 def haystack_units(material: Material, rng: random.Random, kind: str, draw_needle, length: int) -> list[list[int]]:

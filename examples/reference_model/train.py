@@ -4,6 +4,8 @@ The schedule is counted in steps (schedule.py), the data of a step follow from t
 state on disk holds everything else: a stopped run continues with --resume as if it had not stopped.
 
     python examples/reference_model/train.py --corpus build/corpus --tokenizer build/tokenizer --run build/run
+
+`--init` starts from a trained model of the same widths and fewer layers (grow.py) and leaves out the look-up drill.
 """
 
 import argparse
@@ -16,11 +18,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from export import export_model
+from grow import grow
 from llama import Llama, Shape
 from mixture import NAMES, make_batch
 from muon import Muon
-from schedule import PHASES, RATES, TOTAL_STEPS, Phase, phase_at, rate_factor
+from schedule import RATES, Phase, phase_at, phases_for, rate_factor
 from tasks import ANSWER_WEIGHT, REPEAT_WEIGHT, Material
+from tokenizers import Tokenizer
 from torch.utils.data import DataLoader, Dataset
 
 
@@ -117,6 +121,8 @@ def run(args: argparse.Namespace, shape: Shape, phases: list[Phase]) -> None:
     args.run.mkdir(parents=True, exist_ok=True)
     state_path = args.run / "state.pt"
     model, optimizers = build(shape, args.seed, args.device, args.compile)
+    if args.init is not None:
+        grow(model, args.init)
     first, seen, seconds = 0, 0, 0.0
     if args.resume and state_path.exists():
         state = torch.load(state_path, map_location=args.device, weights_only=True)
@@ -154,7 +160,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--corpus", type=Path, required=True, help="folder that corpus.py and vocabulary.py wrote")
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder that vocabulary.py wrote")
     parser.add_argument("--run", type=Path, required=True, help="folder for state.pt and model/")
-    parser.add_argument("--steps", type=int, default=TOTAL_STEPS, help="length of the whole schedule")
+    parser.add_argument("--init", type=Path, help="Transformers checkpoint to start from instead of random weights")
+    parser.add_argument("--steps", type=int, help="length of the whole schedule; its phases keep their starts")
     parser.add_argument("--stop-at", type=int, help="stop at this step, before the schedule ends")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
@@ -171,4 +178,7 @@ if __name__ == "__main__":
     arguments = parse()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    run(arguments, Shape(), PHASES)
+    chosen, whole = phases_for(from_scratch=arguments.init is None)
+    arguments.steps = arguments.steps or whole
+    vocabulary = Tokenizer.from_file(str(arguments.tokenizer / "tokenizer.json")).get_vocab_size()
+    run(arguments, Shape(vocab_size=vocabulary), chosen)

@@ -86,6 +86,11 @@ def train(corpus: Path, seed: int, vocab_size: int = VOCAB_SIZE, keys: int = 400
     tokenizer.pre_tokenizer = splitter()
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([BOS, EOS])
+    return with_bos(tokenizer)
+
+
+def with_bos(tokenizer: Tokenizer) -> Tokenizer:
+    """Make every text begin with the beginning-of-text token."""
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, 0)]
     )
@@ -110,8 +115,11 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tokenizer", type=Path, help="take this tokenizer.json instead of training one")
     args = parser.parse_args()
-    tokenizer = train(args.corpus, args.seed)
+    tokenizer = (
+        train(args.corpus, args.seed) if args.tokenizer is None else with_bos(Tokenizer.from_file(str(args.tokenizer)))
+    )
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=EOS, model_max_length=4096
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import sysconfig
 import warnings
 from pathlib import Path
 
@@ -108,6 +109,12 @@ _STATUS = {
 }
 
 
+def _installed() -> Path:
+    """Beside this module; an editable install leaves it among the installed packages instead."""
+    places = (Path(__file__).parent, Path(sysconfig.get_path("platlib"), "kvcompress", "ops"))
+    return next((place / _FILE for place in places if (place / _FILE).is_file()), places[0] / _FILE)
+
+
 @functools.cache
 def load() -> ctypes.CDLL | None:
     """The library, or None (with one warning) where there is none or it is of another version.
@@ -116,7 +123,7 @@ def load() -> ctypes.CDLL | None:
         ValueError: KVCOMPRESS_LIBRARY names a file that cannot be loaded.
     """
     chosen = os.environ.get(PATH_VARIABLE)
-    path = Path(__file__).with_name(_FILE) if chosen is None else Path(chosen)
+    path = _installed() if chosen is None else Path(chosen)
     if chosen == "":
         return None
     if not path.is_file() and chosen is None:

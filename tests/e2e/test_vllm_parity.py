@@ -60,8 +60,9 @@ def test_answers_vary(llama: Case) -> None:
     assert all(len(set(tokens)) > 24 for tokens in llama.expected)
 
 
-def test_chunked_prefill_preemption_and_prefix_hits_together(llama: Case) -> None:
-    result = llama.run(passes=2, **PRESSED)
+@pytest.mark.parametrize("env", [{}, {"KVCOMPRESS_LIBRARY": ""}], ids=["as installed", "torch code"])
+def test_chunked_prefill_preemption_and_prefix_hits_together(llama: Case, env: dict[str, str]) -> None:
+    result = llama.run(passes=2, env=env, **PRESSED)
     assert result["metrics"]["vllm:num_preemptions"] > 0
     assert result["metrics"]["vllm:prefix_cache_hits"] > 0
 

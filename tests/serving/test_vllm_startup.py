@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -19,7 +20,7 @@ pytest.importorskip("vllm")
 from kvcompress.serving.vllm import compat, register
 from kvcompress.serving.vllm.cache_spec import cache_spec
 from kvcompress.serving.vllm.quantization import KVCompressConfig
-from kvcompress.serving.vllm.startup import SKIP_VERIFY, check_files, heads_of_rank
+from kvcompress.serving.vllm.startup import SKIP_VERIFY, check_files, checkpoint_directory, heads_of_rank
 
 SECTION = {"quant_method": "kvcompress", "version": 1, "codec": tiny.mixed_spec().to_json()}
 
@@ -127,3 +128,26 @@ def test_weights_can_be_skipped_but_the_codec_cannot(
     check_files(flipped(model, tmp_path / "weights", "model.safetensors"))
     with pytest.raises(ValueError, match=r"codec\.safetensors::layers"):
         check_files(flipped(model, tmp_path / "codec", "kvcompress/codec.safetensors"))
+
+
+def test_a_hub_id_is_found_in_the_cache_by_its_revision(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    repository = tmp_path / "models--org--tiny"
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    shutil.copytree(model, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "v2").write_text(commit)
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(model="org/tiny", revision="v2"),
+        load_config=SimpleNamespace(download_dir=str(tmp_path)),
+    )
+    found = checkpoint_directory(config)
+    assert found == repository / "snapshots" / commit
+    check_files(found)
+
+
+def test_a_local_folder_is_used_as_it_is(model: Path) -> None:
+    config = SimpleNamespace(model_config=SimpleNamespace(model=str(model), revision=None), load_config=None)
+    assert checkpoint_directory(config) == model
