@@ -41,7 +41,7 @@ def grow(model: Llama, smaller: Path) -> None:
 
 
 def layer_sources(old_depth: int, depth: int) -> list[int | None]:
-    """Which old layer each layer comes from; None is a new one. New layers come after every second of the last old ones."""
+    """Which old layer each layer comes from, None for a new one; new layers are spread downwards from the last."""
     sources: list[int | None] = list(range(old_depth))
     place = old_depth - 1
     for _ in range(depth - old_depth):

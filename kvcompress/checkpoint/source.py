@@ -9,7 +9,17 @@ from kvcompress.checkpoint.atomic import is_disk_full
 from kvcompress.checkpoint.paths import quote
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-DOWNLOADED = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja", "LICENSE*", "kvcompress/*"]
+DOWNLOADED = [
+    "*.json",
+    "*.md",
+    "*.safetensors",
+    "tokenizer*",
+    "*.model",
+    "*.txt",
+    "*.jinja",
+    "LICENSE*",
+    "kvcompress/*",
+]
 # Other copies of the same weights that some repositories also hold.
 NOT_DOWNLOADED = ["original/*", "onnx/*", "consolidated*"]
 

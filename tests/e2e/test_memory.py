@@ -37,7 +37,11 @@ def generate(directory: Path) -> dict[str, int]:
     generator = np.random.default_rng(0)
     weight_map, sizes = {}, []
     for shard in range(SHARDS):
-        tensors = {name: shape for layer in shapes[shard * LAYERS // SHARDS : (shard + 1) * LAYERS // SHARDS] for name, shape in layer.items()}
+        tensors = {
+            name: shape
+            for layer in shapes[shard * LAYERS // SHARDS : (shard + 1) * LAYERS // SHARDS]
+            for name, shape in layer.items()
+        }
         if shard == 0:
             tensors |= {"model.embed_tokens.weight": ends["model.embed_tokens.weight"]}
         if shard == SHARDS - 1:
