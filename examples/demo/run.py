@@ -95,43 +95,17 @@ def finish(results: dict[str, Any], out: Path) -> None:
 def print_table(results: dict[str, Any], seconds: float) -> None:
     """The one table: base and compressed, side by side."""
     from kvcompress_cli.show import table
+    from kvcompress_eval.report.figures import summary_figures
 
     names = [model["name"] for model in results["models"]]
-    by_model: dict[str, dict[str, Any]] = {
-        part: {row["model"]: row for row in rows}
-        for part, rows in (
-            ("overall", results["overall"]),
-            ("perplexity", results["perplexity"]["models"]),
-            ("agreement", results["agreement"]["models"]),
-            ("serving", results["serving"]["models"]),
-        )
-    }
-    base_bytes = results["models"][0]["bytes_per_token"]
-    rows = [
-        ("KV cache, bytes per token", *(f"{model['bytes_per_token']:,}" for model in results["models"])),
-        ("", *(f"{base_bytes / model['bytes_per_token']:.2f}x" for model in results["models"])),
-        (
-            "tokens in 1 GiB, as vLLM reports",
-            *(f"{by_model['serving'][n]['capacity_tokens_reported']:,}" for n in names),
-        ),
-        ("RULER subset, 1,024 tokens", *(f"{by_model['overall'][n]['score']:.2f}" for n in names)),
-        ("perplexity, held-out text", *(f"{by_model['perplexity'][n]['perplexity']:.4f}" for n in names)),
-        ("next-token agreement with base", *(_agreement(by_model["agreement"], n) for n in names)),
-        (
-            f"decode tokens/s after {results['serving']['context_tokens']:,} tokens",
-            *(f"{by_model['serving'][n]['decode_tokens_per_s']:.1f}" for n in names),
-        ),
-    ]
-    table(f"\nReference model, {seconds:.0f} s", ("", *names), rows)
+    rows = [(figure.label, *(figure.values.get(name, "") for name in names)) for figure in summary_figures(results)]
+    rows.append(("verdict at 1 point, 95 %", *(row["verdict"] or "" for row in results["overall"])))
+    table(f"\nReference model, base and compressed; {seconds:.0f} s in all", ("", *names), rows)
     server = results["serving"]["server"]
     print(
-        f"server: answered {server['answer']!r}; second request took {server['cached_tokens']} of "
-        f"{server['prompt_tokens']} prompt tokens from the prefix cache"
+        f"server: expected {server['expected']}, answered {server['answer']!r} (chat: {server['chat_answer']!r}); the "
+        f"second took {server['cached_tokens']} of {server['prompt_tokens']} prompt tokens from the prefix cache"
     )
-
-
-def _agreement(rows: dict[str, Any], name: str) -> str:
-    return f"{100 * rows[name]['text']['top1']:.2f} %" if name in rows else ""
 
 
 if __name__ == "__main__":
