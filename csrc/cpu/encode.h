@@ -1,10 +1,12 @@
-// Encoding one token of one head, as kvcompress/codec/scalar.py specifies it.
+// Encoding tokens of one head, as kvcompress/codec/scalar.py specifies it.
 #pragma once
 
 #include "vec.h"
 
 namespace kvcompress::cpu::KVC_LEVEL {
 namespace {
+
+static_assert(kAppendTokens <= kMatrixRows);
 
 constexpr float kSmallestGain = 0x1p-14f, kLargestGain = 65504.f, kHalfMax = 65504.f;
 // 2^(i/3), i = -3..6: multiples of the root mean square tried as gain.
@@ -79,14 +81,9 @@ inline void pack_band(const float* codes, int bits, int width, uint8_t* out) {
     }
 }
 
-inline void encode_side(const kvc_side& side, int head_dim, const kvc_rows& rows, int64_t token, int head, const float* mean_HD,
-                        const float* encode_HDR, const float* weight_HR, uint8_t* record, int offset, float* scratch) {
-    float *x = scratch, *latent = x + kMaxHeadDim;
-    float *padded_latent = latent + kMaxHeadDim, *padded_weight = padded_latent + 2 * kMaxHeadDim;
-    load_row(rows, token, head, head_dim, x);
-    for (int d = 0; d < head_dim; ++d) x[d] -= mean_HD[head * head_dim + d];
-    const float* encode = encode_HDR + static_cast<int64_t>(head) * head_dim * side.rank;
-    rows_times<1>(x, 0, encode, head_dim, side.rank, latent, 0);
+// One token's latents (overwritten) to its gain and codes.
+inline void encode_latent(const kvc_side& side, float* latent, const float* weight, uint8_t* record, int offset, float* scratch) {
+    float *padded_latent = scratch, *padded_weight = scratch + 2 * kMaxHeadDim;
     for (int c = 0; c < side.rank; ++c) {
         if (latent[c] != latent[c]) latent[c] = 0;
         if (__builtin_isinf(latent[c])) latent[c] = latent[c] > 0 ? kHalfMax : -kHalfMax;
@@ -102,15 +99,13 @@ inline void encode_side(const kvc_side& side, int head_dim, const kvc_rows& rows
     const Padded pad = padded(side);
     std::memset(padded_latent, 0, sizeof(float) * static_cast<size_t>(pad.total));
     std::memset(padded_weight, 0, sizeof(float) * static_cast<size_t>(pad.total));
-    for (int band = 0, from = 0, to = 0; band < side.num_bands; from += side.widths[band], to += pad.width[band], ++band)
-        for (int c = 0; c < side.widths[band]; ++c) {
-            padded_latent[to + c] = latent[from + c];
-            padded_weight[to + c] = weight_HR[head * side.rank + from + c];
-        }
-    const float gain = best_gain(side, pad, padded_latent, padded_weight);
-    const uint16_t half = float_to_half(gain);
-    std::memcpy(record + side.gain_offset + 2 * offset, &half, 2);
-    const float rounded = half_to_float(half);
+    for (int band = 0, from = 0, to = 0; band < side.num_bands; from += side.widths[band], to += pad.width[band], ++band) {
+        std::memcpy(padded_latent + to, latent + from, sizeof(float) * static_cast<size_t>(side.widths[band]));
+        std::memcpy(padded_weight + to, weight + from, sizeof(float) * static_cast<size_t>(side.widths[band]));
+    }
+    const uint16_t gain = float_to_half(best_gain(side, pad, padded_latent, padded_weight));
+    std::memcpy(record + side.gain_offset + 2 * offset, &gain, 2);
+    const float rounded = half_to_float(gain);
     const float* band_latent = padded_latent;
     for (int band = 0; band < side.num_bands; ++band) {
         const float step = side.steps[band], top = static_cast<float>((1 << side.bits[band]) - 1);
@@ -121,16 +116,32 @@ inline void encode_side(const kvc_side& side, int head_dim, const kvc_rows& rows
     }
 }
 
-size_t append_scratch_bytes(const kvc_append_args&) { return sizeof(float) * 8 * kMaxHeadDim; }
-
-void append(const kvc_append_args& args, int64_t token, int head, void* scratch) {
+inline void encode_side(const kvc_append_args& args, const kvc_side& side, const kvc_rows& rows, int64_t first, int count, int head,
+                        const float* mean_HD, const float* encode_HDR, const float* weight_HR, float* scratch) {
     const kvc_pages& pages = args.pages;
-    const int64_t slot = args.slots[token];
-    uint8_t* record = pages.data + slot / pages.block_size * pages.block_stride + head * pages.head_stride;
-    const int offset = static_cast<int>(slot % pages.block_size);
+    const int head_dim = pages.head_dim;
+    float *x = scratch, *latent = x + kAppendTokens * kMaxHeadDim, *rest = latent + kAppendTokens * kMaxHeadDim;
+    for (int i = 0; i < count; ++i) {
+        load_row(rows, first + i, head, head_dim, x + i * kMaxHeadDim);
+        for (int d = 0; d < head_dim; ++d) x[i * kMaxHeadDim + d] -= mean_HD[head * head_dim + d];
+    }
+    const float* encode = encode_HDR + static_cast<int64_t>(head) * head_dim * side.rank;
+    rows_times_matrix(x, count, kMaxHeadDim, encode, head_dim, side.rank, latent, kMaxHeadDim);
+    for (int i = 0; i < count; ++i) {
+        const int64_t slot = args.slots[first + i];
+        if (slot < 0) continue;
+        uint8_t* record = pages.data + slot / pages.block_size * pages.block_stride + head * pages.head_stride;
+        encode_latent(side, latent + i * kMaxHeadDim, weight_HR + head * side.rank, record, static_cast<int>(slot % pages.block_size), rest);
+    }
+}
+
+size_t append_scratch_bytes(const kvc_append_args&) { return sizeof(float) * (2 * kAppendTokens + 4) * kMaxHeadDim; }
+
+void append(const kvc_append_args& args, int64_t first, int count, int head, void* scratch) {
     auto* floats = static_cast<float*>(scratch);
-    encode_side(pages.k, pages.head_dim, args.keys, token, head, args.k_mean_HD, args.k_encode_HDR, args.k_weight_HR, record, offset, floats);
-    encode_side(pages.v, pages.head_dim, args.values, token, head, args.v_mean_HD, args.v_encode_HDR, args.v_weight_HR, record, offset, floats);
+    const kvc_pages& pages = args.pages;
+    encode_side(args, pages.k, args.keys, first, count, head, args.k_mean_HD, args.k_encode_HDR, args.k_weight_HR, floats);
+    encode_side(args, pages.v, args.values, first, count, head, args.v_mean_HD, args.v_encode_HDR, args.v_weight_HR, floats);
 }
 
 }  // namespace

@@ -14,6 +14,7 @@ constexpr int kTile = 64;            // tokens between two updates of the runnin
 constexpr int kTileGroups = kTile / kGroup;
 constexpr int kMaxRows = 64;         // rows (query token x query head of the group) attended together
 constexpr int kMaxHeadDim = 512;
+constexpr int kAppendTokens = 8;     // tokens encoded together, for one reading of the projection
 constexpr size_t kAlign = 64;
 
 // Rows of one KV head of one request: `tokens` query tokens from `first_token` on, each with its group of query heads.
@@ -42,8 +43,8 @@ struct Kernels {
     // Latents to outputs.
     void (*finish)(const kvc_attend_args&, const Item&, const Partial& partial, void* scratch);
     size_t (*append_scratch_bytes)(const kvc_append_args&);
-    // Encode and store one token of one head.
-    void (*append)(const kvc_append_args&, int64_t token, int head, void* scratch);
+    // Encode and store one head of up to kAppendTokens tokens.
+    void (*append)(const kvc_append_args&, int64_t first, int count, int head, void* scratch);
 };
 
 namespace portable { extern const Kernels kernels; }

@@ -238,14 +238,12 @@ int32_t kvc_append(const kvc_append_args* args) {
         if (args->slots[token] >= slots) return KVC_BAD_BLOCK;
     const Kernels& kernels = kernels_of(args->level);
     const int heads = args->pages.num_kv_heads;
-    // One task per head and a few tokens: encoding a token takes microseconds.
-    constexpr int64_t kTokens = 8;
-    const int64_t chunks = (args->num_tokens + kTokens - 1) / kTokens;
-    const int threads = args->num_tokens * heads < 16 ? 1 : args->threads;
+    const int64_t chunks = (args->num_tokens + kAppendTokens - 1) / kAppendTokens;
+    // Encoding takes microseconds; a few tokens do not pay for waking threads.
+    const int threads = args->num_tokens * heads < 64 ? 1 : args->threads;
     const bool ok = parallel(chunks * heads, threads, kernels.append_scratch_bytes(*args), [&](int64_t index, char* memory) {
-        const int64_t first = index / heads * kTokens;
-        for (int64_t token = first; token < first + kTokens && token < args->num_tokens; ++token)
-            if (args->slots[token] >= 0) kernels.append(*args, token, static_cast<int>(index % heads), memory);
+        const int64_t first = index / heads * kAppendTokens, left = args->num_tokens - first;
+        kernels.append(*args, first, static_cast<int>(left < kAppendTokens ? left : kAppendTokens), static_cast<int>(index % heads), memory);
     });
     return ok ? KVC_OK : KVC_NO_MEMORY;
 }

@@ -35,17 +35,17 @@ def exercise(model: Path, log: Path) -> dict[str, Any]:
             started = time.monotonic() - began
             prompt, value = needle_prompt()
             first = post(
-                f"{url}/v1/completions", {"model": "demo", "prompt": prompt, "max_tokens": 16, "temperature": 0}
+                f"{url}/v1/completions", {"model": "demo", "prompt": prompt, "max_tokens": 32, "temperature": 0}
             )
             again = post(
-                f"{url}/v1/completions", {"model": "demo", "prompt": prompt, "max_tokens": 16, "temperature": 0}
+                f"{url}/v1/completions", {"model": "demo", "prompt": prompt, "max_tokens": 32, "temperature": 0}
             )
             chat = post(
                 f"{url}/v1/chat/completions",
                 {
                     "model": "demo",
                     "messages": [{"role": "user", "content": prompt}],
-                    "max_tokens": 16,
+                    "max_tokens": 32,
                     "temperature": 0,
                 },
             )
