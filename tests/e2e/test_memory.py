@@ -18,7 +18,7 @@ from tests.conftest import BALANCED
 
 LAYERS, HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 15, 2048, 8192, 32, 8, 64, 32000
 SHARDS = 5
-SAMPLES, LENGTH = 8, 256
+SAMPLES, LENGTH = 4, 128
 
 
 def generate(directory: Path) -> dict[str, int]:
