@@ -16,10 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kvcompress.codec.spec import Band, SideSpec
-
-STEP = {8: 0.0308, 4: 0.3352, 2: 0.9957}
-"""Quantizer step in units of the standard deviation, per code width."""
+from kvcompress.codec.spec import STEP, Band, SideSpec
 
 _GAIN_CANDIDATES = tuple(2.0 ** (i / 3) for i in range(-3, 7))
 _SMALLEST_GAIN, _LARGEST_GAIN = 2.0**-14, 65504.0

@@ -19,6 +19,9 @@ CHANNEL_GROUP = 8
 EXPECTED_ERROR = {16: 0.0, 8: 8.73e-5, 4: 0.0115, 2: 0.1188, 0: 1.0}
 """Mean squared error of a unit-variance Gaussian channel at each code width; 0 bits drops the channel."""
 
+STEP = {8: 0.0308, 4: 0.3352, 2: 0.9957}
+"""Quantizer step in units of the standard deviation, per code width."""
+
 GAIN_BYTES = 2
 """One IEEE half per token, head and side, where any band is quantized."""
 

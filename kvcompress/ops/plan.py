@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kvcompress.codec.layout import PageLayout
-from kvcompress.codec.spec import Band, LayerSpec, SideSpec
+from kvcompress.codec.spec import STEP, Band, LayerSpec, SideSpec
 from kvcompress.ops import library
 
 
@@ -161,6 +161,4 @@ def _side_struct(spec: SideSpec, gain_offset: int, code_offset: int) -> library.
 
 def step(bits: int) -> float:
     """The quantizer's step in units of the channel's static scale; 16-bit channels are stored as they are."""
-    from kvcompress.codec.scalar import STEP
-
     return STEP.get(bits, 1.0)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvcompress.codec import scalar
-from kvcompress.codec.spec import EXPECTED_ERROR, Band, SideSpec
+from kvcompress.codec.spec import EXPECTED_ERROR, STEP, Band, SideSpec
 
 ONE_WIDTH = {bits: SideSpec((Band(bits, 64),)) for bits in (16, 8, 4, 2)}
 BANDED = SideSpec((Band(8, 16), Band(4, 24), Band(2, 16)))
@@ -45,7 +45,7 @@ def test_code_bytes_are_little_endian_by_channel() -> None:
             for c in range(band.width):
                 byte = int(codes_THB[token, head, offset + c * band.bits // 8])
                 code = byte >> (c * band.bits % 8) & (2**band.bits - 1)
-                value = (code - (2**band.bits - 1) / 2) * scalar.STEP[band.bits] * float(gain_TH[token, head])
+                value = (code - (2**band.bits - 1) / 2) * STEP[band.bits] * float(gain_TH[token, head])
                 assert decoded[token, head, channel].item() == pytest.approx(value, rel=1e-6)
                 channel += 1
             offset += band.bits * band.width // 8
@@ -54,8 +54,8 @@ def test_code_bytes_are_little_endian_by_channel() -> None:
 def at_gain(latent: Tensor, gain: Tensor, bits: int) -> Tensor:
     """Plain quantization at a given gain."""
     top = 2**bits - 1
-    code = (latent / gain / scalar.STEP[bits] + top / 2).round().clamp(0, top)
-    return (code - top / 2) * scalar.STEP[bits] * gain
+    code = (latent / gain / STEP[bits] + top / 2).round().clamp(0, top)
+    return (code - top / 2) * STEP[bits] * gain
 
 
 @pytest.mark.parametrize(("bits", "share"), [(8, 0.05), (4, 0.9), (2, 0.99)])
