@@ -35,7 +35,7 @@ def greedy(model_dir: Path, lengths: Sequence[int], tokens: int = 64, seed: int 
         generator = torch.Generator().manual_seed(1000 * seed + length)
         candidates = torch.randint(2, tiny.VOCABULARY, (CANDIDATES, length), generator=generator)
         cache = CompressedCache.from_pretrained(model_dir) if compressed else DynamicCache()
-        output, margin = _generate(model, cache, candidates, tokens)
+        output, margin = generate(model, cache, candidates, tokens)
         best = int(margin.argmax())
         assert margin[best] >= MARGIN, f"no clear prompt of {length} tokens: margin {margin[best]:.4f}; change the seed"
         prompts.append(candidates[best].tolist())
@@ -44,7 +44,7 @@ def greedy(model_dir: Path, lengths: Sequence[int], tokens: int = 64, seed: int 
 
 
 @torch.no_grad()
-def _generate(model: torch.nn.Module, cache: Cache, prompts_BT: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+def generate(model: torch.nn.Module, cache: Cache, prompts_BT: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     """Generated tokens and the smallest margin of each row."""
     step, output, margins = prompts_BT, [], []
     for _ in range(tokens):

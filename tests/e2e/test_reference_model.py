@@ -14,17 +14,18 @@ from kvcompress.methods import registry
 from kvcompress.pipeline import compress as compressing
 from kvcompress.pipeline import plan as planning
 from kvcompress.serving.transformers import CompressedCache
-from tests.e2e import vllm_engine
+from tests.e2e import reference, vllm_engine
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.e2e
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "assets" / "reference-model"
-LENGTHS = (1, 40, 100, 257, 400, 513, 700, 900)
+LENGTHS = (2, 40, 100, 257, 300, 400, 513, 600)
 TOKENS = 64
-CLEAR = 1e-3
-"""A lead over the second logit below which two engines may round to different tokens."""
+CANDIDATES = 16
+MARGIN = 0.01
+"""Required lead of the best logit over the second, in standard deviations of all logits."""
 
 
 def recipe(name: str) -> recipes.Recipe:
@@ -43,43 +44,45 @@ def test_recipes_reach_their_ratio(name: str, ratio: float) -> None:
     assert planning.make(Checkpoint.open(MODEL), recipe(name), str(MODEL)).ratio >= ratio
 
 
-@torch.no_grad()
-def clear_greedy(model: torch.nn.Module, directory: Path, prompt: list[int]) -> list[int]:
-    """Greedy tokens of the transformers path, up to the first that is not decided by a clear margin."""
-    cache, step, made = CompressedCache.from_pretrained(directory), torch.tensor([prompt]), []
-    while len(made) < TOKENS:
-        logits = model(step, past_key_values=cache, logits_to_keep=1).logits[0, -1]
-        first, second = logits.topk(2).values.tolist()
-        if first - second < CLEAR:
-            break
-        made.append(int(logits.argmax()))
-        step = torch.tensor([made[-1:]])
-    return made
+def clear_prompts(directory: Path) -> tuple[list[list[int]], list[list[int]]]:
+    """Held-out text of each length whose continuation is decided most clearly, and its greedy tokens in transformers.
+
+    Engines round differently, and now and then a latent falls on the other side of a quantizer's threshold. So the
+    engines are compared where every step of the answer has a clear lead.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    ids = tokenizer((MODEL / "heldout.txt").read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    prompts, expected = [], []
+    for number, length in enumerate(LENGTHS):
+        starts = range(500 * number, len(ids) - length, (len(ids) - length - 500 * number) // CANDIDATES)
+        windows = [[tokenizer.bos_token_id, *ids[start : start + length - 1]] for start in starts[:CANDIDATES]]
+        cache = CompressedCache.from_pretrained(directory)
+        tokens, margins = reference.generate(model, cache, torch.tensor(windows), TOKENS)
+        best = int(margins.argmax())
+        assert margins[best] >= MARGIN, f"no clear prompt of {length} tokens: {margins[best]:.4f}"
+        prompts.append(windows[best])
+        expected.append(tokens[best].tolist())
+    return prompts, expected
 
 
 def test_vllm_gives_the_transformers_tokens_and_the_planned_capacity(balanced: Path) -> None:
-    torch.set_num_threads(1)
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    ids = tokenizer((MODEL / "heldout.txt").read_text(encoding="utf-8"))["input_ids"]
-    prompts = [[ids[0], *ids[1000 * n + 1 : 1000 * n + length]] for n, length in enumerate(LENGTHS)]
-    model = AutoModelForCausalLM.from_pretrained(balanced, dtype=torch.float32).eval()
-    expected = [clear_greedy(model, balanced, prompt) for prompt in prompts]
-    assert sum(map(len, expected)) >= 0.9 * TOKENS * len(prompts), "too few clear tokens to show anything"
+    torch.set_num_threads(2)
+    prompts, expected = clear_prompts(balanced)
     plan = planning.make(Checkpoint.open(MODEL), recipe("balanced"), str(MODEL))
-    pool = 32 * 80 * plan.bytes_per_token  # 80 blocks: the prompts and answers need more, so some are preempted
+    pool = 32 * 36 * plan.bytes_per_token  # 36 blocks: the prompts and answers need more, so some are preempted
     result = vllm_engine.run(
         balanced,
         prompts,
-        prompts,
+        prompts[-1:],
+        prompts[-1:],  # by now its blocks are in the cache
         max_tokens=TOKENS,
         max_model_len=1024,
         max_num_batched_tokens=120,
         kv_cache_memory_bytes=pool,
         long_prefill_token_threshold=50,
     )
-    for found in result["tokens"]:
-        for tokens, clear in zip(found, expected, strict=True):
-            assert tokens[: len(clear)] == clear
+    assert result["tokens"] == [expected, expected[-1:], expected[-1:]]
     assert result["metrics"]["vllm:num_preemptions"] > 0
     assert result["metrics"]["vllm:prefix_cache_hits"] > 0
     assert result["capacity_tokens"] == pytest.approx(pool / plan.bytes_per_token, rel=0.01)
