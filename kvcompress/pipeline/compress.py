@@ -97,7 +97,7 @@ def compress(model: str, recipe: Recipe, out: str | Path, options: Options, prog
     with WorkDir.open(target, inputs, resume=options.resume) as work:
         layers, tensors = _fit_layers(checkpoint, plan, calibration, options, work, progress)
         spec = CodecSpec.from_json({"layers": [layer["codec"] for layer in layers]})
-        digests = writer.copy_shards(checkpoint, work, progress=_bytes_progress(progress, plan.weights_bytes))
+        digests = writer.copy_shards(checkpoint, work, progress=bytes_progress(progress, plan.weights_bytes))
         digests |= writer.copy_side_files(checkpoint, work)
         digests |= writer.write_tensors(work, CODEC_FILE, tensors)
         config = {**checkpoint.config, "quantization_config": _config_section(spec)}
@@ -231,7 +231,8 @@ def _bytes_to_write(checkpoint: Checkpoint, plan: Plan, tokens: int) -> int:
     return plan.weights_bytes + 2 * codec + 2 * tokens * geometry.hidden_size * 4 + (1 << 20)
 
 
-def _bytes_progress(progress: Progress, total: int) -> Callable[[int], None]:
+def bytes_progress(progress: Progress, total: int) -> Callable[[int], None]:
+    """Adds up the counts that the writer reports, for a progress that wants how much is done."""
     done = 0
 
     def advance(count: int) -> None:

@@ -10,7 +10,7 @@ from kvcompress.checkpoint.manifest import Manifest
 from kvcompress.checkpoint.reader import CONFIG_FILE, Checkpoint, is_compressed
 from kvcompress.checkpoint.verify import require_verified, verify
 from kvcompress.checkpoint.workdir import WorkDir, check_output
-from kvcompress.pipeline.compress import Progress
+from kvcompress.pipeline.compress import Progress, bytes_progress
 
 
 def decompress(directory: str | Path, out: str | Path, progress: Progress) -> None:
@@ -32,14 +32,7 @@ def decompress(directory: str | Path, out: str | Path, progress: Progress) -> No
     manifest = Manifest.load(checkpoint.path)
     check_free_space(target, checkpoint.weights_bytes + (1 << 20))
     with WorkDir.open(target, {"decompress": manifest.sha256}, resume=True) as work:
-        done = 0
-
-        def advance(count: int) -> None:
-            nonlocal done
-            done += count
-            progress("writing weights", done, checkpoint.weights_bytes)
-
-        writer.copy_shards(checkpoint, work, progress=advance)
+        writer.copy_shards(checkpoint, work, progress=bytes_progress(progress, checkpoint.weights_bytes))
         writer.copy_side_files(checkpoint, work)
         config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
         writer.write_file(work, CONFIG_FILE, json_file.pretty(config))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import shutil
 import subprocess
@@ -179,8 +180,6 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     errors = [line for line in stderr.splitlines() if not line.endswith((": started", ": done"))]
     assert len(errors) == 1, stderr
     assert errors[0].startswith("error: ")
-    import re
-
     assert re.search(words, errors[0]), errors[0]
     assert set(tmp_path.rglob("*")) == before
 
