@@ -28,8 +28,8 @@ def multikey(material: Material, rng: random.Random, length: int) -> Sequence | 
 
 
 def multivalue(material: Material, rng: random.Random, length: int) -> Sequence | None:
-    """One key with several values, at times among others."""
-    keys = rng.choice([1, 1, 1, 2]) if length >= 384 else 1
+    """Keys with several values each, asked for one after the other: a context with more answers teaches more."""
+    keys = rng.choice([1, 1, 2, 3] if length >= 768 else [1, 1, 2]) if length >= 384 else 1
     values = rng.choice([2, 3, 4, 4]) if length >= 256 else rng.choice([2, 2, 3])
     haystack = rng.choices(["noise", "text"], [0.85, 0.15])[0]
     return tasks.niah(material, rng, length, haystack=haystack, keys=keys, values=values, questions=keys)

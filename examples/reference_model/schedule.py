@@ -25,13 +25,23 @@ MIX |= {"needles": 0.07, "uuids": 0.02, "recall": 0.01, "text": 0.18}
 TASK_PHASES = [Phase(0, 256, 8, SHORT), Phase(750, 512, 4, MIX), Phase(1750, 1024, 2, MIX)]
 TASK_STEPS = 3500
 
+# Last, weight goes where the benchmark's score still lags: several values of one key, several keys in one question.
+POLISH_SHORT = {"multivalue": 0.42, "multiquery": 0.2, "tracking_drill": 0.14, "tracking": 0.02, "multikey": 0.06}
+POLISH_SHORT |= {"needles": 0.03, "text": 0.13}
+POLISH = {"multivalue": 0.38, "multiquery": 0.19, "tracking": 0.13, "tracking_drill": 0.04, "multikey": 0.06}
+POLISH |= {"single": 0.02, "needles": 0.04, "uuids": 0.01, "text": 0.13}
+POLISH_PHASES = [Phase(0, 256, 8, POLISH_SHORT), Phase(500, 512, 4, POLISH), Phase(1500, 1024, 2, POLISH)]
+POLISH_STEPS = 3200
+
 WARMUP_STEPS = 50
 DECAY_SHARE = 0.45
 RATES = {"matrices": 0.012, "embedding": 0.002, "norms": 0.0015}
 
 
-def phases_for(from_scratch: bool) -> tuple[list[Phase], int]:
+def phases_for(from_scratch: bool, polish: bool = False) -> tuple[list[Phase], int]:
     """The phases of a run and its number of steps: a model that starts from another needs no drill."""
+    if polish:
+        return POLISH_PHASES, POLISH_STEPS
     if not from_scratch:
         return TASK_PHASES, TASK_STEPS
     later = [replace(phase, start=phase.start + DRILL_STEPS) for phase in TASK_PHASES]

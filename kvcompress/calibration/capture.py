@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,9 @@ Collector = Callable[[Tensor, Tensor, Tensor, float], None]
 
 _ATTENTION = "kvcompress_capture"
 
+_CAST_BYTES = 4 << 20
+"""Weights cast to the computing dtype at a time."""
+
 
 class LayerRunner:
     """The decoder layers of a checkpoint, materialised one by one."""
@@ -35,6 +39,9 @@ class LayerRunner:
         config._attn_implementation = _ATTENTION
         with torch.device("meta"):
             self.model = AutoModelForCausalLM.from_config(config, dtype=dtype).model
+        for module in self.model.layers.modules():
+            if isinstance(module, nn.Linear):
+                module.forward = partial(stored_linear, module)  # type: ignore[method-assign]
         # Rotary tables are computed, not stored, so they cannot stay on the meta device.
         self.rotary = type(self.model.rotary_emb)(config).to(self.device)
 
@@ -47,7 +54,9 @@ class LayerRunner:
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
-        """Decoder layer `index` with its weights; they are released on leaving.
+        """Decoder layer `index` with its weights as stored; they are released on leaving.
+
+        Computing in float32 must not take a float32 copy of the layer: linear layers cast a few rows at a time.
 
         Raises:
             ValueError: the checkpoint lacks one of its tensors.
@@ -61,7 +70,7 @@ class LayerRunner:
                 raise ValueError(
                     f"{prefix}{name} has shape {tuple(tensor.shape)}; config.json asks for {tuple(parameter.shape)}"
                 )
-            state[name] = tensor.to(self.device, self.dtype)
+            state[name] = tensor.to(self.device)
         layer.load_state_dict(state, assign=True)
         layer.eval()
         try:
@@ -88,6 +97,23 @@ class LayerRunner:
         finally:
             attention.kvcompress_collect = None
         return output[0] if isinstance(output, Tensor) else output[0][0]
+
+
+def stored_linear(linear: nn.Linear, x: Tensor) -> Tensor:
+    """`linear(x)` in the dtype of `x`, whatever dtype the weights are stored in.
+
+    Args:
+        x: `[..., in_features]`.
+    """
+    weight_OI, bias_O = linear.weight, linear.bias
+    if weight_OI.dtype == x.dtype:
+        return nn.functional.linear(x, weight_OI, bias_O)
+    rows = max(1, _CAST_BYTES // (weight_OI.shape[1] * x.dtype.itemsize))
+    output = x.new_empty(*x.shape[:-1], weight_OI.shape[0])
+    for start in range(0, weight_OI.shape[0], rows):
+        chunk = slice(start, start + rows)
+        output[..., chunk] = nn.functional.linear(x, weight_OI[chunk].to(x.dtype))
+    return output if bias_O is None else output.add_(bias_O)
 
 
 def _register_attention() -> None:

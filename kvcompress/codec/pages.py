@@ -6,6 +6,8 @@ the pages of several layers into one block), the record itself is contiguous. A 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,7 @@ def append(
     if not bool(valid.all()):
         keys_THD, values_THD, slots_T = keys_THD[valid], values_THD[valid], slots_T[valid]
     block_T, offset_T = slots_T // layout.block_size, slots_T % layout.block_size
-    for side, x_THD, gain_offset, code_offset in _sides(layout, codec, keys_THD, values_THD):
+    for (side, gain_offset, code_offset), x_THD in zip(_sides(layout, codec), (keys_THD, values_THD), strict=True):
         gain_TH, codes_THB = side.encode(x_THD)
         if gain_TH is not None:
             gains_NHSX = _part(pages_NHX, layout, gain_offset, 2)
@@ -35,7 +37,7 @@ def read(
 ) -> tuple[Tensor, Tensor]:
     """Normalized latents (k_THR, v_THR) in float32 of the first `length` tokens of a block table."""
     latents = []
-    for side, _, gain_offset, code_offset in _sides(layout, codec, None, None):
+    for side, gain_offset, code_offset in _sides(layout, codec):
         codes_THB = _gather(_part(pages_NHX, layout, code_offset, side.spec.code_bytes), blocks_N, length)
         gain_TH = None
         if side.spec.has_gain:
@@ -45,14 +47,10 @@ def read(
     return latents[0], latents[1]
 
 
-def _sides(
-    layout: PageLayout, codec: LayerCodec, keys_THD: Tensor | None, values_THD: Tensor | None
-) -> tuple[tuple[SideCodec, Tensor, int, int], tuple[SideCodec, Tensor, int, int]]:
-    empty = torch.empty(0)
-    return (
-        (codec.k, empty if keys_THD is None else keys_THD, layout.k_gain_offset, layout.k_code_offset),
-        (codec.v, empty if values_THD is None else values_THD, layout.v_gain_offset, layout.v_code_offset),
-    )
+def _sides(layout: PageLayout, codec: LayerCodec) -> Iterator[tuple[SideCodec, int, int]]:
+    """Keys, then values: codec, offset of the gains, offset of the codes."""
+    yield codec.k, layout.k_gain_offset, layout.k_code_offset
+    yield codec.v, layout.v_gain_offset, layout.v_code_offset
 
 
 def _part(pages_NHX: Tensor, layout: PageLayout, offset: int, width: int) -> Tensor:

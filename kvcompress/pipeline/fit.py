@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kvcompress.calibration.capture import LayerRunner, exact_attention
+from kvcompress.calibration.capture import LayerRunner, exact_attention, stored_linear
 from kvcompress.calibration.statistics import LayerAccumulator, LayerStatistics
 from kvcompress.codec.layer import LayerCodec, SideCodec
 from kvcompress.methods.base import LatentBasis
@@ -82,7 +82,7 @@ class _ErrorMeter:
     """Accumulates squared errors of the attention output, as the layer's output projection sees them."""
 
     def __init__(self, codec: LayerCodec, output: nn.Linear) -> None:
-        self.codec, self.weight = codec, output.weight
+        self.codec, self.output = codec, output
         self.energy = 0.0
         self.errors = {"k": 0.0, "v": 0.0, "both": 0.0}
 
@@ -100,7 +100,7 @@ class _ErrorMeter:
         return {name: (error / max(self.energy, 1e-30)) ** 0.5 for name, error in self.errors.items()}
 
     def _project(self, attention_BHTD: Tensor) -> Tensor:
-        return nn.functional.linear(attention_BHTD.transpose(1, 2).flatten(2), self.weight)
+        return stored_linear(self.output, attention_BHTD.transpose(1, 2).flatten(2))
 
 
 def _through(side: SideCodec, states_BHTD: Tensor) -> Tensor:

@@ -7,14 +7,14 @@ from typing import Any
 
 from kvcompress.checkpoint.reader import Checkpoint, refuse_compressed
 from kvcompress.codec.spec import CodecSpec, LayerSpec, SideSpec
-from kvcompress.geometry import BYTES_PER_ELEMENT, ModelGeometry
+from kvcompress.geometry import ModelGeometry
 from kvcompress.methods.registry import basis_of, encoding_of
 from kvcompress.recipe import Recipe
 
 DEFAULT_CONTEXT = 32768
 _GIB = 1 << 30
-_RUNTIME_BYTES = 450 << 20
-"""Resident size of Python with torch and transformers imported, before any work."""
+_RUNTIME_BYTES = 500 << 20
+"""Resident size of Python with torch and transformers imported and a tokenizer loaded, before any work."""
 _COMPUTE_BYTES = 4
 """Calibration runs in float32 unless asked otherwise."""
 
@@ -160,14 +160,13 @@ def _sides(recipe: Recipe, geometry: ModelGeometry) -> dict[str, SideSpec]:
 
 
 def _peak_rss(checkpoint: Checkpoint, geometry: ModelGeometry, calibration_tokens: int) -> int:
-    """Runtime, the largest layer in compute precision, the hidden states (in and out) and one layer's statistics."""
+    """Runtime, the largest layer as stored, the hidden states (in and out) and one layer's statistics."""
     layers: dict[str, int] = {}
     for name, info in checkpoint.tensors.items():
         parts = name.split(".")
         if "layers" in parts:
             key = parts[parts.index("layers") + 1]
-            stored = BYTES_PER_ELEMENT.get(geometry.dtype, 2)
-            layers[key] = layers.get(key, 0) + info.nbytes * (1 + _COMPUTE_BYTES // stored)
+            layers[key] = layers.get(key, 0) + info.nbytes
     hidden = 2 * calibration_tokens * geometry.hidden_size * _COMPUTE_BYTES
     statistics = 8 * 8 * geometry.num_kv_heads * geometry.head_dim**2
     return _RUNTIME_BYTES + max(layers.values(), default=0) + hidden + statistics

@@ -21,7 +21,12 @@ class FakeEngine:
         self.continued: list[tuple[int, ...]] = []
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], max_tokens: int, until: Sequence[Sequence[str]] | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        until: Sequence[Sequence[str]] | None = None,
+        *,
+        ignore_end: bool = False,
     ) -> list[Generation]:
         self.continued += [tuple(prompt) for prompt in prompts]
         made = [

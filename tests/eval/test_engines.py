@@ -68,6 +68,9 @@ def test_the_end_token_stops_and_is_left_out(base: Path, tokenizer: TextTokenize
     engine._ends = {free.tokens[3]}  # type: ignore[attr-defined]
     [stopped] = engine.generate([TOKENS[:40]], 8)
     assert stopped.tokens == free.tokens[: free.tokens.index(free.tokens[3])]
+    [through] = engine.generate([TOKENS[:40]], 8, ignore_end=True)
+    assert len(through.tokens) == 8
+    assert through.tokens[: len(free.tokens)] == free.tokens
 
 
 def test_generation_may_end_once_all_texts_are_found(base: Path, tokenizer: TextTokenizer) -> None:

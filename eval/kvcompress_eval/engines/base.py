@@ -46,13 +46,19 @@ class Engine(Protocol):
         """Whether `score` can return whole distributions."""
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], max_tokens: int, until: Sequence[Sequence[str]] | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        until: Sequence[Sequence[str]] | None = None,
+        *,
+        ignore_end: bool = False,
     ) -> list[Generation]:
         """Greedy continuations of at most `max_tokens` tokens, ended by the model's end-of-sequence token.
 
         Args:
             until: per prompt, texts after all of which (case ignored) a continuation may end early. A score that
                 counts references found cannot change from there on.
+            ignore_end: continue past the end-of-sequence token, which is then part of the continuation.
         """
 
     def score(self, tokens: Sequence[int], *, distribution: bool = False) -> Scores:

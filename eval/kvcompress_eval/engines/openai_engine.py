@@ -45,14 +45,22 @@ class OpenAIEngine:
         self._served_model = served_model or listed[0]
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], max_tokens: int, until: Sequence[Sequence[str]] | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        until: Sequence[Sequence[str]] | None = None,
+        *,
+        ignore_end: bool = False,
     ) -> list[Generation]:
         # `until` only permits an early end; a server has no way to be told.
         with ThreadPoolExecutor(self.batch_size) as pool:
-            return list(pool.map(lambda prompt: self._continue(prompt, max_tokens), prompts))
+            return list(pool.map(lambda prompt: self._continue(prompt, max_tokens, ignore_end), prompts))
 
-    def _continue(self, prompt: Sequence[int], max_tokens: int) -> Generation:
-        choice = self._complete(prompt=list(prompt), max_tokens=max_tokens, return_token_ids=True)["choices"][0]
+    def _continue(self, prompt: Sequence[int], max_tokens: int, ignore_end: bool) -> Generation:
+        # ignore_eos is vLLM's; a server without it may refuse the field, so it is sent only where it matters.
+        options = {"ignore_eos": True} if ignore_end else {}
+        body = {"prompt": list(prompt), "max_tokens": max_tokens, "return_token_ids": True}
+        choice = self._complete(**body, **options)["choices"][0]
         # Servers other than vLLM return text only.
         tokens = choice.get("token_ids")
         if tokens is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,17 +50,25 @@ class TransformersEngine:
         self._ends = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], max_tokens: int, until: Sequence[Sequence[str]] | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        until: Sequence[Sequence[str]] | None = None,
+        *,
+        ignore_end: bool = False,
     ) -> list[Generation]:
         wanted = until or [()] * len(prompts)
-        return [self._continue(prompt, max_tokens, texts) for prompt, texts in zip(prompts, wanted, strict=True)]
+        ends = set() if ignore_end else self._ends
+        return [self._continue(prompt, max_tokens, texts, ends) for prompt, texts in zip(prompts, wanted, strict=True)]
 
-    def _continue(self, prompt: Sequence[int], max_tokens: int, wanted: Sequence[str]) -> Generation:
+    def _continue(
+        self, prompt: Sequence[int], max_tokens: int, wanted: Sequence[str], ends: AbstractSet[int]
+    ) -> Generation:
         cache = self._new_cache()
         made: list[int] = []
         text = ""
         next_token = int(self._forward(prompt, cache, last_only=True)[-1].argmax())
-        while next_token not in self._ends:
+        while next_token not in ends:
             made.append(next_token)
             text = self._tokenizer.decode(made)
             if len(made) == max_tokens or (wanted and contains_all(text, wanted)):

@@ -67,16 +67,22 @@ class VllmEngine:
         self._requests = 0
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], max_tokens: int, until: Sequence[Sequence[str]] | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        until: Sequence[Sequence[str]] | None = None,
+        *,
+        ignore_end: bool = False,
     ) -> list[Generation]:
         # The engine is stepped by hand, so that a continuation can be ended by what its text contains.
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
+        ends = set() if ignore_end else self._ends
         params = SamplingParams(
             temperature=0.0,
             max_tokens=max_tokens,
-            stop_token_ids=sorted(self._ends),
+            stop_token_ids=sorted(ends),
             ignore_eos=True,
             detokenize=False,
             output_kind=RequestOutputKind.CUMULATIVE,
@@ -93,7 +99,7 @@ class VllmEngine:
                 index = position[output.request_id]
                 if done[index] is not None:
                     continue
-                tokens = [token for token in output.outputs[0].token_ids if token not in self._ends]
+                tokens = [token for token in output.outputs[0].token_ids if token not in ends]
                 text = self._tokenizer.decode(tokens)
                 answered = bool(until and until[index]) and contains_all(text, until[index] if until else ())
                 if output.finished or answered:
