@@ -161,7 +161,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder that vocabulary.py wrote")
     parser.add_argument("--run", type=Path, required=True, help="folder for state.pt and model/")
     parser.add_argument("--init", type=Path, help="Transformers checkpoint to start from instead of random weights")
-    parser.add_argument("--polish", action="store_true", help="the last run's mixture, for a model that can do the tasks")
+    parser.add_argument("--polish", action="store_true", help="the last run: for a model that can do the tasks")
     parser.add_argument("--steps", type=int, help="length of the whole schedule; its phases keep their starts")
     parser.add_argument("--stop-at", type=int, help="stop at this step, before the schedule ends")
     parser.add_argument("--seed", type=int, default=0)
