@@ -78,6 +78,12 @@ class LayerRunner:
         finally:
             layer.to("meta")
 
+    def output_projection(self, layer: nn.Module) -> nn.Linear:
+        """The linear map that takes a layer's attention output back to the hidden size."""
+        attention: Any = layer.self_attn
+        projection: nn.Linear = attention.o_proj
+        return projection
+
     @torch.no_grad()
     def forward(self, layer: nn.Module, hidden_TC: Tensor, offset: int, collect: Collector | None) -> Tensor:
         """One sample through one layer: hidden states `[length, hidden]` at positions from `offset`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,29 @@ class LayerStatistics:
     output_moment_HDD: Tensor
     """Sum over the group's query heads of W_o,h^T W_o,h: how the layer's output sees an error in the values."""
     tokens: int
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Flat form for a safetensors file."""
+        return {
+            "keys.mean": self.keys.mean_HD,
+            "keys.covariance": self.keys.covariance_HDD,
+            "values.mean": self.values.mean_HD,
+            "values.covariance": self.values.covariance_HDD,
+            "query_moment": self.query_moment_HDD,
+            "output_moment": self.output_moment_HDD,
+            "tokens": torch.tensor([self.tokens]),
+        }
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> LayerStatistics:
+        """Inverse of `tensors`."""
+        return cls(
+            Moments(tensors["keys.mean"], tensors["keys.covariance"]),
+            Moments(tensors["values.mean"], tensors["values.covariance"]),
+            tensors["query_moment"],
+            tensors["output_moment"],
+            int(tensors["tokens"]),
+        )
 
 
 class MomentAccumulator:

@@ -95,6 +95,10 @@ class LayerCodec:
         heads, head_dim = self.k.mean_HD.shape
         return LayerSpec(heads, head_dim, self.k.spec, self.v.spec)
 
+    def round_trip(self, keys_THD: Tensor, values_THD: Tensor) -> tuple[Tensor, Tensor]:
+        """One sequence's keys and values as attention reads them back from the cache, float32."""
+        return self.k.reconstruct(*self.k.encode(keys_THD)), self.v.reconstruct(*self.v.encode(values_THD))
+
     def to(self, device: torch.device | str) -> LayerCodec:
         return LayerCodec(self.k.to(device), self.v.to(device))
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
-from kvcompress.codec.spec import CHANNEL_GROUP, SideSpec
+from kvcompress.codec.spec import CHANNEL_GROUP, LayerSpec
 from kvcompress.geometry import ModelGeometry
 from kvcompress.recipe import Kind, StageConfig
 
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from kvcompress.calibration.statistics import LayerStatistics
+    from kvcompress.checkpoint.writer import Transform
+    from kvcompress.codec.layer import LayerCodec
+    from kvcompress.methods.context import Context
 
 C = TypeVar("C", bound=StageConfig)
 
@@ -31,6 +35,41 @@ class LatentBasis:
     variance_HR: Tensor
     """Variance of each latent channel on the calibration data."""
 
+    def cut(self, rank: int) -> LatentBasis:
+        """The first `rank` channels."""
+        return LatentBasis(
+            self.mean_HD,
+            self.basis_HDR[..., :rank].contiguous(),
+            self.inverse_HRD[:, :rank].contiguous(),
+            self.variance_HR[:, :rank].contiguous(),
+        )
+
+
+@dataclass(frozen=True)
+class LayerBases:
+    """What a basis method found for one layer."""
+
+    k: LatentBasis
+    v: LatentBasis
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One compressed layer as an encoding sees it: channels per head, and their variances (descending) once known."""
+
+    k_rank: int
+    v_rank: int
+    k_variance_R: Sequence[float] | None = None
+    v_variance_R: Sequence[float] | None = None
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A checkpoint as a plan sees it: its config.json, and dtype and shape of every tensor by name."""
+
+    config: dict[str, Any]
+    tensors: dict[str, tuple[str, tuple[int, ...]]]
+
 
 class Method(ABC, Generic[C]):
     """Common to all kinds. `config` is the schema of the method's stage."""
@@ -45,28 +84,58 @@ class Method(ABC, Generic[C]):
         return self.config.kind
 
 
+class TransformMethod(Method[C]):
+    """The checkpoint itself changes: kinds `weights` and `attention`."""
+
+    @abstractmethod
+    def outline(self, config: C, before: Outline) -> Outline:
+        """Config and tensors after the stage, from those before it. Sizes are exact, whatever the data.
+
+        Raises:
+            ValueError: the stage does not fit this model.
+        """
+
+    @abstractmethod
+    def transform(self, config: C, context: Context) -> Transform:
+        """Do the work on `context.checkpoint`; what comes back replaces tensors while shards are copied."""
+
+
 class BasisMethod(Method[C]):
     """Keys and values become latents."""
 
     @abstractmethod
     def ranks(self, config: C, geometry: ModelGeometry) -> tuple[int, int]:
-        """Channels kept per head for (keys, values), known before any calibration."""
+        """Channels kept per head for (keys, values), before any calibration: exact in sum over the model."""
 
     @abstractmethod
     def fit(self, config: C, statistics: LayerStatistics) -> tuple[LatentBasis, LatentBasis]:
-        """Full-rank bases for (keys, values) of one layer; the encoding cuts them to the channels it keeps."""
+        """Full-rank bases for (keys, values) of one layer; they are cut to the channels the encoding keeps."""
+
+    def fit_model(self, config: C, context: Context) -> dict[int, LayerBases]:
+        """Bases of every layer that gets a codec. Override where layers are not fitted one by one."""
+        k_rank, v_rank = self.ranks(config, context.geometry)
+        bases = {}
+        for done, index in enumerate(context.compressed_layers):
+            context.progress("fitting layers", done, len(context.compressed_layers))
+            k, v = self.fit(config, context.statistics(index))
+            bases[index] = LayerBases(k.cut(k_rank), v.cut(v_rank))
+        return bases
 
 
 class EncodingMethod(Method[C]):
     """Latents become bytes."""
 
     @abstractmethod
-    def spec(self, config: C, side: str, rank: int, head_dim: int, variance_R: list[float] | None = None) -> SideSpec:
-        """Bands for keys ("k") or values ("v") over at most `rank` channels.
+    def layers(self, config: C, geometry: ModelGeometry, profiles: Sequence[Profile]) -> list[LayerSpec]:
+        """Specs of the compressed layers, in order.
 
-        The bytes depend on the config and the sizes alone; where the bands also depend on the data, `variance_R`
-        (descending) decides them and None gives a nominal choice of the same size, for planning.
+        The bytes of all layers together depend on the config and the sizes alone; where their split also depends on
+        the data, profiles with variances decide it and profiles without give a nominal one, for planning.
         """
+
+    @abstractmethod
+    def codec(self, config: C, spec: LayerSpec, bases: LayerBases) -> LayerCodec:
+        """The codec of one layer: a spec that `layers` made and the bases it is for."""
 
 
 def channels(share: float | int, head_dim: int) -> int:

@@ -8,17 +8,27 @@ Thomas, 10.3.3) with the measured error of the quantizer at each width. `codec.s
 from __future__ import annotations
 
 import itertools
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from kvcompress.codec.spec import CHANNEL_GROUP, EXPECTED_ERROR, Band, SideSpec
-from kvcompress.methods.base import EncodingMethod
+from kvcompress.codec.spec import CHANNEL_GROUP, EXPECTED_ERROR, Band, LayerSpec, SideSpec
+from kvcompress.geometry import ModelGeometry
+from kvcompress.methods.base import EncodingMethod, LatentBasis, LayerBases, Profile
 from kvcompress.recipe import Kind, StageConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kvcompress.codec.layer import LayerCodec, SideCodec
 
 Bits = Literal[16, 8, 4, 2]
 BandList = list[tuple[Literal[8, 4, 2], Annotated[int, Field(gt=0, multiple_of=CHANNEL_GROUP)]]]
 Target = Annotated[float, Field(gt=0.0, le=8.0)]
+
+_SCALE_FLOOR = 1e-4
+"""Smallest static scale, as a share of the head's largest: a channel that never moved still needs a unit."""
 
 _UNIT = 2 * CHANNEL_GROUP
 """Bits by which a group's cost changes: 8 channels at 2 bits."""
@@ -77,24 +87,43 @@ class Scalar(EncodingMethod[ScalarConfig]):
     paper = "Max 1960 (quantizer); reverse water-filling, Cover & Thomas 10.3.3"
     config = ScalarConfig
 
-    def spec(
-        self, config: ScalarConfig, side: str, rank: int, head_dim: int, variance_R: list[float] | None = None
-    ) -> SideSpec:
-        if config.bits is not None:
-            return SideSpec((Band(getattr(config.bits, side), rank),))
-        if config.bands is not None:
-            spec = SideSpec(tuple(Band(*band) for band in getattr(config.bands, side)))
-            if spec.rank > rank:
-                raise ValueError(
-                    f"scalar: bands.{side} cover {spec.rank} channels, but the basis keeps {rank} of {head_dim}; "
-                    "shorten the bands or raise the rank"
-                )
-            return spec
-        assert config.target_bits_per_channel is not None
-        return _water_fill(getattr(config.target_bits_per_channel, side), rank, head_dim, variance_R)
+    def layers(self, config: ScalarConfig, geometry: ModelGeometry, profiles: Sequence[Profile]) -> list[LayerSpec]:
+        head_dim = geometry.head_dim
+        return [
+            LayerSpec(
+                geometry.num_kv_heads,
+                head_dim,
+                side_spec(config, "k", layer.k_rank, head_dim, layer.k_variance_R),
+                side_spec(config, "v", layer.v_rank, head_dim, layer.v_variance_R),
+            )
+            for layer in profiles
+        ]
+
+    def codec(self, config: ScalarConfig, spec: LayerSpec, bases: LayerBases) -> LayerCodec:
+        from kvcompress.codec.layer import LayerCodec
+
+        return LayerCodec(_side_codec(spec.k, bases.k), _side_codec(spec.v, bases.v))
 
 
-def _water_fill(target: float, rank: int, head_dim: int, variance_R: list[float] | None) -> SideSpec:
+def side_spec(
+    config: ScalarConfig, side: str, rank: int, head_dim: int, variance_R: Sequence[float] | None = None
+) -> SideSpec:
+    """Bands for keys ("k") or values ("v") over at most `rank` channels; without variances, a nominal choice."""
+    if config.bits is not None:
+        return SideSpec((Band(getattr(config.bits, side), rank),))
+    if config.bands is not None:
+        spec = SideSpec(tuple(Band(*band) for band in getattr(config.bands, side)))
+        if spec.rank > rank:
+            raise ValueError(
+                f"scalar: bands.{side} cover {spec.rank} channels, but the basis keeps {rank} of {head_dim}; "
+                "shorten the bands or raise the rank"
+            )
+        return spec
+    assert config.target_bits_per_channel is not None
+    return _water_fill(getattr(config.target_bits_per_channel, side), rank, head_dim, variance_R)
+
+
+def _water_fill(target: float, rank: int, head_dim: int, variance_R: Sequence[float] | None) -> SideSpec:
     """Bands with the least expected squared error that spend exactly the budget."""
     groups = rank // CHANNEL_GROUP
     units = round(target * head_dim / _UNIT)
@@ -123,3 +152,19 @@ def _water_fill(target: float, rank: int, head_dim: int, variance_R: list[float]
     )
     counts = min((split for split in splits if sum(split) <= groups), key=lambda split: error(*split))
     return SideSpec(tuple(Band(bits, n * CHANNEL_GROUP) for bits, n in zip((8, 4, 2), counts, strict=True) if n))
+
+
+def _side_codec(spec: SideSpec, basis: LatentBasis) -> SideCodec:
+    from kvcompress.codec.layer import SideCodec
+
+    kept = basis.cut(spec.rank)
+    scale_HR = _scale(basis.variance_HR)[:, : spec.rank].contiguous()
+    return SideCodec(spec, kept.mean_HD, kept.basis_HDR, kept.inverse_HRD, scale_HR)
+
+
+def _scale(variance_HR: Tensor) -> Tensor:
+    import torch
+
+    deviation_HR = variance_HR.sqrt()
+    largest = deviation_HR.amax(-1, keepdim=True)
+    return torch.where(largest > 0, torch.maximum(deviation_HR, _SCALE_FLOOR * largest), torch.ones_like(deviation_HR))

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from kvcompress.calibration import corpus
 from kvcompress.checkpoint import json_file, writer
 from kvcompress.checkpoint.atomic import check_free_space
-from kvcompress.checkpoint.hashing import sha256_file
 from kvcompress.checkpoint.manifest import (
     MANIFEST_FILE,
     BytesPerToken,
@@ -26,7 +25,10 @@ from kvcompress.checkpoint.reader import CONFIG_FILE, CONFIG_VERSION, QUANT_METH
 from kvcompress.checkpoint.verify import CODEC_FILE
 from kvcompress.checkpoint.workdir import WorkDir, check_output, remove_published_leftover
 from kvcompress.codec.spec import CodecSpec
+from kvcompress.geometry import ModelGeometry
+from kvcompress.methods.context import Context, Progress
 from kvcompress.pipeline import plan as planning
+from kvcompress.pipeline import stages
 from kvcompress.pipeline.card import model_card
 from kvcompress.recipe import Recipe
 
@@ -37,9 +39,6 @@ if TYPE_CHECKING:
 
 RECIPE_FILE = "kvcompress/recipe.yaml"
 DTYPES = ("float32", "bfloat16", "float16")
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is."""
 
 
 @dataclass(frozen=True)
@@ -95,12 +94,13 @@ def compress(model: str, recipe: Recipe, out: str | Path, options: Options, prog
     target = check_output(out, resume=options.resume)
     check_free_space(target, _bytes_to_write(checkpoint, plan, options.samples * length))
     with WorkDir.open(target, inputs, resume=options.resume) as work:
-        layers, tensors = _fit_layers(checkpoint, plan, calibration, options, work, progress)
-        spec = CodecSpec.from_json({"layers": [layer["codec"] for layer in layers]})
-        digests = writer.copy_shards(checkpoint, work, progress=bytes_progress(progress, plan.weights_bytes))
-        digests |= writer.copy_side_files(checkpoint, work)
+        context = _context(plan, calibration, options, work, progress)
+        final = stages.run(recipe, checkpoint, lambda source, position: context(source, f"stage-{position}"))
+        spec, tensors, layers = _cache_codec(plan, context(final, "codec"))
+        digests = writer.copy_shards(final, work, progress=stages.bytes_progress(progress, final.weights_bytes))
+        digests |= writer.copy_side_files(final, work)
         digests |= writer.write_tensors(work, CODEC_FILE, tensors)
-        config = {**checkpoint.config, "quantization_config": _config_section(spec)}
+        config = {**final.config, "quantization_config": _config_section(final, spec)}
         digests |= writer.write_file(work, CONFIG_FILE, json_file.pretty(config))
         digests |= writer.write_file(work, RECIPE_FILE, recipe.text.encode())
         manifest = Manifest(
@@ -109,12 +109,10 @@ def compress(model: str, recipe: Recipe, out: str | Path, options: Options, prog
             seed=options.seed,
             calibration=record,
             versions=versions,
-            bytes_per_token=BytesPerToken(
-                base=plan.base_bytes_per_token, compressed=plan.bytes_per_token, ratio=round(plan.ratio, 4)
-            ),
-            weights_bytes=Sizes(base=plan.weights_bytes, compressed=plan.weights_bytes),
+            bytes_per_token=_bytes_per_token(plan, spec),
+            weights_bytes=Sizes(base=plan.weights_bytes, compressed=final.weights_bytes),
             stages=[{"kind": stage.kind, **stage.model_dump(mode="json")} for stage in recipe.stages],
-            layers=[layer["summary"] for layer in layers],
+            layers=layers,
         )
         digests |= writer.write_file(work, writer.CARD_FILE, model_card(manifest, recipe).encode())
         manifest.files, manifest.headers, manifest.tensors = digests.files, digests.headers, digests.tensors
@@ -123,8 +121,37 @@ def compress(model: str, recipe: Recipe, out: str | Path, options: Options, prog
     return plan
 
 
-def _config_section(spec: CodecSpec) -> dict[str, Any]:
-    return {"quant_method": QUANT_METHOD, "version": CONFIG_VERSION, "codec": spec.to_json()}
+def _config_section(final: Checkpoint, spec: CodecSpec) -> dict[str, Any]:
+    """What the stages that changed the weights said of them stays; the codec is added."""
+    section = {"quant_method": QUANT_METHOD, "version": CONFIG_VERSION, "codec": spec.to_json()}
+    return {**(final.config.get("quantization_config") or {}), **section}
+
+
+def _bytes_per_token(plan: Plan, spec: CodecSpec) -> BytesPerToken:
+    base, compressed = plan.base_bytes_per_token, planning.bytes_per_token(spec, plan.geometry)
+    return BytesPerToken(base=base, compressed=compressed, ratio=round(base / compressed, 4))
+
+
+def _context(
+    plan: Plan, calibration: corpus.Calibration, options: Options, work: WorkDir, progress: Progress
+) -> Callable[[Checkpoint, str], Context]:
+    """Makes a stage's context from the checkpoint it works on and its name."""
+
+    def make(checkpoint: Checkpoint, unit: str) -> Context:
+        return Context(
+            checkpoint=checkpoint,
+            geometry=ModelGeometry.from_config(checkpoint.config),
+            calibration=calibration,
+            compressed_layers=[index for index, layer in enumerate(plan.spec.layers) if layer is not None],
+            seed=options.seed,
+            device=options.device,
+            dtype=options.dtype,
+            work=work,
+            unit=unit,
+            progress=progress,
+        )
+
+    return make
 
 
 def _calibration(checkpoint: Checkpoint, plan: Plan, options: Options, length: int) -> corpus.Calibration:
@@ -146,63 +173,27 @@ def _calibration(checkpoint: Checkpoint, plan: Plan, options: Options, length: i
     )
 
 
-def _fit_layers(
-    checkpoint: Checkpoint,
-    plan: Plan,
-    calibration: corpus.Calibration,
-    options: Options,
-    work: WorkDir,
-    progress: Progress,
-) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-    """Fit every layer that is not in the journal yet. Returns each layer's record, and all codec tensors."""
-    import torch
-
-    from kvcompress.calibration.capture import LayerRunner
-    from kvcompress.checkpoint.safetensors_file import load_tensors, save_tensors
+def _cache_codec(plan: Plan, context: Context) -> tuple[CodecSpec, dict[str, Tensor], list[dict[str, Any]]]:
+    """The codec's spec and tensors, and each layer as the manifest shows it."""
     from kvcompress.codec.layer import to_tensors
-    from kvcompress.pipeline.fit import fit_layer
+    from kvcompress.pipeline.capture import capture
+    from kvcompress.pipeline.fit import fit, spec_of
+    from kvcompress.pipeline.measure import measure
 
-    total = plan.geometry.num_layers
-    first = next((index for index in range(total) if not _layer_done(work, index)), total)
-    # The hidden states of a layer are kept only until the next layer is done, so go back to where they still are.
-    while first and first < total and not _scratch_intact(work, first - 1, "hidden"):
-        first -= 1
-    if first < total:
-        runner = LayerRunner(checkpoint, options.device, getattr(torch, options.dtype))
-        if first:
-            hidden = load_tensors(work.scratch(_scratch_name(first - 1, "hidden")))["hidden"].to(options.device)
-        else:
-            hidden = runner.embed(calibration)
-        for index in range(first, total):
-            progress("fitting layers", index, total)
-            fitted = fit_layer(runner, plan, index, hidden, calibration.offsets_N)
-            codec = fitted.codec
-            files = {"codec": {} if codec is None else to_tensors(index, codec), "hidden": {"hidden": hidden}}
-            if index == total - 1:
-                del files["hidden"]
-            saved = {
-                kind: save_tensors(work.scratch(_scratch_name(index, kind)), content).sha256
-                for kind, content in files.items()
-            }
-            spec = CodecSpec((None if codec is None else codec.spec,))
-            record = {
-                "codec": spec.to_json()["layers"][0],
-                "summary": _summary(plan, index, spec, fitted.errors),
-                "scratch": saved,
-            }
-            work.commit(f"layer:{index}", {}, record)
-            if index:
-                work.scratch(_scratch_name(index - 1, "hidden")).unlink(missing_ok=True)
-    progress("fitting layers", total, total)
+    if not context.compressed_layers:
+        return plan.spec, {}, [_summary(plan, index, plan.spec, {}) for index in range(plan.geometry.num_layers)]
+    capture(context)
+    codecs = fit(plan.recipe, context)
+    errors = measure(codecs, context)
+    spec = spec_of(codecs)
     tensors: dict[str, Tensor] = {}
-    for index in range(total):
-        tensors |= load_tensors(work.scratch(_scratch_name(index, "codec")))
-    return [work.data(f"layer:{index}") for index in range(total)], tensors
+    for index, codec in enumerate(codecs):
+        tensors |= {} if codec is None else to_tensors(index, codec)
+    return spec, tensors, [_summary(plan, index, spec, layer) for index, layer in enumerate(errors)]
 
 
 def _summary(plan: Plan, index: int, spec: CodecSpec, errors: dict[str, float]) -> dict[str, Any]:
-    layers = (None,) * index + spec.layers + (None,) * (plan.geometry.num_layers - index - 1)
-    summary = planning.layer_summary(index, CodecSpec(layers), plan.geometry)
+    summary = planning.layer_summary(index, spec, plan.geometry)
     if errors:
         summary["relative_error"] = round(errors["both"], 6)
         summary["k"]["relative_error"] = round(errors["k"], 6)
@@ -210,34 +201,8 @@ def _summary(plan: Plan, index: int, spec: CodecSpec, errors: dict[str, float]) 
     return summary
 
 
-def _scratch_name(index: int, kind: str) -> str:
-    return f"layer-{index:04d}-{kind}.safetensors"
-
-
-def _scratch_intact(work: WorkDir, index: int, kind: str) -> bool:
-    path = work.scratch(_scratch_name(index, kind))
-    recorded = work.data(f"layer:{index}")["scratch"]
-    return kind in recorded and path.is_file() and sha256_file(path) == recorded[kind]
-
-
-def _layer_done(work: WorkDir, index: int) -> bool:
-    return work.done(f"layer:{index}") and _scratch_intact(work, index, "codec")
-
-
 def _bytes_to_write(checkpoint: Checkpoint, plan: Plan, tokens: int) -> int:
     """Shards, the codec twice (scratch and final), and the hidden states of two layers."""
     geometry = plan.geometry
     codec = 2 * geometry.num_layers * geometry.num_kv_heads * (2 * geometry.head_dim**2 + 2 * geometry.head_dim) * 4
     return plan.weights_bytes + 2 * codec + 2 * tokens * geometry.hidden_size * 4 + (1 << 20)
-
-
-def bytes_progress(progress: Progress, total: int) -> Callable[[int], None]:
-    """Adds up the counts that the writer reports, for a progress that wants how much is done."""
-    done = 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        progress("writing weights", min(done, total), total)
-
-    return advance

@@ -10,7 +10,8 @@ from kvcompress.checkpoint.manifest import Manifest
 from kvcompress.checkpoint.reader import CONFIG_FILE, Checkpoint, is_compressed
 from kvcompress.checkpoint.verify import require_verified, verify
 from kvcompress.checkpoint.workdir import WorkDir, check_output
-from kvcompress.pipeline.compress import Progress, bytes_progress
+from kvcompress.methods.context import Progress
+from kvcompress.pipeline.stages import bytes_progress
 
 
 def decompress(directory: str | Path, out: str | Path, progress: Progress) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from kvcompress.checkpoint.reader import Checkpoint, refuse_compressed
-from kvcompress.codec.spec import CodecSpec, LayerSpec, SideSpec
+from kvcompress.checkpoint.safetensors_file import DTYPE_BITS
+from kvcompress.codec.spec import CodecSpec, SideSpec
 from kvcompress.geometry import ModelGeometry
+from kvcompress.methods.base import Outline, Profile
 from kvcompress.methods.registry import basis_of, encoding_of
+from kvcompress.pipeline import stages
 from kvcompress.recipe import Recipe
 
 DEFAULT_CONTEXT = 32768
@@ -28,13 +32,11 @@ class Plan:
     geometry: ModelGeometry
     spec: CodecSpec
     weights_bytes: int
+    compressed_weights_bytes: int
+    base_bytes_per_token: int
     peak_rss_bytes: int
     context: int
     memory_bytes: int
-
-    @property
-    def base_bytes_per_token(self) -> int:
-        return self.geometry.kv_bytes_per_token()
 
     @property
     def bytes_per_token(self) -> int:
@@ -54,7 +56,7 @@ class Plan:
                 "compressed": self.bytes_per_token,
                 "ratio": round(self.ratio, 4),
             },
-            "weights_bytes": {"base": self.weights_bytes, "compressed": self.weights_bytes},
+            "weights_bytes": {"base": self.weights_bytes, "compressed": self.compressed_weights_bytes},
             "peak_rss_bytes": self.peak_rss_bytes,
             "capacity_tokens": {
                 "memory_bytes": self.memory_bytes,
@@ -95,22 +97,20 @@ def make(
         raise ValueError(
             f"the base model has quantized weights ({method}); calibration needs an unquantized checkpoint"
         )
-    geometry = ModelGeometry.from_config(checkpoint.config)
+    base = ModelGeometry.from_config(checkpoint.config)
+    after = stages.outlines(recipe, stages.outline_of(checkpoint))
+    geometry = ModelGeometry.from_config(after.config)
     if context < 1 or memory_bytes < 1:
         raise ValueError("context and memory must be positive")
-    sides = _sides(recipe, geometry)
-    layer = LayerSpec(geometry.num_kv_heads, geometry.head_dim, sides["k"], sides["v"])
-    spec = CodecSpec(tuple(None if window else layer for window in geometry.sliding_window))
-    if not any(spec.layers):
-        raise ValueError(
-            "every layer of the model has a sliding window, whose cache is bounded already; nothing to compress"
-        )
+    spec = _codec_spec(recipe, geometry)
     return Plan(
         model=model,
         recipe=recipe,
         geometry=geometry,
         spec=spec,
         weights_bytes=checkpoint.weights_bytes,
+        compressed_weights_bytes=_weights_bytes(after),
+        base_bytes_per_token=base.kv_bytes_per_token(),
         peak_rss_bytes=_peak_rss(checkpoint, geometry, calibration_tokens),
         context=context,
         memory_bytes=memory_bytes,
@@ -129,7 +129,8 @@ def layer_summary(index: int, spec: CodecSpec, geometry: ModelGeometry) -> dict[
     if layer is None:
         window = geometry.sliding_window[index]
         plain = geometry.kv_bytes_per_token() // geometry.num_layers
-        return {"index": index, "k": None, "v": None, "bytes_per_token": plain, "reason": f"sliding window of {window}"}
+        reason = f"sliding window of {window}" if window else "no cache method in the recipe"
+        return {"index": index, "k": None, "v": None, "bytes_per_token": plain, "reason": reason}
     return {
         "index": index,
         "k": _side_summary(layer.k, layer.head_dim),
@@ -146,17 +147,31 @@ def _side_summary(side: SideSpec, head_dim: int) -> dict[str, Any]:
     }
 
 
-def _sides(recipe: Recipe, geometry: ModelGeometry) -> dict[str, SideSpec]:
+def _codec_spec(recipe: Recipe, geometry: ModelGeometry) -> CodecSpec:
+    """The nominal codec: none at all for a recipe that changes weights or attention only."""
+    if recipe.stage("basis") is None and recipe.stage("encoding") is None:
+        return CodecSpec((None,) * geometry.num_layers)
+    compressed = [index for index, window in enumerate(geometry.sliding_window) if not window]
+    if not compressed:
+        raise ValueError(
+            "every layer of the model has a sliding window, whose cache is bounded already; nothing to compress"
+        )
     basis, basis_stage = basis_of(recipe)
     encoding, encoding_stage = encoding_of(recipe)
     try:
-        ranks = dict(zip(("k", "v"), basis.ranks(basis_stage, geometry), strict=True))
+        ranks = basis.ranks(basis_stage, geometry)
     except ValueError as error:
         raise recipe.locate(basis_stage, error) from None
     try:
-        return {side: encoding.spec(encoding_stage, side, rank, geometry.head_dim) for side, rank in ranks.items()}
+        specs = encoding.layers(encoding_stage, geometry, [Profile(*ranks)] * len(compressed))
     except ValueError as error:
         raise recipe.locate(encoding_stage, error) from None
+    layers = dict(zip(compressed, specs, strict=True))
+    return CodecSpec(tuple(layers.get(index) for index in range(geometry.num_layers)))
+
+
+def _weights_bytes(outline: Outline) -> int:
+    return sum(math.prod(shape) * DTYPE_BITS[dtype] // 8 for dtype, shape in outline.tensors.values())
 
 
 def _peak_rss(checkpoint: Checkpoint, geometry: ModelGeometry, calibration_tokens: int) -> int:

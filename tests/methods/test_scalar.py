@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcompress.codec.spec import CHANNEL_GROUP, EXPECTED_ERROR, Band, SideSpec
-from kvcompress.methods.scalar import Scalar, ScalarConfig
+from kvcompress.methods.scalar import ScalarConfig, side_spec
 
 
 def spec(rank: int = 64, head_dim: int = 64, variance: list[float] | None = None, **parameters: Any) -> SideSpec:
     config = ScalarConfig.model_validate({"method": "scalar", **parameters})
-    return Scalar().spec(config, "k", rank, head_dim, variance)
+    return side_spec(config, "k", rank, head_dim, variance)
 
 
 def test_bits_and_bands() -> None:

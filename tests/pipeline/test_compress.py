@@ -106,7 +106,7 @@ def test_same_inputs_same_bytes(compressed: Path, base_model: Path, tmp_path: Pa
     assert tree_sha256(tmp_path / "other") != tree_sha256(compressed)
 
 
-@pytest.mark.parametrize("interrupted_at", [("fitting layers", 2), ("writing weights", 1)])
+@pytest.mark.parametrize("interrupted_at", [("capturing layers", 2), ("writing weights", 1)])
 def test_resume_after_interruption(
     interrupted_at: tuple[str, int], compressed: Path, base_model: Path, tmp_path: Path
 ) -> None:
@@ -129,7 +129,7 @@ def test_resumed_output_is_identical(compressed: Path, base_model: Path, tmp_pat
     for stop in range(1, tiny.NUM_LAYERS):
 
         def interrupt(step: str, done: int, total: int, stop: int = stop) -> None:
-            if step == "fitting layers" and done == stop:
+            if step == "capturing layers" and done == stop:
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
@@ -143,7 +143,7 @@ def test_lost_scratch_state_is_recomputed(compressed: Path, base_model: Path, tm
     out, options = tmp_path / "out", compressing.Options(**OPTIONS, resume=True)
 
     def interrupt(step: str, done: int, total: int) -> None:
-        if step == "fitting layers" and done == 3:
+        if step == "capturing layers" and done == 3:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

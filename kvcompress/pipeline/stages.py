@@ -1,0 +1,83 @@
+"""Stages that change the checkpoint itself: each reads the one before it and writes a whole new one into scratch.
+
+So every stage, and the cache codec after them, sees an ordinary checkpoint; what it costs is disk space for one copy
+of the weights per stage until the run is over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from kvcompress.checkpoint import json_file, writer
+from kvcompress.checkpoint.reader import CONFIG_FILE, Checkpoint
+from kvcompress.checkpoint.workdir import WorkDir
+from kvcompress.methods.base import Outline, TransformMethod
+from kvcompress.methods.registry import METHODS
+
+if TYPE_CHECKING:
+    from kvcompress.methods.context import Context, Progress
+    from kvcompress.recipe import Recipe, StageConfig
+
+
+def transforms(recipe: Recipe) -> Iterator[tuple[int, TransformMethod[StageConfig], StageConfig]]:
+    """Position, method and config of each stage that changes the checkpoint, in running order."""
+    for position, stage in enumerate(recipe.stages):
+        method = METHODS[stage.method]
+        if isinstance(method, TransformMethod):
+            yield position, method, stage
+
+
+def outlines(recipe: Recipe, before: Outline) -> Outline:
+    """The checkpoint's outline after all stages that change it.
+
+    Raises:
+        ValueError: a stage does not fit the model, with its line in the recipe.
+    """
+    for _, method, stage in transforms(recipe):
+        try:
+            before = method.outline(stage, before)
+        except ValueError as error:
+            raise recipe.locate(stage, error) from None
+    return before
+
+
+def outline_of(checkpoint: Checkpoint) -> Outline:
+    return Outline(
+        dict(checkpoint.config), {name: (info.dtype, info.shape) for name, info in checkpoint.tensors.items()}
+    )
+
+
+def run(recipe: Recipe, checkpoint: Checkpoint, context_of: Callable[[Checkpoint, int], Context]) -> Checkpoint:
+    """Run the stages that change the checkpoint; the last one's result, or `checkpoint` itself where there are none.
+
+    Args:
+        context_of: makes the context of the stage at a position of the recipe, on the checkpoint before it.
+    """
+    for position, method, stage in transforms(recipe):
+        context = context_of(checkpoint, position)
+        out = context.scratch("checkpoint")
+        if not context.work.done(context.unit):
+            after = method.outline(stage, outline_of(checkpoint))
+            transform = method.transform(stage, context)
+            with WorkDir.open(out, {"stage": context.unit}, resume=True) as work:
+                total = sum(info.nbytes for info in checkpoint.tensors.values())
+                writer.copy_shards(checkpoint, work, transform, bytes_progress(context.progress, total))
+                writer.copy_side_files(checkpoint, work)
+                writer.write_file(work, CONFIG_FILE, json_file.pretty(after.config))
+                work.publish()
+            context.work.commit(context.unit, {})
+        checkpoint = Checkpoint.open(out)
+    return checkpoint
+
+
+def bytes_progress(progress: Progress, total: int) -> Callable[[int], None]:
+    """Adds up the counts that the writer reports, for a progress that wants how much is done."""
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        progress("writing weights", min(done, total), total)
+
+    return advance
