@@ -29,7 +29,8 @@ from kvcompress.checkpoint.reader import QUANT_METHOD, Checkpoint
 from kvcompress.checkpoint.verify import CODEC_FILE
 from kvcompress.checkpoint.workdir import WorkDir
 from kvcompress.checkpoint.writer import copy_shards, copy_side_files, write_file, write_tensors
-from kvcompress.codec.layer import LayerCodec, SideCodec, to_tensors
+from kvcompress.codec.forms import to_tensors
+from kvcompress.codec.layer import LayerCodec, SideCodec
 from kvcompress.codec.spec import Band, CodecSpec, LayerSpec, SideSpec
 from kvcompress.serving.loading import CONFIG_VERSION
 
@@ -109,10 +110,7 @@ def save_compressed(base: Path, directory: Path, spec: CodecSpec, seed: int = 0)
     """Compress a saved model with a codec fitted by `fit_codec`; return the new folder, manifest included."""
     checkpoint = Checkpoint.open(base)
     parent = Parent.of(checkpoint, base.name)
-    tensors: dict[str, Tensor] = {}
-    for index, codec in enumerate(fit_codec(load_model(base), spec, seed)):
-        if codec is not None:
-            tensors |= to_tensors(index, codec)
+    tensors = to_tensors(fit_codec(load_model(base), spec, seed))
     section = {"quant_method": QUANT_METHOD, "version": CONFIG_VERSION, "codec": spec.to_json()}
     config = json.dumps(checkpoint.config | {"quantization_config": section}).encode()
     full = 2 * NUM_KV_HEADS * HEAD_DIM * 4

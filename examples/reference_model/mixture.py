@@ -30,7 +30,7 @@ def multikey(material: Material, rng: random.Random, length: int) -> Sequence | 
 def multivalue(material: Material, rng: random.Random, length: int) -> Sequence | None:
     """Keys with several values each, asked for one after the other: a context with more answers teaches more."""
     keys = rng.choice([1, 1, 2, 3] if length >= 768 else [1, 1, 2]) if length >= 384 else 1
-    values = rng.choice([2, 3, 4, 4]) if length >= 256 else rng.choice([2, 2, 3])
+    values = rng.choice([2, 3, 4, 4, 6]) if length >= 256 else rng.choice([2, 2, 3])
     haystack = rng.choices(["noise", "text"], [0.85, 0.15])[0]
     return tasks.niah(material, rng, length, haystack=haystack, keys=keys, values=values, questions=keys)
 
@@ -73,6 +73,7 @@ def tracking_drill(material: Material, rng: random.Random, length: int) -> Seque
 TASKS: dict[str, Maker] = {
     "recall": tasks.recall,
     "repeats": tasks.repeats,
+    "listing": tasks.listing,
     "text": tasks.text,
     "single": single,
     "multikey": multikey,

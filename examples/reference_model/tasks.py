@@ -86,8 +86,13 @@ def niah_answer(queries: list[str], values: dict[str, list[str]]) -> str:
     before. Several values of one key are numbered in order of appearance.
     """
     if len(queries) == 1 and len(values[queries[0]]) > 1:
-        return " " + ", ".join(f"{i}: {v}" for i, v in enumerate(values[queries[0]], 1)) + "."
+        return f" {numbered(values[queries[0]])}."
     return " " + ", ".join(f"{q} is: {values[q][0]}" for q in queries) + "."
+
+
+def numbered(values: list[str]) -> str:
+    """`1: a, 2: b`."""
+    return ", ".join(f"{i}: {value}" for i, value in enumerate(values, 1))
 
 
 def haystack_units(material: Material, rng: random.Random, kind: str, draw_needle, length: int) -> list[list[int]]:
@@ -275,6 +280,35 @@ def recall(material: Material, rng: random.Random, length: int) -> Sequence:
         ids += fact
         weights += asked
     return ids[:length], weights[:length]
+
+
+def listing(material: Material, rng: random.Random, length: int) -> Sequence:
+    """Pairs `key: value.` in which keys return with new values, then each key with all its values in order: the drill
+    for several values of one needle. What follows a value is found by looking for the key's next mention after it, a
+    step that the benchmark's own prompts show three times in a thousand tokens.
+    """
+    encode = material.encode
+    room, count = length - 1, rng.choice([1, 2, 3, 4])
+    names = distinct(partial(random_key, rng), count)
+    values: dict[str, list[str]] = {name: [] for name in names}
+    facts: list[int] = []
+    answers: dict[str, list[int]] = {name: [] for name in names}
+    while True:
+        name, value = rng.choice(names), random_number(rng)
+        fact = encode(f" {name}: {value}.")
+        answer = encode(f" {name}: {numbered([*values[name], value])}.")
+        others = sum(len(ids) for other, ids in answers.items() if other != name)
+        if len(facts) + len(fact) + others + len(answer) > room:
+            break
+        values[name].append(value)
+        facts += fact
+        answers[name] = answer
+    ids, weights = [BOS_ID, *facts], [0.0] * (1 + len(facts))
+    for name in rng.sample(names, count):
+        asked = len(encode(f" {name}:"))
+        ids += answers[name]
+        weights += ([0.0] * asked + [ANSWER_WEIGHT] * (len(answers[name]) - asked)) if answers[name] else []
+    return ids, weights
 
 
 def repeats(material: Material, rng: random.Random, length: int) -> Sequence:

@@ -9,17 +9,14 @@ of each latent channel on the calibration data, the unit in which `scalar` quant
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from kvcompress.codec import scalar
-from kvcompress.codec.spec import CodecSpec, LayerSpec, SideSpec
-
-SIDES = ("k", "v")
-TENSORS = ("mean", "basis", "inverse", "scale")
+from kvcompress.codec.forms import ReadTensor
+from kvcompress.codec.spec import LayerSpec, SideSpec
 
 
 @dataclass(frozen=True)
@@ -99,6 +96,14 @@ class LayerCodec:
         """One sequence's keys and values as attention reads them back from the cache, float32."""
         return self.k.reconstruct(*self.k.encode(keys_THD)), self.v.reconstruct(*self.v.encode(values_THD))
 
+    def tensors(self) -> dict[str, Tensor]:
+        sides = {"k": self.k.tensors(), "v": self.v.tensors()}
+        return {f"{side}.{name}": tensor for side, found in sides.items() for name, tensor in found.items()}
+
+    @classmethod
+    def from_tensors(cls, spec: LayerSpec, read: ReadTensor) -> LayerCodec:
+        return cls(*(_read_side(name, side, spec, read) for name, side in (("k", spec.k), ("v", spec.v))))
+
     def to(self, device: torch.device | str) -> LayerCodec:
         return LayerCodec(self.k.to(device), self.v.to(device))
 
@@ -106,51 +111,12 @@ class LayerCodec:
         return LayerCodec(self.k.heads(start, stop), self.v.heads(start, stop))
 
 
-def tensor_names(layer: int) -> Iterator[tuple[str, str, str]]:
-    """(side, tensor, name in codec.safetensors) of one layer."""
-    for side in SIDES:
-        for tensor in TENSORS:
-            yield side, tensor, f"layers.{layer}.{side}.{tensor}"
-
-
-def to_tensors(index: int, codec: LayerCodec) -> dict[str, Tensor]:
-    """The tensors of one layer under the names they have in codec.safetensors."""
-    sides = {"k": codec.k.tensors(), "v": codec.v.tensors()}
-    return {name: sides[side][tensor].contiguous() for side, tensor, name in tensor_names(index)}
-
-
-def from_tensors(spec: CodecSpec, tensors: Mapping[str, Tensor]) -> list[LayerCodec | None]:
-    """Build every layer's codec from codec.safetensors.
-
-    Raises:
-        ValueError: a tensor is missing, has another shape than the spec says, or is not finite and usable.
-    """
-    return [None if layer is None else _layer(index, layer, tensors) for index, layer in enumerate(spec.layers)]
-
-
-def _layer(index: int, layer: LayerSpec, tensors: Mapping[str, Tensor]) -> LayerCodec:
-    sides = {}
-    for side, spec in (("k", layer.k), ("v", layer.v)):
-        heads, head_dim, rank = layer.num_kv_heads, layer.head_dim, spec.rank
-        shapes = {
-            "mean": (heads, head_dim),
-            "basis": (heads, head_dim, rank),
-            "inverse": (heads, rank, head_dim),
-            "scale": (heads, rank),
-        }
-        found = {key: _tensor(f"layers.{index}.{side}.{key}", shape, tensors) for key, shape in shapes.items()}
-        if not bool((found["scale"] > 0).all()):
-            raise ValueError(f"layers.{index}.{side}.scale has values that are not positive; the codec file is damaged")
-        sides[side] = SideCodec(spec, found["mean"], found["basis"], found["inverse"], found["scale"])
-    return LayerCodec(sides["k"], sides["v"])
-
-
-def _tensor(name: str, shape: tuple[int, ...], tensors: Mapping[str, Tensor]) -> Tensor:
-    if name not in tensors:
-        raise ValueError(f"codec tensor {name} is missing; the codec file does not belong to this config.json")
-    tensor = tensors[name].float()
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"codec tensor {name} has shape {tuple(tensor.shape)}; config.json says {shape}")
-    if not bool(torch.isfinite(tensor).all()):
-        raise ValueError(f"codec tensor {name} has values that are not finite; the codec file is damaged")
-    return tensor
+def _read_side(name: str, side: SideSpec, layer: LayerSpec, read: ReadTensor) -> SideCodec:
+    heads, head_dim, rank = layer.num_kv_heads, layer.head_dim, side.rank
+    return SideCodec(
+        side,
+        read(f"{name}.mean", (heads, head_dim)),
+        read(f"{name}.basis", (heads, head_dim, rank)),
+        read(f"{name}.inverse", (heads, rank, head_dim)),
+        read(f"{name}.scale", (heads, rank), positive=True),
+    )

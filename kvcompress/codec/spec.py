@@ -6,9 +6,10 @@ water-filling (Cover & Thomas, Elements of Information Theory, 10.3). Rank trunc
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 CODE_BITS = (16, 8, 4, 2)
 """Code widths a channel can be stored in. 16 is an IEEE half; the others are uniform quantizer codes."""
@@ -24,6 +25,11 @@ STEP = {8: 0.0308, 4: 0.3352, 2: 0.9957}
 
 GAIN_BYTES = 2
 """One IEEE half per token, head and side, where any band is quantized."""
+
+
+FORMS = {"per_head": ("kvcompress.codec.spec", "LayerSpec", "kvcompress.codec.layer", "LayerCodec")}
+"""The forms a layer's cache can take, by the name config.json has for them: where the spec class is (plain data, no
+torch), and where the codec class is. Serving has one module per form (`serving.transformers.cache`, `serving.vllm`)."""
 
 
 class Band(NamedTuple):
@@ -73,9 +79,39 @@ class SideSpec:
         return self.code_bytes + (GAIN_BYTES if self.has_gain else 0)
 
 
+class CacheSpec(Protocol):
+    """One layer's cache in any form: what plan, manifest, reports and the loaders ask of it."""
+
+    form: ClassVar[str]
+
+    @property
+    def num_kv_heads(self) -> int:
+        """KV heads of the attention layer."""
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of each of them."""
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes per token of this layer, everything that is stored included."""
+
+    def summary(self) -> dict[str, Any]:
+        """`k` and `v` (rank, bits per channel of head_dim, ...) as plan and manifest show them."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Inverse of `from_json`, without the form's name."""
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Raises KeyError, TypeError or ValueError for anything that is not such a spec."""
+
+
 @dataclass(frozen=True)
 class LayerSpec:
-    """The codec of one attention layer. Keys and values may keep different numbers of channels."""
+    """Form `per_head`: every token and KV head by itself, keys after RoPE, both sides with bands of their own."""
+
+    form: ClassVar[str] = "per_head"
 
     num_kv_heads: int
     head_dim: int
@@ -92,15 +128,40 @@ class LayerSpec:
         """Bytes per token of this layer, all heads, keys and values, gains included."""
         return self.num_kv_heads * (self.k.bytes_per_token + self.v.bytes_per_token)
 
+    def summary(self) -> dict[str, Any]:
+        return {"k": self._side_summary(self.k), "v": self._side_summary(self.v)}
+
+    def _side_summary(self, side: SideSpec) -> dict[str, Any]:
+        return {
+            "rank": side.rank,
+            "bits": round(8 * side.code_bytes / self.head_dim, 4),
+            "bands": [list(band) for band in side.bands],
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "num_kv_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "k": {"bands": [list(band) for band in self.k.bands]},
+            "v": {"bands": [list(band) for band in self.v.bands]},
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        sides = (
+            SideSpec(tuple(Band(int(bits), int(width)) for bits, width in data[name]["bands"])) for name in ("k", "v")
+        )
+        return cls(int(data["num_kv_heads"]), int(data["head_dim"]), *sides)
+
 
 @dataclass(frozen=True)
 class CodecSpec:
     """One entry per decoder layer; None leaves that layer's cache as it is."""
 
-    layers: tuple[LayerSpec | None, ...]
+    layers: tuple[CacheSpec | None, ...]
 
     def to_json(self) -> dict[str, Any]:
-        return {"layers": [None if layer is None else _layer_to_json(layer) for layer in self.layers]}
+        return {"layers": [None if layer is None else {"form": layer.form, **layer.to_json()} for layer in self.layers]}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> CodecSpec:
@@ -116,20 +177,11 @@ class CodecSpec:
             raise ValueError(f"the codec description cannot be read ({error!r}); was config.json edited?") from None
 
 
-def _layer_to_json(layer: LayerSpec) -> dict[str, Any]:
-    return {
-        "num_kv_heads": layer.num_kv_heads,
-        "head_dim": layer.head_dim,
-        "rope": "post",
-        "k": {"bands": [list(band) for band in layer.k.bands]},
-        "v": {"bands": [list(band) for band in layer.v.bands]},
-    }
-
-
-def _layer_from_json(data: Mapping[str, Any]) -> LayerSpec:
-    if data["rope"] != "post":
-        raise ValueError(f"found a codec for keys with rope={data['rope']!r}; this version reads post-RoPE keys only")
-    sides = {
-        name: SideSpec(tuple(Band(int(bits), int(width)) for bits, width in data[name]["bands"])) for name in ("k", "v")
-    }
-    return LayerSpec(int(data["num_kv_heads"]), int(data["head_dim"]), sides["k"], sides["v"])
+def _layer_from_json(data: Mapping[str, Any]) -> CacheSpec:
+    if data["form"] not in FORMS:
+        raise ValueError(
+            f"found a cache of form {data['form']!r}; this version reads {', '.join(FORMS)}; upgrade kvcompress"
+        )
+    module, name, _, _ = FORMS[data["form"]]
+    spec: CacheSpec = getattr(importlib.import_module(module), name).from_json(data)
+    return spec

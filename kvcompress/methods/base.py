@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
-from kvcompress.codec.spec import CHANNEL_GROUP, LayerSpec
+from kvcompress.codec.spec import CHANNEL_GROUP, CacheSpec
 from kvcompress.geometry import ModelGeometry
 from kvcompress.recipe import Kind, StageConfig
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from kvcompress.calibration.statistics import LayerStatistics
     from kvcompress.checkpoint.writer import Transform
-    from kvcompress.codec.layer import LayerCodec
+    from kvcompress.codec.forms import CacheCodec
     from kvcompress.methods.context import Context
 
 C = TypeVar("C", bound=StageConfig)
@@ -126,7 +126,7 @@ class EncodingMethod(Method[C]):
     """Latents become bytes."""
 
     @abstractmethod
-    def layers(self, config: C, geometry: ModelGeometry, profiles: Sequence[Profile]) -> list[LayerSpec]:
+    def layers(self, config: C, geometry: ModelGeometry, profiles: Sequence[Profile]) -> Sequence[CacheSpec]:
         """Specs of the compressed layers, in order.
 
         The bytes of all layers together depend on the config and the sizes alone; where their split also depends on
@@ -134,7 +134,7 @@ class EncodingMethod(Method[C]):
         """
 
     @abstractmethod
-    def codec(self, config: C, spec: LayerSpec, bases: LayerBases) -> LayerCodec:
+    def codec(self, config: C, spec: Any, bases: LayerBases) -> CacheCodec:
         """The codec of one layer: a spec that `layers` made and the bases it is for."""
 
 

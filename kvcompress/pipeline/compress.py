@@ -175,7 +175,7 @@ def _calibration(checkpoint: Checkpoint, plan: Plan, options: Options, length: i
 
 def _cache_codec(plan: Plan, context: Context) -> tuple[CodecSpec, dict[str, Tensor], list[dict[str, Any]]]:
     """The codec's spec and tensors, and each layer as the manifest shows it."""
-    from kvcompress.codec.layer import to_tensors
+    from kvcompress.codec.forms import to_tensors
     from kvcompress.pipeline.capture import capture
     from kvcompress.pipeline.fit import fit, spec_of
     from kvcompress.pipeline.measure import measure
@@ -186,10 +186,7 @@ def _cache_codec(plan: Plan, context: Context) -> tuple[CodecSpec, dict[str, Ten
     codecs = fit(plan.recipe, context)
     errors = measure(codecs, context)
     spec = spec_of(codecs)
-    tensors: dict[str, Tensor] = {}
-    for index, codec in enumerate(codecs):
-        tensors |= {} if codec is None else to_tensors(index, codec)
-    return spec, tensors, [_summary(plan, index, spec, layer) for index, layer in enumerate(errors)]
+    return spec, to_tensors(codecs), [_summary(plan, index, spec, layer) for index, layer in enumerate(errors)]
 
 
 def _summary(plan: Plan, index: int, spec: CodecSpec, errors: dict[str, float]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from kvcompress.checkpoint.hashing import sha256_file
 from kvcompress.checkpoint.safetensors_file import load_tensors, save_tensors
-from kvcompress.codec.layer import LayerCodec, from_tensors, to_tensors
+from kvcompress.codec.forms import CacheCodec, from_tensors, to_tensors
 from kvcompress.codec.spec import CodecSpec
 from kvcompress.methods.base import LayerBases, Profile
 from kvcompress.methods.context import Context
@@ -20,7 +20,7 @@ UNIT = "fit"
 _FILE = "codec.safetensors"
 
 
-def fit(recipe: Recipe, context: Context) -> list[LayerCodec | None]:
+def fit(recipe: Recipe, context: Context) -> list[CacheCodec | None]:
     """The codec of every decoder layer; None where the cache stays as it is. Done once, however often resumed."""
     path = context.work.scratch(_FILE)
     if context.work.done(UNIT) and path.is_file():
@@ -28,22 +28,16 @@ def fit(recipe: Recipe, context: Context) -> list[LayerCodec | None]:
         if sha256_file(path) == record["sha256"]:
             return from_tensors(CodecSpec.from_json(record["codec"]), load_tensors(path))
     codecs = _fit(recipe, context)
-    spec = spec_of(codecs)
-    tensors = {
-        name: tensor
-        for index, codec in enumerate(codecs)
-        if codec is not None
-        for name, tensor in to_tensors(index, codec).items()
-    }
-    context.work.commit(UNIT, {}, {"codec": spec.to_json(), "sha256": save_tensors(path, tensors).sha256})
+    saved = save_tensors(path, to_tensors(codecs))
+    context.work.commit(UNIT, {}, {"codec": spec_of(codecs).to_json(), "sha256": saved.sha256})
     return codecs
 
 
-def spec_of(codecs: Sequence[LayerCodec | None]) -> CodecSpec:
+def spec_of(codecs: Sequence[CacheCodec | None]) -> CodecSpec:
     return CodecSpec(tuple(None if codec is None else codec.spec for codec in codecs))
 
 
-def _fit(recipe: Recipe, context: Context) -> list[LayerCodec | None]:
+def _fit(recipe: Recipe, context: Context) -> list[CacheCodec | None]:
     basis, basis_stage = basis_of(recipe)
     encoding, encoding_stage = encoding_of(recipe)
     bases = basis.fit_model(basis_stage, context)
@@ -51,7 +45,7 @@ def _fit(recipe: Recipe, context: Context) -> list[LayerCodec | None]:
         specs = encoding.layers(encoding_stage, context.geometry, [_profile(bases[i]) for i in sorted(bases)])
     except ValueError as error:
         raise recipe.locate(encoding_stage, error) from None
-    codecs: list[LayerCodec | None] = [None] * context.geometry.num_layers
+    codecs: list[CacheCodec | None] = [None] * context.geometry.num_layers
     for index, spec in zip(sorted(bases), specs, strict=True):
         codecs[index] = encoding.codec(encoding_stage, spec, bases[index])
     return codecs

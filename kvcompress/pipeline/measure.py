@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from kvcompress.calibration.capture import exact_attention, stored_linear
-from kvcompress.codec.layer import LayerCodec
+from kvcompress.codec.forms import CacheCodec
 from kvcompress.methods.context import Context
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ Errors = dict[str, float]
 """Relative error of the attention output after o_proj: of keys alone ("k"), of values alone ("v"), and "both"."""
 
 
-def measure(codecs: Sequence[LayerCodec | None], context: Context) -> list[Errors]:
+def measure(codecs: Sequence[CacheCodec | None], context: Context) -> list[Errors]:
     """Errors of every layer, empty where there is no codec."""
     if not context.work.done(UNIT):
         context.work.commit(UNIT, {}, _measure(codecs, context))
@@ -32,7 +32,7 @@ def measure(codecs: Sequence[LayerCodec | None], context: Context) -> list[Error
     return errors
 
 
-def _measure(codecs: Sequence[LayerCodec | None], context: Context) -> list[Errors]:
+def _measure(codecs: Sequence[CacheCodec | None], context: Context) -> list[Errors]:
     runner, probes = context.runner(), _probes(context.calibration)
     hidden_NTC = runner.embed(probes)
     errors: list[Errors] = []
@@ -57,7 +57,7 @@ def _probes(calibration: Calibration) -> Calibration:
 class _ErrorMeter:
     """Accumulates squared errors of the attention output, as the layer's output projection sees them."""
 
-    def __init__(self, codec: LayerCodec, output: nn.Linear) -> None:
+    def __init__(self, codec: CacheCodec, output: nn.Linear) -> None:
         self.codec, self.output = codec, output
         self.energy = 0.0
         self.errors = {"k": 0.0, "v": 0.0, "both": 0.0}
@@ -79,7 +79,7 @@ class _ErrorMeter:
         return stored_linear(self.output, attention_BHTD.transpose(1, 2).flatten(2))
 
 
-def _through(codec: LayerCodec, key_BHTD: Tensor, value_BHTD: Tensor) -> tuple[Tensor, Tensor]:
+def _through(codec: CacheCodec, key_BHTD: Tensor, value_BHTD: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values as attention would read them back."""
     batch = key_BHTD.shape[0]
     states = [states_BHTD.transpose(1, 2).flatten(0, 1) for states_BHTD in (key_BHTD, value_BHTD)]

@@ -8,7 +8,7 @@ from typing import Any
 
 from kvcompress.checkpoint.reader import Checkpoint, refuse_compressed
 from kvcompress.checkpoint.safetensors_file import DTYPE_BITS
-from kvcompress.codec.spec import CodecSpec, SideSpec
+from kvcompress.codec.spec import CodecSpec
 from kvcompress.geometry import ModelGeometry
 from kvcompress.methods.base import Outline, Profile
 from kvcompress.methods.registry import basis_of, encoding_of
@@ -131,20 +131,7 @@ def layer_summary(index: int, spec: CodecSpec, geometry: ModelGeometry) -> dict[
         plain = geometry.kv_bytes_per_token() // geometry.num_layers
         reason = f"sliding window of {window}" if window else "no cache method in the recipe"
         return {"index": index, "k": None, "v": None, "bytes_per_token": plain, "reason": reason}
-    return {
-        "index": index,
-        "k": _side_summary(layer.k, layer.head_dim),
-        "v": _side_summary(layer.v, layer.head_dim),
-        "bytes_per_token": layer.bytes_per_token,
-    }
-
-
-def _side_summary(side: SideSpec, head_dim: int) -> dict[str, Any]:
-    return {
-        "rank": side.rank,
-        "bits": round(8 * side.code_bytes / head_dim, 4),
-        "bands": [list(band) for band in side.bands],
-    }
+    return {"index": index, **layer.summary(), "bytes_per_token": layer.bytes_per_token}
 
 
 def _codec_spec(recipe: Recipe, geometry: ModelGeometry) -> CodecSpec:

@@ -10,7 +10,7 @@ from typing import Any
 from kvcompress.checkpoint.reader import CONFIG_VERSION, is_compressed
 from kvcompress.checkpoint.safetensors_file import load_tensors
 from kvcompress.checkpoint.verify import CODEC_FILE
-from kvcompress.codec.layer import LayerCodec, from_tensors
+from kvcompress.codec.forms import CacheCodec, from_tensors
 from kvcompress.codec.spec import CodecSpec
 
 
@@ -31,7 +31,7 @@ def read_spec(config: Mapping[str, Any]) -> CodecSpec:
     return CodecSpec.from_json(section["codec"])
 
 
-def load_codec(directory: Path, spec: CodecSpec | None = None) -> list[LayerCodec | None]:
+def load_codec(directory: Path, spec: CodecSpec | None = None) -> list[CacheCodec | None]:
     """Every layer's codec; None where the layer keeps an ordinary cache.
 
     Args:

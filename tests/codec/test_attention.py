@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from kvcompress.codec import attention, pages
-from kvcompress.codec.layer import LayerCodec, SideCodec, from_tensors, to_tensors
+from kvcompress.codec.forms import from_tensors, to_tensors
+from kvcompress.codec.layer import LayerCodec, SideCodec
 from kvcompress.codec.layout import PageLayout
 from kvcompress.codec.spec import Band, CodecSpec, SideSpec
 
@@ -107,10 +108,10 @@ def test_pages_may_be_strided_over_blocks() -> None:
 def test_tensors_round_trip_and_are_checked() -> None:
     codec = layer_codec("banded", "4")
     spec = CodecSpec((None, codec.spec))
-    tensors = to_tensors(1, codec)
+    tensors = to_tensors([None, codec])
     restored = from_tensors(spec, tensors)
     assert restored[0] is None
-    assert restored[1] is not None
+    assert isinstance(restored[1], LayerCodec)
     assert torch.equal(restored[1].k.encode_HDR, codec.k.encode_HDR)
     with pytest.raises(ValueError, match=r"layers\.1\.v\.scale is missing"):
         from_tensors(spec, {name: t for name, t in tensors.items() if name != "layers.1.v.scale"})

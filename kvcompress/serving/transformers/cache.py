@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from kvcompress.checkpoint.source import resolve
+from kvcompress.codec.forms import CacheCodec
 from kvcompress.codec.layer import LayerCodec, SideCodec
 from kvcompress.codec.spec import GAIN_BYTES
 from kvcompress.serving.loading import load_codec
@@ -51,8 +52,8 @@ class CompressedLayer(DynamicLayer):  # type: ignore[misc]
 class CompressedCache(Cache):  # type: ignore[misc]
     """A whole model's cache: compressed layers where the checkpoint has a codec, ordinary ones elsewhere."""
 
-    def __init__(self, codecs: Sequence[LayerCodec | None]) -> None:
-        super().__init__(layers=[DynamicLayer() if codec is None else CompressedLayer(codec) for codec in codecs])
+    def __init__(self, codecs: Sequence[CacheCodec | None]) -> None:
+        super().__init__(layers=[_layer(codec) for codec in codecs])
 
     @classmethod
     def from_pretrained(cls, model: str | Path) -> CompressedCache:
@@ -67,6 +68,13 @@ class CompressedCache(Cache):  # type: ignore[misc]
     def nbytes(self) -> int:
         """Bytes the cached tokens take now."""
         return sum(t.nbytes for layer in self.layers if layer.is_initialized for t in (layer.keys, layer.values))
+
+
+def _layer(codec: CacheCodec | None) -> DynamicLayer:
+    if codec is None:
+        return DynamicLayer()
+    assert isinstance(codec, LayerCodec), f"no transformers cache for form {codec.spec.form}"
+    return CompressedLayer(codec)
 
 
 def _to_records(side: SideCodec, states_BHTD: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kvcompress.codec.layout import PART_ALIGNMENT
-from kvcompress.codec.spec import CodecSpec, LayerSpec
+from kvcompress.codec.spec import CacheSpec, CodecSpec
 from kvcompress.serving.vllm import compat
 
 
@@ -42,7 +42,7 @@ def check_engine(config: compat.VllmConfig, codec: CodecSpec) -> None:
             raise ValueError(f"found {flag} {size}; a compressed cache is not split over context; leave it at 1")
 
 
-def check_layer(layer: Any, name: str, codec: LayerSpec, config: compat.VllmConfig) -> None:
+def check_layer(layer: Any, name: str, codec: CacheSpec, config: compat.VllmConfig) -> None:
     """Refuse an attention layer that has a codec and a feature the compressed path lacks.
 
     Raises:

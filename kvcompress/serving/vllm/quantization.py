@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from kvcompress.checkpoint.reader import QUANT_METHOD
+from kvcompress.codec.layer import LayerCodec
+from kvcompress.codec.spec import LayerSpec
 from kvcompress.serving.loading import read_spec
 from kvcompress.serving.vllm import compat, limits
 from kvcompress.serving.vllm.backend import CompressedAttentionBackend, CompressedAttentionImpl
@@ -90,6 +92,7 @@ class CompressedCacheMethod(compat.BaseKVCacheMethod):  # type: ignore[misc]
         spec = self.quant_config.codec_spec.layers[self._index]
         limits.check_layer(layer, self._name, spec, self._startup.vllm_config)
         local = self._startup.codec_of(self._index).spec
+        assert isinstance(local, LayerSpec), f"no vLLM backend for form {local.form}"
         impl = CompressedAttentionImpl(layer.num_heads, layer.head_size, layer.impl.scale, layer.num_kv_heads)
         # The block size may change between now and the call.
         compat.attach(
@@ -102,5 +105,6 @@ class CompressedCacheMethod(compat.BaseKVCacheMethod):  # type: ignore[misc]
 
     def process_weights_after_loading(self, layer: Any) -> None:
         codec = self._startup.codec_of(self._index).to(compat.layer_device(layer))
+        assert isinstance(codec, LayerCodec)
         layer.impl.use_codec(codec, longest=self._startup.vllm_config.model_config.max_model_len)
         self._startup.report()

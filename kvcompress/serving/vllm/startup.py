@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from kvcompress.checkpoint.verify import require_verified, verify_codec
-from kvcompress.codec.layer import LayerCodec
-from kvcompress.codec.spec import CodecSpec, LayerSpec
+from kvcompress.codec.forms import CacheCodec
+from kvcompress.codec.spec import CacheSpec, CodecSpec
 from kvcompress.serving.loading import load_codec
 from kvcompress.serving.vllm import compat, limits
 from kvcompress.serving.vllm.report import LayerReport, describe
@@ -30,7 +30,7 @@ class Startup:
     """One model's start in one worker: the codec of this rank's heads, and what each layer was given."""
 
     vllm_config: compat.VllmConfig
-    codecs: list[LayerCodec | None]
+    codecs: list[CacheCodec | None]
     _layers: dict[int, LayerReport] = field(default_factory=dict)
     _reported: bool = False
 
@@ -49,13 +49,13 @@ class Startup:
         with torch.device("cpu"):
             return cls(vllm_config, load_codec(directory, spec))
 
-    def codec_of(self, index: int) -> LayerCodec:
+    def codec_of(self, index: int) -> CacheCodec:
         """The codec of the KV heads of this tensor-parallel rank, on the CPU."""
         codec = self.codecs[index]
         assert codec is not None
         return codec.heads(*heads_of_rank(codec.spec.num_kv_heads, *compat.tensor_parallel()))
 
-    def note_compressed(self, index: int, spec: LayerSpec) -> None:
+    def note_compressed(self, index: int, spec: CacheSpec) -> None:
         self._layers[index] = LayerReport(spec.bytes_per_token, self._full_bytes(spec.num_kv_heads, spec.head_dim))
 
     def note_uncompressed(self, index: int, layer: Any) -> None:
