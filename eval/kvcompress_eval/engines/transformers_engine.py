@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvcompress_eval.engines.base import Generation, Scores, contains_all
-from kvcompress_eval.models import is_compressed
+from kvcompress_eval.models import is_compressed, read_config
 from kvcompress_eval.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
@@ -28,13 +28,22 @@ class TransformersEngine:
         dtype: torch dtype name, or auto: the checkpoint's on an accelerator, and float32 on a CPU, which is
             slow in bfloat16.
         device: torch device, or auto.
+        cache: a cache of `baseline_caches` for a plain model, to compare with.
     """
 
     name = "transformers"
     batch_size = 1
     has_distribution = True
 
-    def __init__(self, model: Path, tokenizer: TextTokenizer, *, dtype: str = "auto", device: str = "auto") -> None:
+    def __init__(
+        self,
+        model: Path,
+        tokenizer: TextTokenizer,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        cache: str | None = None,
+    ) -> None:
         import torch
         from transformers import AutoModelForCausalLM
 
@@ -43,7 +52,7 @@ class TransformersEngine:
         if dtype == "auto" and device == "cpu":
             dtype = "float32"
         self._tokenizer = tokenizer
-        self._new_cache = cache_factory(model)
+        self._new_cache = cache_factory(model, cache)
         self._model: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, trust_remote_code=False)
         self._model.to(device).eval()
         ends = self._model.generation_config.eos_token_id
@@ -121,8 +130,18 @@ class TransformersEngine:
             torch.cuda.empty_cache()
 
 
-def cache_factory(model: Path) -> Callable[[], Any]:
-    """A function that makes an empty cache for one sequence."""
+def cache_factory(model: Path, baseline: str | None = None) -> Callable[[], Any]:
+    """A function that makes an empty cache for one sequence.
+
+    Raises:
+        ValueError: an unknown baseline cache, or one for a model that has a codec.
+    """
+    if baseline is not None:
+        if is_compressed(model):
+            raise ValueError(f"{model} has a codec of its own; cache {baseline} is for plain models")
+        from kvcompress_eval.engines import baseline_caches
+
+        return baseline_caches.cache_factory(baseline, int(read_config(model)["num_hidden_layers"]))
     if not is_compressed(model):
         from transformers import DynamicCache
 
