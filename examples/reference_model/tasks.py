@@ -83,7 +83,7 @@ def niah_answer(queries: list[str], values: dict[str, list[str]]) -> str:
     """The answer style the model is taught.
 
     Each key is repeated with the needle's own words before its value, so that every step is a look-up of text seen
-    before. Several values of one key are numbered in order of appearance.
+    before. Several values of one key are numbered, in the order given.
     """
     if len(queries) == 1 and len(values[queries[0]]) > 1:
         return f" {numbered(values[queries[0]])}."
@@ -157,7 +157,9 @@ def niah(
     planted = {name: [draw_value() for _ in range(values)] for name in names}
     pairs = [(name, value) for name in names for value in planted[name]]
     rng.shuffle(pairs)
-    in_order = {name: [v for n, v in pairs if n == name] for name in names}
+    # Several values are answered in any order: what is left to say then depends on what has been said and not on places
+    # in the context, which a small model learns far better.
+    answers = {name: rng.sample(values, len(values)) for name, values in planted.items()}
     needles = [encode(needle.format(key=n, value=v)) for n, v in pairs]
 
     header, question = part["template"].split("{context}")
@@ -173,7 +175,7 @@ def niah(
         # In the prompt the question's line break ends the context's last line, so only later questions show it.
         asking = wording(question + part["answer_prefix"]).format(**fill)
         ids = encode(asking.lstrip("\n") if i == 0 else asking)
-        answer = [*encode(niah_answer(asked, in_order)), EOS_ID]
+        answer = [*encode(niah_answer(asked, answers)), EOS_ID]
         tail += ids + answer
         weights += [0.0] * len(ids) + [ANSWER_WEIGHT] * len(answer)
 
@@ -283,9 +285,8 @@ def recall(material: Material, rng: random.Random, length: int) -> Sequence:
 
 
 def listing(material: Material, rng: random.Random, length: int) -> Sequence:
-    """Pairs `key: value.` in which keys return with new values, then each key with all its values in order: the drill
-    for several values of one needle. What follows a value is found by looking for the key's next mention after it, a
-    step that the benchmark's own prompts show three times in a thousand tokens.
+    """Pairs `key: value.` in which keys return with new values, then each key with all its values in any order: the
+    drill for several values of one needle, of which the benchmark's own prompts show four in a thousand tokens.
     """
     encode = material.encode
     room, count = length - 1, rng.choice([1, 2, 3, 4])
@@ -305,9 +306,11 @@ def listing(material: Material, rng: random.Random, length: int) -> Sequence:
         answers[name] = answer
     ids, weights = [BOS_ID, *facts], [0.0] * (1 + len(facts))
     for name in rng.sample(names, count):
-        asked = len(encode(f" {name}:"))
-        ids += answers[name]
-        weights += ([0.0] * asked + [ANSWER_WEIGHT] * (len(answers[name]) - asked)) if answers[name] else []
+        if values[name]:
+            any_order = numbered(rng.sample(values[name], len(values[name])))
+            asked, answer = encode(f" {name}:"), encode(f" {name}: {any_order}.")
+            ids += answer
+            weights += [0.0] * len(asked) + [ANSWER_WEIGHT] * (len(answer) - len(asked))
     return ids, weights
 
 
