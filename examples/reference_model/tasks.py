@@ -83,7 +83,7 @@ def niah_answer(queries: list[str], values: dict[str, list[str]]) -> str:
     """The answer style the model is taught.
 
     Each key is repeated with the needle's own words before its value, so that every step is a look-up of text seen
-    before. Several values of one key are numbered, in the order given.
+    before. Several values of one key are numbered in order of appearance.
     """
     if len(queries) == 1 and len(values[queries[0]]) > 1:
         return f" {numbered(values[queries[0]])}."
@@ -157,9 +157,7 @@ def niah(
     planted = {name: [draw_value() for _ in range(values)] for name in names}
     pairs = [(name, value) for name in names for value in planted[name]]
     rng.shuffle(pairs)
-    # Several values are answered in any order: what is left to say then depends on what has been said and not on places
-    # in the context, which a small model learns far better.
-    answers = {name: rng.sample(values, len(values)) for name, values in planted.items()}
+    in_order = {name: [v for n, v in pairs if n == name] for name in names}
     needles = [encode(needle.format(key=n, value=v)) for n, v in pairs]
 
     header, question = part["template"].split("{context}")
@@ -175,7 +173,7 @@ def niah(
         # In the prompt the question's line break ends the context's last line, so only later questions show it.
         asking = wording(question + part["answer_prefix"]).format(**fill)
         ids = encode(asking.lstrip("\n") if i == 0 else asking)
-        answer = [*encode(niah_answer(asked, answers)), EOS_ID]
+        answer = [*encode(niah_answer(asked, in_order)), EOS_ID]
         tail += ids + answer
         weights += [0.0] * len(ids) + [ANSWER_WEIGHT] * len(answer)
 
@@ -285,7 +283,7 @@ def recall(material: Material, rng: random.Random, length: int) -> Sequence:
 
 
 def listing(material: Material, rng: random.Random, length: int) -> Sequence:
-    """Pairs `key: value.` in which keys return with new values, then each key with all its values in any order: the
+    """Pairs `key: value.` in which keys return with new values, then each key with all its values in order: the
     drill for several values of one needle, of which the benchmark's own prompts show four in a thousand tokens.
     """
     encode = material.encode
@@ -305,12 +303,12 @@ def listing(material: Material, rng: random.Random, length: int) -> Sequence:
         facts += fact
         answers[name] = answer
     ids, weights = [BOS_ID, *facts], [0.0] * (1 + len(facts))
-    for name in rng.sample(names, count):
-        if values[name]:
-            any_order = numbered(rng.sample(values[name], len(values[name])))
-            asked, answer = encode(f" {name}:"), encode(f" {name}: {any_order}.")
-            ids += answer
-            weights += [0.0] * len(asked) + [ANSWER_WEIGHT] * (len(answer) - len(asked))
+    rng.shuffle(names)
+    for name in names:
+        answer = answers[name]
+        asked = len(encode(f" {name}:")) if answer else 0
+        ids += answer
+        weights += [0.0] * asked + [ANSWER_WEIGHT] * (len(answer) - asked)
     return ids, weights
 
 
