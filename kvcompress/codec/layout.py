@@ -5,7 +5,7 @@ A page holds `block_size` tokens of one layer and one KV head as one contiguous 
 
     k_gain     fp16  [block_size]              (absent when keys are stored in 16 or 32 bits)
     v_gain     fp16  [block_size]              (absent when values are stored in 16 or 32 bits)
-    k_outliers fp16  [block_size, k_outliers]  (absent when keys have none)
+    k_outliers fp16  [block_size, k_outliers]  (what the codes leave of them; absent when keys have none)
     v_outliers fp16  [block_size, v_outliers]  (absent when values have none)
     k_channels uint8 [block_size, k_outliers]  (which channels they are, counted over all bands)
     v_channels uint8 [block_size, v_outliers]

@@ -9,8 +9,9 @@ Why static scales: the decoder never multiplies per channel. Scales and steps fo
 step (keys) or into the output once (values), and the gain multiplies one score or one probability.
 
 Outliers: a fixed number of channels of every token and head can be stored exactly beside the codes, those whose exact
-storage lowers the weighted squared error most. The idea is KVQuant's dense-and-sparse split (Hooper et al., 2024,
-arXiv 2401.18079), with a fixed count because a record of an append-only page has a fixed size.
+storage lowers the weighted squared error most. What is stored is what the code leaves of the channel, so a decoder
+adds it without looking at the code. The idea is KVQuant's dense-and-sparse split (Hooper et al., 2024, arXiv
+2401.18079), with a fixed count because a record of an append-only page has a fixed size.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Encoded(NamedTuple):
     codes_THB: Tensor
     """uint8."""
     outlier_THN: Tensor | None = None
-    """float16, in units of the static scale; None without outliers."""
+    """float16: what the codes leave of the exact channels, in units of the static scale; None without outliers."""
     channel_THN: Tensor | None = None
     """uint8."""
 
@@ -72,16 +73,17 @@ def encode(latent_THR: Tensor, weight_HR: Tensor, side: SideSpec) -> Encoded:
     latent_THR = torch.nan_to_num(latent_THR.float(), nan=0.0, posinf=_HALF_MAX, neginf=-_HALF_MAX)
     if side.bands[0].bits == 32:
         return Encoded(None, latent_THR.contiguous().view(torch.uint8))
-    halves_THR = latent_THR.clamp(-_HALF_MAX, _HALF_MAX).half().contiguous()
     if side.bands[0].bits == 16:
-        return Encoded(None, halves_THR.view(torch.uint8))
+        return Encoded(None, latent_THR.clamp(-_HALF_MAX, _HALF_MAX).half().contiguous().view(torch.uint8))
     gain_TH, channel_THN = _best_gain(latent_THR, weight_HR, side)
     code_THR = _quantize(latent_THR / gain_TH[..., None].float(), side)
     packed = [_pack(code_THR[..., start:stop], band.bits) for band, start, stop in band_slices(side)]
     codes_THB = torch.cat(packed, dim=-1)
     if not side.outliers:
         return Encoded(gain_TH, codes_THB)
-    return Encoded(gain_TH, codes_THB, halves_THR.gather(-1, channel_THN), channel_THN.to(torch.uint8))
+    left_THR = latent_THR - _values(code_THR, side) * gain_TH[..., None].float()
+    outlier_THN = left_THR.gather(-1, channel_THN).clamp(-_HALF_MAX, _HALF_MAX).half()
+    return Encoded(gain_TH, codes_THB, outlier_THN, channel_THN.to(torch.uint8))
 
 
 def decode(encoded: Encoded, side: SideSpec) -> Tensor:
@@ -100,7 +102,7 @@ def decode(encoded: Encoded, side: SideSpec) -> Tensor:
     if outlier_THN is None or channel_THN is None:
         assert not side.outliers
         return latent_THR
-    return latent_THR.scatter(-1, channel_THN.long(), outlier_THN.float())
+    return latent_THR.scatter_add(-1, channel_THN.long(), outlier_THN.float())
 
 
 def band_slices(side: SideSpec) -> Iterator[tuple[Band, int, int]]:

@@ -33,7 +33,7 @@ MAX_OUTLIERS = 2
 """Channels per token, head and side that can be stored exactly beside the codes."""
 
 OUTLIER_VALUE_BYTES, OUTLIER_CHANNEL_BYTES = 2, 1
-"""An exact channel: its value as an IEEE half in units of the static scale, and its number."""
+"""An exact channel: what its code leaves of it, as an IEEE half in units of the static scale, and its number."""
 
 
 FORMS = {"per_head": ("kvcompress.codec.spec", "LayerSpec", "kvcompress.codec.layer", "LayerCodec")}
@@ -52,7 +52,7 @@ class Band(NamedTuple):
 class SideSpec:
     """Keys or values of one layer: bands over the kept channels, most bits first.
 
-    `outliers` channels of every token and head are stored exactly as well, in place of what their codes say.
+    `outliers` channels of every token and head are stored exactly: what their codes leave of them is stored, too.
     """
 
     bands: tuple[Band, ...]
