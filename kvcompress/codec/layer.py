@@ -46,8 +46,7 @@ class SideCodec:
 
     def encode(self, x_THD: Tensor) -> scalar.Encoded:
         """Keys or values `[tokens, heads, head_dim]` as they are stored."""
-        latent_THR = torch.einsum("thd,hdr->thr", x_THD.float() - self.mean_HD, self.encode_HDR)
-        return scalar.encode(latent_THR, self.weight_HR, self.spec)
+        return scalar.encode(self._latent(x_THD), self.weight_HR, self.spec)
 
     def decode(self, encoded: scalar.Encoded) -> Tensor:
         """Stored tokens to normalized latents `[tokens, heads, rank]`, float32."""
@@ -56,6 +55,13 @@ class SideCodec:
     def reconstruct(self, encoded: scalar.Encoded) -> Tensor:
         """Stored tokens back to keys or values `[tokens, heads, head_dim]`, float32."""
         return torch.einsum("thr,hrd->thd", self.decode(encoded), self.decode_HRD) + self.mean_HD
+
+    def clips(self, x_THD: Tensor) -> Tensor:
+        """Which keys or values are beyond their codes' reach (`scalar.clips`), bool `[tokens, heads]`."""
+        return scalar.clips(self.encode(x_THD), self._latent(x_THD), self.weight_HR, self.spec)
+
+    def _latent(self, x_THD: Tensor) -> Tensor:
+        return torch.einsum("thd,hdr->thr", x_THD.float() - self.mean_HD, self.encode_HDR)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"mean": self.mean_HD, "basis": self.basis_HDR, "inverse": self.inverse_HRD, "scale": self.scale_HR}

@@ -28,6 +28,9 @@ _GAIN_CANDIDATES = tuple(2.0 ** (i / 3) for i in range(-3, 7))
 _SMALLEST_GAIN, _LARGEST_GAIN = 2.0**-14, 65504.0
 _HALF_MAX = 65504.0
 
+CLIP_THRESHOLD = 0.01
+"""A token clips when codes that end too early lose this share of its weighted squares, in one head of one side."""
+
 
 class Encoded(NamedTuple):
     """Tokens of one side as they are stored."""
@@ -103,6 +106,24 @@ def decode(encoded: Encoded, side: SideSpec) -> Tensor:
         assert not side.outliers
         return latent_THR
     return latent_THR.scatter_add(-1, channel_THN.long(), outlier_THN.float())
+
+
+def clips(encoded: Encoded, latent_THR: Tensor, weight_HR: Tensor, side: SideSpec) -> Tensor:
+    """Which tokens and heads clip (`CLIP_THRESHOLD`): latents and what `encode` made of them to bool `[tokens, heads]`.
+
+    What is lost is how far channels lie beyond the outermost code; channels stored exactly lose nothing.
+    """
+    if encoded.gain_TH is None:
+        return torch.zeros(latent_THR.shape[:2], dtype=torch.bool, device=latent_THR.device)
+    largest_R = torch.cat(
+        [torch.full((band.width,), _value(torch.tensor(2**band.bits - 1), band.bits).item()) for band in side.bands]
+    )
+    reach_THR = encoded.gain_TH[..., None].float() * largest_R.to(latent_THR.device)
+    beyond_THR = (latent_THR.abs() - reach_THR).clamp_min(0.0)
+    if encoded.channel_THN is not None:
+        beyond_THR = beyond_THR.scatter(-1, encoded.channel_THN.long(), 0.0)
+    lost_TH = (weight_HR * beyond_THR.square()).sum(-1)
+    return lost_TH > CLIP_THRESHOLD * (weight_HR * latent_THR.square()).sum(-1)
 
 
 def band_slices(side: SideSpec) -> Iterator[tuple[Band, int, int]]:
