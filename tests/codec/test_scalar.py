@@ -139,6 +139,20 @@ def test_an_outlier_never_hurts(bands: tuple[Band, ...], seed: int, factor: floa
     assert errors[2] <= errors[1]
 
 
+def test_which_tokens_clip() -> None:
+    """Token 0 is at home in its codes; token 1 has one channel far beyond what its others leave room for."""
+    latent = torch.randn(2, 1, 64, generator=torch.Generator().manual_seed(5)).clamp(-2, 2)
+    latent[1, 0, 9] = 30.0
+    weight = torch.ones(1, 64)
+    weight[:, 9] = 0.02  # else the gain would be chosen for this channel
+    for outliers, expected in ((0, [False, True]), (1, [False, False])):
+        side = SideSpec((Band(4, 64),), outliers)
+        found = scalar.clips(scalar.encode(latent, weight, side), latent, weight, side)
+        assert found[:, 0].tolist() == expected
+    floats = ONE_WIDTH[16]
+    assert not scalar.clips(scalar.encode(latent, weight, floats), latent, weight, floats).any()
+
+
 def test_outliers_are_distinct_channels_even_of_a_token_of_zeros() -> None:
     encoded = scalar.encode(torch.zeros(3, 1, 16), torch.ones(1, 16), SideSpec((Band(4, 16),), 2))
     assert encoded.channel_THN is not None
