@@ -71,19 +71,14 @@ def load_model(directory: Path) -> Any:
 
 
 def mixed_spec(num_kv_heads: int = NUM_KV_HEADS, head_dim: int = HEAD_DIM) -> CodecSpec:
-    """Another encoding in every layer: bands of 8, 4 and 2 bits, none at all, 16 bits, and keys unlike values."""
-    layers = [
-        ((Band(8, 8), Band(4, 8), Band(2, 8)), (Band(8, 8), Band(4, 16))),
+    """Another encoding in every layer: bands of 8, 4 and 2 bits, none at all, floats, outliers, keys unlike values."""
+    sides = [
+        (SideSpec((Band(8, 8), Band(4, 8), Band(2, 8))), SideSpec((Band(8, 8), Band(4, 16)), 2)),
         None,
-        ((Band(16, head_dim),), (Band(16, head_dim),)),
-        ((Band(8, 16), Band(4, 16)), (Band(4, 16), Band(2, 8))),
+        (SideSpec((Band(16, head_dim),)), SideSpec((Band(32, head_dim),))),
+        (SideSpec((Band(8, 16), Band(4, 16)), 1), SideSpec((Band(4, 16), Band(2, 8)))),
     ]
-    return CodecSpec(
-        tuple(
-            None if sides is None else LayerSpec(num_kv_heads, head_dim, SideSpec(sides[0]), SideSpec(sides[1]))
-            for sides in layers
-        )
-    )
+    return CodecSpec(tuple(None if pair is None else LayerSpec(num_kv_heads, head_dim, *pair) for pair in sides))
 
 
 def uniform_spec(bits: int, num_kv_heads: int = NUM_KV_HEADS, head_dim: int = HEAD_DIM) -> CodecSpec:

@@ -55,12 +55,19 @@ class LayerBases:
 
 @dataclass(frozen=True)
 class Profile:
-    """One compressed layer as an encoding sees it: channels per head, and their variances (descending) once known."""
+    """One compressed layer as an encoding sees it: channels per head, and their variances (descending) once known.
+
+    The variances of one side are comparable with each other. Multiplied by the side's weight they are comparable
+    between sides and layers: their sum is the squared error that dropping all channels would leave in the layer's
+    attention output, relative to the residual stream, to first order.
+    """
 
     k_rank: int
     v_rank: int
     k_variance_R: Sequence[float] | None = None
     v_variance_R: Sequence[float] | None = None
+    k_weight: float = 1.0
+    v_weight: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from kvcompress.calibration.statistics import LayerAccumulator
@@ -52,7 +53,7 @@ def _capture_layer(
     accumulator = LayerAccumulator()
     with runner.layer(index) as layer:
         for sample, offset in enumerate(context.calibration.offsets_N.tolist()):
-            collect = accumulator.add if compressed else None
+            collect = partial(accumulator.add, hidden_BTC=hidden_NTC[sample][None]) if compressed else None
             hidden_NTC[sample] = runner.forward(layer, hidden_NTC[sample], offset, collect)
         if not compressed:
             return {}

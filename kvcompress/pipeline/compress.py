@@ -195,6 +195,9 @@ def _summary(plan: Plan, index: int, spec: CodecSpec, errors: dict[str, float]) 
         summary["relative_error"] = round(errors["both"], 6)
         summary["k"]["relative_error"] = round(errors["k"], 6)
         summary["v"]["relative_error"] = round(errors["v"], 6)
+    for side in ("k", "v"):
+        if f"{side}_clipped" in errors:
+            summary[side]["clipped"] = round(errors[f"{side}_clipped"], 6)
     return summary
 
 

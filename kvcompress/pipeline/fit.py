@@ -14,6 +14,10 @@ from kvcompress.methods.context import Context
 from kvcompress.methods.registry import basis_of, encoding_of
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kvcompress.calibration.statistics import LayerStatistics
+    from kvcompress.methods.base import LatentBasis
     from kvcompress.recipe import Recipe
 
 UNIT = "fit"
@@ -42,7 +46,9 @@ def _fit(recipe: Recipe, context: Context) -> list[CacheCodec | None]:
     encoding, encoding_stage = encoding_of(recipe)
     bases = basis.fit_model(basis_stage, context)
     try:
-        specs = encoding.layers(encoding_stage, context.geometry, [_profile(bases[i]) for i in sorted(bases)])
+        specs = encoding.layers(
+            encoding_stage, context.geometry, [_profile(bases[i], context.statistics(i)) for i in sorted(bases)]
+        )
     except ValueError as error:
         raise recipe.locate(encoding_stage, error) from None
     codecs: list[CacheCodec | None] = [None] * context.geometry.num_layers
@@ -51,6 +57,25 @@ def _fit(recipe: Recipe, context: Context) -> list[CacheCodec | None]:
     return codecs
 
 
-def _profile(bases: LayerBases) -> Profile:
+def _profile(bases: LayerBases, statistics: LayerStatistics) -> Profile:
     k_variance_R, v_variance_R = (side.variance_HR.mean(0).tolist() for side in (bases.k, bases.v))
-    return Profile(len(k_variance_R), len(v_variance_R), k_variance_R, v_variance_R)
+    return Profile(
+        len(k_variance_R),
+        len(v_variance_R),
+        k_variance_R,
+        v_variance_R,
+        _weight(bases.k, statistics.query_moment_HDD, statistics.key_sensitivity_H),
+        _weight(bases.v, statistics.output_moment_HDD, statistics.value_sensitivity_H),
+    )
+
+
+def _weight(basis: LatentBasis, moment_HDD: Tensor, sensitivity_H: Tensor) -> float:
+    """Squared error in the layer's output, relative to the residual stream, per unit of latent variance lost.
+
+    An error d of a key or a value costs d^T M d, with M the moment of what it is multiplied by; an error of latent
+    channel r is row r of `inverse`. In attention's metric that cost is 1 for every channel.
+    """
+    inverse_HRD, variance_HR = basis.inverse_HRD.double(), basis.variance_HR.double()
+    cost_HR = ((inverse_HRD @ moment_HDD) * inverse_HRD).sum(-1)
+    lost = float((sensitivity_H[:, None] * cost_HR * variance_HR).sum())
+    return lost / max(float(variance_HR.mean(0).sum()), 1e-30)

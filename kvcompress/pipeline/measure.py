@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kvcompress.calibration.capture import exact_attention, stored_linear
 from kvcompress.codec.forms import CacheCodec
+from kvcompress.codec.layer import LayerCodec
 from kvcompress.methods.context import Context
 
 if TYPE_CHECKING:
@@ -21,7 +22,10 @@ PROBES = 2
 UNIT = "measure"
 
 Errors = dict[str, float]
-"""Relative error of the attention output after o_proj: of keys alone ("k"), of values alone ("v"), and "both"."""
+"""Relative error of the attention output after o_proj: of keys alone ("k"), of values alone ("v"), and "both".
+
+For scalar codes also the share of tokens and heads that clip (`codec.scalar.CLIP_THRESHOLD`): "k_clipped", "v_clipped".
+"""
 
 
 def measure(codecs: Sequence[CacheCodec | None], context: Context) -> list[Errors]:
@@ -61,6 +65,8 @@ class _ErrorMeter:
         self.codec, self.output = codec, output
         self.energy = 0.0
         self.errors = {"k": 0.0, "v": 0.0, "both": 0.0}
+        self.clipped = {"k": 0, "v": 0}
+        self.seen = 0
 
     def add(self, query: Tensor, key: Tensor, value: Tensor, softmax_scale: float) -> None:
         decoded_key, decoded_value = _through(self.codec, key, value)
@@ -71,9 +77,14 @@ class _ErrorMeter:
             values = value if name == "k" else decoded_value
             approximate = self._project(exact_attention(query, keys, values, softmax_scale))
             self.errors[name] += float((approximate - exact).square().sum())
+        if isinstance(self.codec, LayerCodec):
+            self.seen += key[:, :, :, 0].numel()
+            for name, side, states_BHTD in (("k", self.codec.k, key), ("v", self.codec.v, value)):
+                self.clipped[name] += int(side.clips(states_BHTD.transpose(1, 2).flatten(0, 1)).sum())
 
     def relative(self) -> Errors:
-        return {name: (error / max(self.energy, 1e-30)) ** 0.5 for name, error in self.errors.items()}
+        errors = {name: (error / max(self.energy, 1e-30)) ** 0.5 for name, error in self.errors.items()}
+        return errors | {f"{name}_clipped": count / self.seen for name, count in self.clipped.items() if self.seen}
 
     def _project(self, attention_BHTD: Tensor) -> Tensor:
         return stored_linear(self.output, attention_BHTD.transpose(1, 2).flatten(2))

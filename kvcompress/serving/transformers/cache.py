@@ -12,12 +12,12 @@ from transformers.cache_utils import Cache, DynamicLayer
 from kvcompress.checkpoint.source import resolve
 from kvcompress.codec.forms import CacheCodec
 from kvcompress.codec.layer import LayerCodec, SideCodec
-from kvcompress.codec.spec import GAIN_BYTES
+from kvcompress.codec.scalar import Encoded
 from kvcompress.serving.loading import load_codec
 
 
 class CompressedLayer(DynamicLayer):  # type: ignore[misc]
-    """One layer's cache. `keys` and `values` hold records `uint8 [batch, heads, tokens, bytes]`, gain first.
+    """One layer's cache. `keys` and `values` hold records `uint8 [batch, heads, tokens, bytes]`, codes last.
 
     Tokens stay on dimension -2, so cropping, beam reordering and batch selection are the dynamic layer's own. Every
     token, the newest included, is attended in its stored form: results do not depend on how a prompt is cut up.
@@ -79,18 +79,16 @@ def _layer(codec: CacheCodec | None) -> DynamicLayer:
 
 def _to_records(side: SideCodec, states_BHTD: Tensor) -> Tensor:
     batch, heads, tokens, head_dim = states_BHTD.shape
-    gain, codes = side.encode(states_BHTD.transpose(1, 2).reshape(batch * tokens, heads, head_dim))
-    record = codes if gain is None else torch.cat([gain[..., None].view(torch.uint8), codes], dim=-1)
+    parts = side.encode(states_BHTD.transpose(1, 2).reshape(batch * tokens, heads, head_dim)).to_parts()
+    record = torch.cat([part for part in parts if part is not None], dim=-1)
     records_BTHX: Tensor = record.unflatten(0, (batch, tokens))
     return records_BTHX.transpose(1, 2)
 
 
 def _from_records(side: SideCodec, records_BHTX: Tensor) -> Tensor:
     batch = records_BHTX.shape[0]
-    record = records_BHTX.transpose(1, 2).flatten(0, 1)
-    gain = None
-    if side.spec.has_gain:
-        gain = record[..., :GAIN_BYTES].contiguous().view(torch.float16).squeeze(-1)
-        record = record[..., GAIN_BYTES:]
-    states_BTHD: Tensor = side.reconstruct(gain, record).unflatten(0, (batch, -1))
+    sizes = side.spec.part_bytes
+    parts = records_BHTX.transpose(1, 2).flatten(0, 1).split(sizes, dim=-1)
+    encoded = Encoded.from_parts(part if size else None for part, size in zip(parts, sizes, strict=True))
+    states_BTHD: Tensor = side.reconstruct(encoded).unflatten(0, (batch, -1))
     return states_BTHD.transpose(1, 2)
