@@ -27,7 +27,11 @@ GAIN_BYTES = 2
 """One IEEE half per token, head and side, where any band is quantized."""
 
 
-FORMS = {"per_head": ("kvcompress.codec.spec", "LayerSpec", "kvcompress.codec.layer", "LayerCodec")}
+FORMS = {
+    "per_head": ("kvcompress.codec.spec", "LayerSpec", "kvcompress.codec.layer", "LayerCodec"),
+    "shared": ("kvcompress.codec.shared_spec", "SharedSpec", "kvcompress.codec.shared", "SharedCodec"),
+    "prompt": ("kvcompress.codec.shared_spec", "PromptSpec", "kvcompress.codec.prompt", "PromptCodec"),
+}
 """The forms a layer's cache can take, by the name config.json has for them: where the spec class is (plain data, no
 torch), and where the codec class is. Serving has one module per form (`serving.transformers.cache`, `serving.vllm`)."""
 
