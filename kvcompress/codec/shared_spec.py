@@ -213,7 +213,7 @@ GroupSpec = SharedSpec | PromptSpec
 
 
 def check_groups(layers: Sequence[CacheSpec | None]) -> None:
-    """Every group is whole and its layers agree on everything but their place.
+    """Every group is whole and its layers agree on what they share.
 
     Raises:
         ValueError: naming the first layer that does not fit its group.
@@ -223,12 +223,14 @@ def check_groups(layers: Sequence[CacheSpec | None]) -> None:
             continue
         fits = index in layer.group and layer.group.index(index) == layer.place and max(layer.group) < len(layers)
         leader = layers[layer.group[0]] if fits else None
-        if not isinstance(leader, GroupSpec) or _without_place(leader) != _without_place(layer):
+        if not isinstance(leader, GroupSpec) or _in_common(leader) != _in_common(layer):
             raise ValueError(f"layer {index} does not fit its group {list(layer.group)}; was config.json edited?")
 
 
-def _without_place(spec: GroupSpec) -> dict[str, Any]:
-    return {**spec.to_json(), "form": spec.form, "place": None}
+def _in_common(spec: GroupSpec) -> dict[str, Any]:
+    """What layers of a group agree on: all but their place, and the bands of keys that are their own."""
+    own = {"place": None, "k": None} if spec.share == "v" else {"place": None}
+    return {**spec.to_json(), "form": spec.form, **own}
 
 
 def _check_group(group: tuple[int, ...], place: int, share: str) -> None:

@@ -140,7 +140,9 @@ class SharedLayer(GroupLayer):
             whole = from_records(self.codec.k, self.keys).to(self.dtype)  # type: ignore[arg-type]
         else:
             self._add(side, shared, states_BHTD, stored)
-            whole = torch.cat([self._decode(side, shared, stored).to(self.dtype), states_BHTD], dim=-2)
+            whole = states_BHTD.clone()
+            if stored:
+                whole = torch.cat([self._decode(side, shared, stored).to(self.dtype), whole], dim=-2)
         if (sink := self.extra.get(f"sink_{side}")) is not None:
             whole[..., : sink.shape[-2], :] = sink
         if (recent := self.extra.get(f"recent_{side}")) is not None:
