@@ -49,18 +49,24 @@ class LayerGroup:
     size: int
     layers: list[Any] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
+    specs: list[SharedSpec] = field(default_factory=list)
     sums: dict[str, Tensor] = field(default_factory=dict)
     """The running step's normalized latents as far as they are added up, by side `[tokens, R]`."""
 
-    def join(self, layer: Any, name: str) -> None:
-        assert len(self.layers) < self.size
+    def join(self, layer: Any, name: str, spec: SharedSpec) -> None:
+        assert len(self.layers) == spec.place < self.size, f"{name} comes out of order in its group {spec.group}"
         self.layers.append(layer)
         self.names.append(name)
+        self.specs.append(spec)
 
     def metadata(self, place: int) -> CompressedMetadata:
         """The running step as the layer at a place sees it: in hybrid models layers differ in their block tables."""
         found: CompressedMetadata = compat.layer_metadata(self.names[place])
         return found
+
+    def page_layout(self, place: int, kv_cache: Tensor) -> SharedLayout:
+        """The layout of the layer at a place; the block size that counts is the allocated cache's."""
+        return SharedLayout.of(self.specs[place], kv_cache.shape[2])
 
 
 class SharedAttentionImpl(CompressedAttentionImpl):
@@ -78,7 +84,6 @@ class SharedAttentionImpl(CompressedAttentionImpl):
         assert isinstance(codec, SharedCodec)
         self.codec = codec
         self._workspace_bytes = workspace_bytes(codec.spec, self.num_heads, longest)
-        self._shared_layout: SharedLayout | None = None
 
     def forward(
         self,
@@ -107,9 +112,9 @@ class SharedAttentionImpl(CompressedAttentionImpl):
         positions_T = _positions(starts, lengths).to(key.device)
         self._add(step, positions_T)
         if "k" not in self.codec.shared_sides:
-            self._page_layout(kv_cache).k.write(
-                _pages(kv_cache), *self.codec.k.encode(step["k"]), batch.slot_mapping[:tokens]
-            )
+            layout = self.group.page_layout(self.place, kv_cache)
+            gain_TH, codes_THB = self.codec.k.encode(step["k"])
+            layout.k.write(_pages(kv_cache), gain_TH, codes_THB, batch.slot_mapping[:tokens])
         for request, length in enumerate(lengths):
             rows = slice(starts[request], starts[request + 1])
             if rows.start == rows.stop:
@@ -148,7 +153,7 @@ class SharedAttentionImpl(CompressedAttentionImpl):
         for side, shared in self.codec.shared_sides.items():
             gain_TW, codes_TWB = shared.encode(self.group.sums.pop(side))
             for place, layer in enumerate(self.group.layers):
-                layout = self._page_layout(layer.kv_cache)
+                layout = self.group.page_layout(place, layer.kv_cache)
                 slots_T = self.group.metadata(place).slot_mapping[:tokens]
                 gain = None if gain_TW is None else gain_TW[:, place : place + 1]
                 part = layout.k if side == "k" else layout.v
@@ -157,16 +162,9 @@ class SharedAttentionImpl(CompressedAttentionImpl):
     def _pages_of(self, place: int, request: int, length: int) -> tuple[Tensor, Tensor, SharedLayout]:
         """The pages of the layer at a place, and the blocks of a request's first tokens in them."""
         cache = self.group.layers[place].kv_cache
-        layout = self._page_layout(cache)
+        layout = self.group.page_layout(place, cache)
         blocks = -(-length // layout.v.block_size)
         return _pages(cache), self.group.metadata(place).block_table[request, :blocks].long(), layout
-
-    def _page_layout(self, kv_cache: Tensor) -> SharedLayout:
-        # Layers of a group have equal pages. The block size that counts is the allocated cache's.
-        block_size = kv_cache.shape[2]
-        if self._shared_layout is None or self._shared_layout.v.block_size != block_size:
-            self._shared_layout = SharedLayout.of(self.codec.spec, block_size)
-        return self._shared_layout
 
 
 def cache_spec(layer: SharedSpec, block_size: int) -> compat.FullAttentionSpec:

@@ -63,8 +63,7 @@ class Startup:
     def join_group(self, spec: SharedSpec, layer: Any, name: str) -> LayerGroup:
         """The group of layers that share a latent, with one more of them in it; layers come in the model's order."""
         group = self.groups.setdefault(spec.group, LayerGroup(len(spec.group)))
-        assert len(group.layers) == spec.place, f"{name} comes out of order in its group {spec.group}"
-        group.join(layer, name)
+        group.join(layer, name, spec)
         return group
 
     def note_compressed(self, index: int, spec: CacheSpec) -> None:
