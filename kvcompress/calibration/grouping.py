@@ -10,7 +10,7 @@ lowers them (Brand 2002, incremental SVD; Shamrai 2026, Concatenated Matrix SVD,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,9 @@ from torch import Tensor
 
 _ROUNDING = 16 * torch.finfo(torch.float64).eps
 """Relative error of a sum of squares and of its eigenvalues, per column: the bound must hold in floating point too."""
+
+_SPARE = 2
+"""Directions kept while layers are appended, as a multiple of the rank: what is cut early loosens the bound."""
 
 
 @dataclass(frozen=True)
@@ -65,13 +68,13 @@ Blocks = Callable[[int], dict[str, Tensor]]
 
 
 def group_layers(
-    layers: list[int], blocks: Blocks, ranks: dict[str, int], max_error: float, longest: int
+    layers: Sequence[int], blocks: Blocks, ranks: Mapping[str, int], max_error: float, longest: int
 ) -> list[tuple[int, ...]]:
     """Walk the layers in order and let each join the group before it while the bound stays within `max_error`.
 
     Args:
         layers: in order; only neighbours in it can be in one group.
-        ranks: per layer, by side; a group of n layers has n times the rank.
+        ranks: of a group's latent, by side, however many layers share it.
         max_error: allowed relative error of each side of each group.
         longest: layers in a group at most.
 
@@ -83,14 +86,13 @@ def group_layers(
     for index in layers:
         found = blocks(index)
         if groups and len(groups[-1]) < longest:
-            joined = {side: sketches[side].append(found[side], longest * rank) for side, rank in ranks.items()}
-            size = len(groups[-1]) + 1
-            if all(joined[side].error(size * rank) <= max_error for side, rank in ranks.items()):
+            joined = {side: sketches[side].append(found[side], _SPARE * rank) for side, rank in ranks.items()}
+            if all(joined[side].error(rank) <= max_error for side, rank in ranks.items()):
                 groups[-1].append(index)
                 sketches = joined
                 continue
         sketches = {
-            side: Sketch.empty(found[side].shape[0]).append(found[side], longest * rank) for side, rank in ranks.items()
+            side: Sketch.empty(found[side].shape[0]).append(found[side], _SPARE * rank) for side, rank in ranks.items()
         }
         for side, rank in ranks.items():
             alone = sketches[side].error(rank)

@@ -144,7 +144,9 @@ class ModelBasis(Method[C]):
 
     @abstractmethod
     def profiles(self, config: C, geometry: ModelGeometry, layers: Sequence[int]) -> Sequence[Profile]:
-        """The layers that get a codec as an encoding sees them before any calibration; their bytes are exact.
+        """The layers that get a codec as an encoding sees them before any calibration.
+
+        Their bytes are exact, or where only data can tell, the most it will be.
 
         Raises:
             ValueError: ranks or layers that the method cannot do.

@@ -8,9 +8,10 @@ keys before RoPE), the truncated SVD M ~ U_r S_r V_r^T is the best latent of r c
                   (x_l - mean_l) S_l V_l, x_l ~ mean_l + latent V_l^T S_l^-1, with S_l the root of the metric
     prompt        the paper's: the SVD of each prompt's own cache, once it has been read; transformers only
 
-`rank` is per layer; a group's latent has W times as many channels, and every layer stores an equal stripe of them, so
-the bytes do not depend on the grouping. `group: auto` merges neighbours while the error of their states stays within
-`max_error`, by a bound that holds on the calibration tokens (Shamrai 2026, arXiv 2601.11626; `calibration.grouping`).
+Every layer stores an equal stripe of the latent. With a number for `group`, `rank` is per layer: a latent has W times
+as many channels, and larger groups lose less in the same bytes. With `group: auto`, `rank` is the latent's, however
+many layers share it: neighbours join, and save bytes, while the error of the group's states stays within `max_error`
+by a bound that holds on the calibration tokens (Shamrai 2026, arXiv 2601.11626; `calibration.grouping`).
 
 A step attends its own tokens as they are, earlier ones as stored, so results depend on how a prompt is cut into steps.
 """
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field, StrictInt, field_validator, model_validator
 
 from kvcompress.codec.shared_spec import PromptSpec, Share
-from kvcompress.codec.spec import CacheSpec
+from kvcompress.codec.spec import CHANNEL_GROUP, CacheSpec
 from kvcompress.geometry import ModelGeometry
 from kvcompress.methods.base import LatentBasis, LayerBases, ModelBasis, Needs, Profile, channels
 from kvcompress.methods.pca import Pca, PcaConfig, RankPair
@@ -62,7 +63,7 @@ class XkvConfig(StageConfig):
     max_group: int = Field(8, ge=1, description="auto: layers in a group at most")
     rank: RankPair = Field(
         RankPair(k=0.5, v=0.75),
-        description="channels per layer, of keys and of values: a share of num_kv_heads x head_dim (0.5) or a count",
+        description="channels per layer (auto: per group): a share of num_kv_heads x head_dim (0.5) or a count",
     )
     share: Share = Field("kv", description="what a group shares: keys and values, or values only")
     metric: Literal["attention", "none"] = Field(
@@ -99,7 +100,7 @@ class Xkv(ModelBasis[XkvConfig]):
 
     def profiles(self, config: XkvConfig, geometry: ModelGeometry, layers: Sequence[int]) -> list[Profile]:
         ranks = _ranks(config, geometry)
-        # Bytes do not depend on the groups, so any will do for a plan.
+        # With auto nobody shares: what a layer takes at most.
         return [
             SharedProfile(ranks["k"], ranks["v"], member=_member(config, group, place))
             for group in _fixed_groups(1 if config.group == "auto" else config.group, layers)
@@ -170,7 +171,7 @@ class Xkv(ModelBasis[XkvConfig]):
 
 
 def _ranks(config: XkvConfig, geometry: ModelGeometry) -> dict[str, int]:
-    """Channels of a stripe; for keys that are not shared, channels per head."""
+    """`rank` in channels; for keys that are not shared, per head."""
     width = geometry.num_kv_heads * geometry.head_dim
     ranks = {side: channels(getattr(config.rank, side), width) for side in ("k", "v")}
     if config.share == "v":
@@ -179,6 +180,12 @@ def _ranks(config: XkvConfig, geometry: ModelGeometry) -> dict[str, int]:
             share if isinstance(share, float) else -(-share // geometry.num_kv_heads), geometry.head_dim
         )
     return ranks
+
+
+def _stripe(config: XkvConfig, rank: int, layers: int) -> int:
+    """Channels that each layer of a group stores of a latent whose rank is per layer, or with auto per group."""
+    per_layer = -(-rank // layers) if config.group == "auto" else rank
+    return -(-per_layer // CHANNEL_GROUP) * CHANNEL_GROUP
 
 
 def _fixed_groups(size: int, layers: Sequence[int]) -> list[tuple[int, ...]]:
@@ -208,10 +215,11 @@ def _fit_group(config: XkvConfig, context: Context, group: tuple[int, ...]) -> d
     from kvcompress.codec.rope import Rope
 
     ranks = _ranks(config, context.geometry)
-    values = _fit_side(config, context, group, "v", ranks["v"])
+    values = _fit_side(config, context, group, "v", _stripe(config, ranks["v"], len(group)))
     if config.share == "kv":
         rope = Rope.of(context.model_config())
-        keys: Sequence[LatentBasis] = _fit_side(config, context, group, "k", ranks["k"])
+        stripe = _stripe(config, ranks["k"], len(group))
+        keys: Sequence[LatentBasis] = _fit_side(config, context, group, "k", stripe)
     else:
         rope, pca = None, PcaConfig(metric=config.metric)
         keys = [Pca().fit(pca, context.statistics(index))[0].cut(ranks["k"]) for index in group]

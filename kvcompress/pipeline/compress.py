@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,7 +119,7 @@ def compress(model: str, recipe: Recipe, out: str | Path, options: Options, prog
         manifest.files, manifest.headers, manifest.tensors = digests.files, digests.headers, digests.tensors
         writer.write_file(work, MANIFEST_FILE, manifest.to_bytes())
         work.publish()
-    return plan
+    return replace(plan, spec=spec)
 
 
 def _config_section(final: Checkpoint, spec: CodecSpec) -> dict[str, Any]:

@@ -81,16 +81,18 @@ def test_bound_is_close_where_little_is_cut_and_exact_where_nothing_is() -> None
 
 def test_neighbours_merge_until_the_error_or_the_size_is_reached() -> None:
     blocks = dict(enumerate(related()))
-    stranger = torch.randn(400, 32, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(9)
+    stranger = torch.randn(400, 20, generator=generator, dtype=torch.float64) @ torch.eye(20, 32, dtype=torch.float64)
     blocks[3] = stranger * blocks[2].norm() / stranger.norm()
 
     def found(max_error: float, longest: int) -> list[tuple[int, ...]]:
         return group_layers(list(blocks), lambda index: {"v": blocks[index]}, {"v": 24}, max_error, longest)
 
-    assert found(0.35, 8) == [(0, 1, 2), (3,), (4, 5)] or found(0.35, 8) == [(0, 1, 2), (3, 4, 5)]
-    assert [len(group) for group in found(0.9, 2)] == [2, 2, 2]
-    for group in found(0.35, 8):
-        assert true_error([blocks[index] for index in group], 24 * len(group)) <= 0.35
+    for max_error, groups in ((0.25, [(0, 1, 2), (3,), (4, 5)]), (0.9, [(0, 1, 2, 3, 4, 5)])):
+        assert found(max_error, 8) == groups
+        for group in groups:
+            assert true_error([blocks[index] for index in group], 24) <= max_error
+    assert [len(group) for group in found(0.9, 4)] == [4, 2]
     with pytest.raises(ValueError, match=r"values of layer 0 by themselves .* raise rank.v or max_error"):
         found(1e-3, 8)
 
@@ -105,8 +107,8 @@ def test_joint_axes_are_those_of_the_concatenation() -> None:
     torch.testing.assert_close(variance_R, torch.linalg.svdvals(joined)[:20].square() / 400)
 
 
-@pytest.mark.parametrize("max_error", [0.25, 0.4])
+@pytest.mark.parametrize("max_error", [0.2, 0.25])
 def test_groups_of_the_reference_model_keep_their_error_on_held_out_text(max_error: float, tmp_path: Path) -> None:
     errors = xkv_probe.held_out_errors(ROOT / "assets" / "reference-model", max_error, tmp_path)
-    assert errors, "no groups"
+    assert len(errors) < 16, "no layers share"
     assert all(error <= 1.5 * max_error for error in errors.values()), errors
