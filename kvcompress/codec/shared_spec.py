@@ -222,8 +222,8 @@ def check_groups(layers: Sequence[CacheSpec | None]) -> None:
         if not isinstance(layer, GroupSpec):
             continue
         fits = index in layer.group and layer.group.index(index) == layer.place and max(layer.group) < len(layers)
-        leader = layers[layer.group[0]] if fits else None
-        if not isinstance(leader, GroupSpec) or _in_common(leader) != _in_common(layer):
+        members = [layers[member] for member in layer.group] if fits else [None]
+        if any(not isinstance(m, GroupSpec) or _in_common(m) != _in_common(layer) for m in members):
             raise ValueError(f"layer {index} does not fit its group {list(layer.group)}; was config.json edited?")
 
 

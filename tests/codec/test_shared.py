@@ -70,7 +70,10 @@ def test_rotations_that_depend_on_the_length_are_refused(kind: str) -> None:
         Rope.of(made)
 
 
-def spec(place: int, share: str = "kv", k: Band = Band(8, 16), v: Band = Band(4, 24), **more: int) -> SharedSpec:
+K, V = Band(8, 16), Band(4, 24)
+
+
+def spec(place: int, share: str = "kv", k: Band = K, v: Band = V, **more: int) -> SharedSpec:
     return SharedSpec(
         HEADS,
         HEAD_DIM,
@@ -188,7 +191,7 @@ def test_groups_must_be_whole_and_agree() -> None:
     own_keys = [spec(0, "v"), spec(1, "v", k=Band(4, 8)), spec(2, "v")]
     check_groups(own_keys)  # keys with bases of their own may differ
     for wrong in ({"group": (1, 0)}, {"place": 3}, {"share": "k"}, {"sink": -1}, {"v": SideSpec((Band(8, 72),))}):
-        with pytest.raises(ValueError, match="found|keeps"):
+        with pytest.raises(ValueError, match=r"found|keeps"):
             replace(whole[0], **wrong)
 
 
@@ -210,7 +213,7 @@ def test_prompt_factors_are_the_truncated_svd() -> None:
 
 
 def test_prompt_keeps_sink_and_recent_tokens() -> None:
-    described = [PromptSpec(HEADS, HEAD_DIM, (0, 1, 2), place, "kv", 8, 16, 4, sink=2, recent=3) for place in range(3)]
+    described = [PromptSpec(HEADS, HEAD_DIM, (0, 1, 2), place, "kv", 4, 4, 4, sink=2, recent=3) for place in range(3)]
     rope = Rope.of(config(ROPES["default"]))
     made = [PromptCodec(one, rope) for one in described]
     again = from_tensors(CodecSpec.from_json(CodecSpec(tuple(described)).to_json()), to_tensors(made))

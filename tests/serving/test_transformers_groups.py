@@ -1,4 +1,4 @@
-"""Caches of layers that share a latent, under transformers: what a step sees, what is kept, and every batch operation."""
+"""Caches of layers that share a latent, under transformers: what a step sees, what is kept, all batch operations."""
 
 from __future__ import annotations
 
@@ -118,8 +118,7 @@ def test_rows_of_a_batch_are_independent(name: str, folders: dict[str, Path], mo
 @pytest.mark.parametrize("name", ALL)
 def test_crop_and_batch_operations(name: str, folders: dict[str, Path], model: Any) -> None:
     """Going back and going on again is as if the dropped tokens had never been."""
-    text, wrong = tokens(2), tokens(2, 4, seed=9)
-    steps = text.split([40, 2, 2], dim=1)[:3]
+    steps, wrong = tokens(2, 44).split([40, 2, 2], dim=1), tokens(2, 4, seed=9)
     straight = logits(model, CompressedCache.from_pretrained(folders[name]), *steps)[:, -2:]
     cache = CompressedCache.from_pretrained(folders[name])
     logits(model, cache, *steps[:2], wrong)
