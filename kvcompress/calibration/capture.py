@@ -37,6 +37,7 @@ class LayerRunner:
         self.checkpoint, self.device, self.dtype = checkpoint, torch.device(device), dtype
         config = AutoConfig.from_pretrained(checkpoint.path)
         config._attn_implementation = _ATTENTION
+        self.config = config
         with torch.device("meta"):
             self.model = AutoModelForCausalLM.from_config(config, dtype=dtype).model
         for module in self.model.layers.modules():

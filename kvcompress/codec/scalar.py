@@ -16,7 +16,7 @@ adds it without looking at the code. The idea is KVQuant's dense-and-sparse spli
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -56,6 +56,28 @@ class Encoded(NamedTuple):
         assert codes is not None
         gain_TH = None if gain is None else _halves_of(gain).squeeze(-1)
         return cls(gain_TH, codes, None if outliers is None else _halves_of(outliers), channels)
+
+    def heads(self, start: int, stop: int) -> Encoded:
+        """Heads [start, stop)."""
+        parts = [None if part is None else part[:, start:stop] for part in self]
+        return Encoded(parts[0], self.codes_THB[:, start:stop], *parts[2:])
+
+    @classmethod
+    def concatenate(cls, heads: Sequence[Encoded]) -> Encoded:
+        """The heads of several, one after the other."""
+        parts = [None if part[0] is None else torch.cat(part, dim=1) for part in zip(*heads, strict=True)]
+        codes_THB = torch.cat([head.codes_THB for head in heads], dim=1)
+        return cls(parts[0], codes_THB, *parts[2:])
+
+    def to_record(self) -> Tensor:
+        """All parts of a token and head in one row of bytes `[tokens, heads, bytes]`."""
+        return torch.cat([part for part in self.to_parts() if part is not None], dim=-1)
+
+    @classmethod
+    def from_record(cls, record_THX: Tensor, side: SideSpec) -> Encoded:
+        """Inverse of `to_record`."""
+        parts = record_THX.split(side.part_bytes, dim=-1)
+        return cls.from_parts(part if part.shape[-1] else None for part in parts)
 
 
 def encode(latent_THR: Tensor, weight_HR: Tensor, side: SideSpec) -> Encoded:

@@ -36,7 +36,11 @@ OUTLIER_VALUE_BYTES, OUTLIER_CHANNEL_BYTES = 2, 1
 """An exact channel: what its code leaves of it, as an IEEE half in units of the static scale, and its number."""
 
 
-FORMS = {"per_head": ("kvcompress.codec.spec", "LayerSpec", "kvcompress.codec.layer", "LayerCodec")}
+FORMS = {
+    "per_head": ("kvcompress.codec.spec", "LayerSpec", "kvcompress.codec.layer", "LayerCodec"),
+    "shared": ("kvcompress.codec.shared_spec", "SharedSpec", "kvcompress.codec.shared", "SharedCodec"),
+    "prompt": ("kvcompress.codec.shared_spec", "PromptSpec", "kvcompress.codec.prompt", "PromptCodec"),
+}
 """The forms a layer's cache can take, by the name config.json has for them: where the spec class is (plain data, no
 torch), and where the codec class is. Serving has one module per form (`serving.transformers.cache`, `serving.vllm`)."""
 

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from kvcompress.codec.spec import CHANNEL_GROUP, EXPECTED_ERROR, Band, LayerSpec, SideSpec
+from kvcompress.codec.spec import CHANNEL_GROUP, EXPECTED_ERROR, Band, CacheSpec, SideSpec
 from kvcompress.geometry import ModelGeometry
-from kvcompress.methods.base import EncodingMethod, LatentBasis, LayerBases, Profile
+from kvcompress.methods.base import EncodingMethod, LayerBases, Profile
 from kvcompress.recipe import Kind, StageConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from kvcompress.codec.layer import LayerCodec, SideCodec
+    from kvcompress.codec.forms import CacheCodec
 
 Bits = Literal[32, 16, 8, 4, 2]
 BandList = list[tuple[Literal[8, 4, 2], Annotated[int, Field(gt=0, multiple_of=CHANNEL_GROUP)]]]
@@ -99,40 +99,45 @@ class Scalar(EncodingMethod[ScalarConfig]):
     summary = "Uniform 8/4/2-bit codes with static channel scales and one gain per token and head; 16 for no loss"
     paper = "Max 1960 (quantizer); reverse water-filling, Cover & Thomas 10.3.3"
     config = ScalarConfig
+    forms = ("per_head", "shared")
 
-    def layers(self, config: ScalarConfig, geometry: ModelGeometry, profiles: Sequence[Profile]) -> list[LayerSpec]:
-        head_dim = geometry.head_dim
+    def layers(self, config: ScalarConfig, geometry: ModelGeometry, profiles: Sequence[Profile]) -> list[CacheSpec]:
         if isinstance(config.target_bits_per_channel, float):
-            bands = iter(_joint_bands(config.target_bits_per_channel, head_dim, profiles))
-            return [
-                LayerSpec(
-                    geometry.num_kv_heads,
-                    head_dim,
-                    SideSpec(next(bands), config.outliers.k),
-                    SideSpec(next(bands), config.outliers.v),
+            if any(layer.form != "per_head" for layer in profiles):
+                raise ValueError(
+                    "scalar: one target_bits_per_channel for the whole model needs a basis per layer and head; give "
+                    "target_bits_per_channel for k and v"
                 )
-                for _ in profiles
+            bands = iter(_joint_bands(config.target_bits_per_channel, geometry.head_dim, profiles))
+            return [
+                layer.spec(geometry, SideSpec(next(bands), config.outliers.k), SideSpec(next(bands), config.outliers.v))
+                for layer in profiles
             ]
         return [
-            LayerSpec(
-                geometry.num_kv_heads,
-                head_dim,
-                side_spec(config, "k", layer.k_rank, head_dim, layer.k_variance_R),
-                side_spec(config, "v", layer.v_rank, head_dim, layer.v_variance_R),
+            layer.spec(
+                geometry,
+                side_spec(config, "k", layer.k_rank, layer.width("k", geometry), layer.k_variance_R),
+                side_spec(config, "v", layer.v_rank, layer.width("v", geometry), layer.v_variance_R),
             )
             for layer in profiles
         ]
 
-    def codec(self, config: ScalarConfig, spec: LayerSpec, bases: LayerBases) -> LayerCodec:
-        from kvcompress.codec.layer import LayerCodec
-
-        return LayerCodec(_side_codec(spec.k, bases.k), _side_codec(spec.v, bases.v))
+    def codec(self, config: ScalarConfig, spec: Any, bases: LayerBases) -> CacheCodec:
+        k, v = (
+            basis.side_codec(side, _scale(basis.variance_HR)[:, : side.rank].contiguous())
+            for side, basis in ((spec.k, bases.k), (spec.v, bases.v))
+        )
+        return bases.codec(spec, k, v)
 
 
 def side_spec(
     config: ScalarConfig, side: str, rank: int, head_dim: int, variance_R: Sequence[float] | None = None
 ) -> SideSpec:
-    """Bands for keys ("k") or values ("v") over at most `rank` channels; without variances, a nominal choice."""
+    """Bands for keys ("k") or values ("v") over at most `rank` channels; without variances, a nominal choice.
+
+    Args:
+        head_dim: channels of the uncompressed cache that they stand for.
+    """
     outliers = getattr(config.outliers, side)
     if config.bits is not None:
         return SideSpec((Band(getattr(config.bits, side), rank),), outliers)
@@ -230,14 +235,6 @@ def _joint_bands(target: float, head_dim: int, profiles: Sequence[Profile]) -> l
         spent.append(int(choice[budget]))
         budget -= spent[-1]
     return [table[units][0] for table, units in zip(tables, reversed(spent), strict=True)]
-
-
-def _side_codec(spec: SideSpec, basis: LatentBasis) -> SideCodec:
-    from kvcompress.codec.layer import SideCodec
-
-    kept = basis.cut(spec.rank)
-    scale_HR = _scale(basis.variance_HR)[:, : spec.rank].contiguous()
-    return SideCodec(spec, kept.mean_HD, kept.basis_HDR, kept.inverse_HRD, scale_HR)
 
 
 def _scale(variance_HR: Tensor) -> Tensor:

@@ -9,15 +9,10 @@ from kvcompress.checkpoint.hashing import sha256_file
 from kvcompress.checkpoint.safetensors_file import load_tensors, save_tensors
 from kvcompress.codec.forms import CacheCodec, from_tensors, to_tensors
 from kvcompress.codec.spec import CodecSpec
-from kvcompress.methods.base import LayerBases, Profile
 from kvcompress.methods.context import Context
 from kvcompress.methods.registry import basis_of, encoding_of
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from kvcompress.calibration.statistics import LayerStatistics
-    from kvcompress.methods.base import LatentBasis
     from kvcompress.recipe import Recipe
 
 UNIT = "fit"
@@ -43,39 +38,25 @@ def spec_of(codecs: Sequence[CacheCodec | None]) -> CodecSpec:
 
 def _fit(recipe: Recipe, context: Context) -> list[CacheCodec | None]:
     basis, basis_stage = basis_of(recipe)
-    encoding, encoding_stage = encoding_of(recipe)
-    bases = basis.fit_model(basis_stage, context)
+    codecs: list[CacheCodec | None] = [None] * context.geometry.num_layers
     try:
-        specs = encoding.layers(
-            encoding_stage, context.geometry, [_profile(bases[i], context.statistics(i)) for i in sorted(bases)]
+        if basis.own_specs(basis_stage, context.geometry, context.compressed_layers) is not None:
+            own = basis.own_codecs(basis_stage, context)
+            for index, codec in zip(context.compressed_layers, own, strict=True):
+                codecs[index] = codec
+            return codecs
+        bases = basis.fit_model(basis_stage, context)
+    except ValueError as error:
+        raise recipe.locate(basis_stage, error) from None
+    encoding, encoding_stage = encoding_of(recipe)
+    try:
+        specs = encoding.specs(
+            encoding_stage,
+            context.geometry,
+            [bases[index].profile(context.statistics(index)) for index in sorted(bases)],
         )
     except ValueError as error:
         raise recipe.locate(encoding_stage, error) from None
-    codecs: list[CacheCodec | None] = [None] * context.geometry.num_layers
     for index, spec in zip(sorted(bases), specs, strict=True):
         codecs[index] = encoding.codec(encoding_stage, spec, bases[index])
     return codecs
-
-
-def _profile(bases: LayerBases, statistics: LayerStatistics) -> Profile:
-    k_variance_R, v_variance_R = (side.variance_HR.mean(0).tolist() for side in (bases.k, bases.v))
-    return Profile(
-        len(k_variance_R),
-        len(v_variance_R),
-        k_variance_R,
-        v_variance_R,
-        _weight(bases.k, statistics.query_moment_HDD, statistics.key_sensitivity_H),
-        _weight(bases.v, statistics.output_moment_HDD, statistics.value_sensitivity_H),
-    )
-
-
-def _weight(basis: LatentBasis, moment_HDD: Tensor, sensitivity_H: Tensor) -> float:
-    """Squared error in the layer's output, relative to the residual stream, per unit of latent variance lost.
-
-    An error d of a key or a value costs d^T M d, with M the moment of what it is multiplied by; an error of latent
-    channel r is row r of `inverse`. In attention's metric that cost is 1 for every channel.
-    """
-    inverse_HRD, variance_HR = basis.inverse_HRD.double(), basis.variance_HR.double()
-    cost_HR = ((inverse_HRD @ moment_HDD) * inverse_HRD).sum(-1)
-    lost = float((sensitivity_H[:, None] * cost_HR * variance_HR).sum())
-    return lost / max(float(variance_HR.mean(0).sum()), 1e-30)

@@ -108,13 +108,14 @@ def test_tokens_are_independent() -> None:
 @pytest.mark.parametrize("outliers", [1, 2])
 @pytest.mark.parametrize("bits", [8, 4, 2])
 def test_extreme_channels_are_stored_exactly(bits: int, outliers: int) -> None:
-    """As many extreme channels as there are outliers: they come back as halves, the rest as if they had not been."""
+    """As many extreme channels as there are outliers: they come back to a half's rounding, the rest as if they had not been."""
     latent = torch.randn(200, 2, 64, generator=torch.Generator().manual_seed(4))
     extreme = [5, 60][:outliers]
     ordinary = [channel for channel in range(64) if channel not in extreme]
     latent[..., extreme] = 100 * latent[..., extreme].sign()
     decoded = round_trip(latent, SideSpec((Band(bits, 64),), outliers))
-    assert torch.equal(decoded[..., extreme], latent[..., extreme].half().float())
+    # What the code leaves of 100 is stored, and lies between 64 and 128, where halves are 1/16 apart.
+    assert (decoded - latent)[..., extreme].abs().max() <= 1 / 32 + 1e-4
     error = (decoded - latent)[..., ordinary].square().mean()
     assert error < 1.05 * EXPECTED_ERROR[bits]
 

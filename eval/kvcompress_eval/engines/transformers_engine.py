@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PREFILL_CHUNK = 2048
-"""Tokens per forward pass of a prompt. Bounds memory; results do not depend on it."""
+"""Tokens per forward pass of a prompt. Bounds memory; results do not depend on it, unless layers share latents."""
 
 
 class TransformersEngine:
@@ -90,8 +90,9 @@ class TransformersEngine:
 
         log_probs, top1, distributions = [], [], []
         cache = self._new_cache()
-        for start in range(0, len(tokens) - 1, PREFILL_CHUNK):
-            chunk = tokens[start : min(start + PREFILL_CHUNK, len(tokens) - 1)]
+        start = 0
+        for size in _scoring_steps(cache, len(tokens) - 1):
+            chunk = tokens[start : start + size]
             logits_TV = self._forward(chunk, cache).float()
             follow_T = torch.tensor(tokens[start + 1 : start + 1 + len(chunk)], device=logits_TV.device)
             log_probs_TV = logits_TV.log_softmax(-1)
@@ -99,6 +100,7 @@ class TransformersEngine:
             top1.append(logits_TV.argmax(-1).cpu().numpy())
             if distribution:
                 distributions.append(log_probs_TV.cpu().numpy())
+            start += size
         return Scores(
             np.concatenate(log_probs), np.concatenate(top1), np.concatenate(distributions) if distribution else None
         )
@@ -128,6 +130,14 @@ class TransformersEngine:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def _scoring_steps(cache: Any, tokens: int) -> list[int]:
+    """Sizes of the forward passes in which to score a text, such that the cache's loss shows in every score."""
+    if hasattr(cache, "scoring_steps"):
+        steps: list[int] = cache.scoring_steps(tokens, PREFILL_CHUNK)
+        return steps
+    return [min(PREFILL_CHUNK, tokens - start) for start in range(0, tokens, PREFILL_CHUNK)]
 
 
 def cache_factory(model: Path, baseline: str | None = None) -> Callable[[], Any]:

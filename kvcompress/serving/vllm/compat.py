@@ -15,6 +15,7 @@ SUPPORTED_VLLM = ((0, 32), (0, 33))
 """First supported and first unsupported (major, minor)."""
 
 BACKEND_NAME = "KVCOMPRESS"
+SHARED_BACKEND_NAME = "KVCOMPRESS_SHARED"
 
 
 def check_version(found: str) -> None:
@@ -41,6 +42,7 @@ from vllm.distributed import (  # noqa: E402
     get_tensor_model_parallel_world_size,
 )
 from vllm.distributed.parallel_state import get_world_group  # noqa: E402
+from vllm.forward_context import get_forward_context  # noqa: E402
 from vllm.logger import init_logger  # noqa: E402
 from vllm.model_executor.layers.attention import Attention, MLAAttention  # noqa: E402
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod  # noqa: E402
@@ -71,6 +73,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCache
 __all__ = [
     "BACKEND_NAME",
     "QUANTIZATION_METHODS",
+    "SHARED_BACKEND_NAME",
     "SUPPORTED_VLLM",
     "Attention",
     "AttentionBackend",
@@ -97,6 +100,7 @@ __all__ = [
     "get_current_vllm_config",
     "is_first_rank_of_machine",
     "layer_device",
+    "layer_metadata",
     "logger",
     "num_decoder_layers",
     "register_backend",
@@ -142,6 +146,13 @@ def tensor_parallel() -> tuple[int, int]:
 def is_first_rank_of_machine() -> bool:
     """Whether this process does what is needed once per machine."""
     return int(get_world_group().local_rank) == 0
+
+
+def layer_metadata(name: str) -> Any:
+    """The running step's attention metadata of the layer of a name."""
+    metadata = get_forward_context().attn_metadata
+    assert isinstance(metadata, dict), "limits refuses split batches"
+    return metadata[name]
 
 
 def layer_device(layer: Any) -> torch.device:

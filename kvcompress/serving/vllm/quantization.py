@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from kvcompress.checkpoint.reader import QUANT_METHOD
-from kvcompress.codec.layer import LayerCodec
-from kvcompress.codec.spec import LayerSpec
+from kvcompress.codec.shared_spec import SharedSpec
+from kvcompress.codec.spec import CacheSpec, LayerSpec
 from kvcompress.serving.loading import read_spec
-from kvcompress.serving.vllm import compat, limits
+from kvcompress.serving.vllm import compat, limits, shared_backend
 from kvcompress.serving.vllm.backend import CompressedAttentionBackend, CompressedAttentionImpl
 from kvcompress.serving.vllm.cache_spec import cache_spec
+from kvcompress.serving.vllm.shared_backend import SharedAttentionBackend, SharedAttentionImpl
 from kvcompress.serving.vllm.startup import Startup
 
 
@@ -92,19 +93,31 @@ class CompressedCacheMethod(compat.BaseKVCacheMethod):  # type: ignore[misc]
         spec = self.quant_config.codec_spec.layers[self._index]
         limits.check_layer(layer, self._name, spec, self._startup.vllm_config)
         local = self._startup.codec_of(self._index).spec
-        assert isinstance(local, LayerSpec), f"no vLLM backend for form {local.form}"
-        impl = CompressedAttentionImpl(layer.num_heads, layer.head_size, layer.impl.scale, layer.num_kv_heads)
-        # The block size may change between now and the call.
+        sizes = (layer.num_heads, layer.head_size, layer.impl.scale, layer.num_kv_heads)
+        impl: CompressedAttentionImpl
+        if isinstance(local, SharedSpec):
+            impl = SharedAttentionImpl(*sizes)
+            impl.use_group(self._startup.join_group(local, layer, self._name), local)
+        else:
+            assert isinstance(local, LayerSpec), f"no vLLM backend for form {local.form}"
+            impl = CompressedAttentionImpl(*sizes)
         compat.attach(
             layer,
-            CompressedAttentionBackend,
+            SharedAttentionBackend if isinstance(local, SharedSpec) else CompressedAttentionBackend,
             impl,
-            lambda vllm_config: cache_spec(local, vllm_config.cache_config.block_size),
+            # The block size may change between now and the call.
+            lambda vllm_config: _cache_spec(local, vllm_config.cache_config.block_size),
         )
         self._startup.note_compressed(self._index, local)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         codec = self._startup.codec_of(self._index).to(compat.layer_device(layer))
-        assert isinstance(codec, LayerCodec)
         layer.impl.use_codec(codec, longest=self._startup.vllm_config.model_config.max_model_len)
         self._startup.report()
+
+
+def _cache_spec(layer: CacheSpec, block_size: int) -> compat.FullAttentionSpec:
+    if isinstance(layer, SharedSpec):
+        return shared_backend.cache_spec(layer, block_size)
+    assert isinstance(layer, LayerSpec)
+    return cache_spec(layer, block_size)
