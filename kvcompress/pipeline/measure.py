@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from kvcompress.calibration.capture import exact_attention, stored_linear
 from kvcompress.codec.forms import CacheCodec
 from kvcompress.methods.context import Context
+from kvcompress.modeling.low_rank import LowRankLinear
 
 if TYPE_CHECKING:
     from kvcompress.calibration.corpus import Calibration
@@ -57,7 +58,7 @@ def _probes(calibration: Calibration) -> Calibration:
 class _ErrorMeter:
     """Accumulates squared errors of the attention output, as the layer's output projection sees them."""
 
-    def __init__(self, codec: CacheCodec, output: nn.Linear) -> None:
+    def __init__(self, codec: CacheCodec, output: nn.Linear | LowRankLinear) -> None:
         self.codec, self.output = codec, output
         self.energy = 0.0
         self.errors = {"k": 0.0, "v": 0.0, "both": 0.0}
