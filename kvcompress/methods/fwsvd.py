@@ -212,7 +212,8 @@ class _Run:
         from kvcompress.modeling.low_rank import product
 
         modules = {linear: layer.get_submodule(linear.local) for linear in self.linears if linear.layer == index}
-        inputs, found = InputMoments(), dict[str, Tensor]()
+        inputs = InputMoments()
+        found: dict[str, Tensor] = {}
         with inputs.watch({linear.local: module for linear, module in modules.items()}):
             for sample, offset in enumerate(self.context.calibration.offsets_N.tolist()):
                 runner.forward(layer, hidden_NTC[sample], offset, None)
