@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
+from kvcompress.checkpoint.safetensors_file import DTYPE_BITS
 from kvcompress.codec.spec import CHANNEL_GROUP, CacheSpec, LayerSpec, SideSpec
 from kvcompress.geometry import ModelGeometry
 from kvcompress.recipe import Kind, StageConfig
@@ -131,6 +133,11 @@ class Outline:
     config: dict[str, Any]
     tensors: dict[str, tuple[str, tuple[int, ...]]]
 
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of all tensors together."""
+        return sum(math.prod(shape) * DTYPE_BITS[dtype] // 8 for dtype, shape in self.tensors.values())
+
 
 class Method(ABC, Generic[C]):
     """Common to all kinds. `config` is the schema of the method's stage."""
@@ -150,7 +157,10 @@ class TransformMethod(Method[C]):
 
     @abstractmethod
     def outline(self, config: C, before: Outline) -> Outline:
-        """Config and tensors after the stage, from those before it. Sizes are exact, whatever the data.
+        """Config and tensors after the stage, from those before it.
+
+        The bytes of all tensors together are exact, whatever the data; where single shapes depend on the data, these
+        are nominal ones and `final_config` has the true ones.
 
         Raises:
             ValueError: the stage does not fit this model.
@@ -159,6 +169,10 @@ class TransformMethod(Method[C]):
     @abstractmethod
     def transform(self, config: C, context: Context) -> Transform:
         """Do the work on `context.checkpoint`; what comes back replaces tensors while shards are copied."""
+
+    def final_config(self, config: C, before: Outline, context: Context) -> dict[str, Any]:
+        """config.json of the result, asked for after `transform`. Override where it depends on the data."""
+        return self.outline(config, before).config
 
 
 Needs = Literal["nothing", "statistics", "values", "states"]

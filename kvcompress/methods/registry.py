@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from kvcompress.methods.base import EncodingMethod, Method, ModelBasis
+from kvcompress.methods.fwsvd import Fwsvd
 from kvcompress.methods.pca import Pca
 from kvcompress.methods.scalar import Scalar
 from kvcompress.methods.xkv import Xkv
 from kvcompress.recipe import Recipe, StageConfig
 
-METHODS: dict[str, Method[Any]] = {method.name: method for method in (Pca(), Xkv(), Scalar())}
+METHODS: dict[str, Method[Any]] = {method.name: method for method in (Fwsvd(), Pca(), Xkv(), Scalar())}
 
 
 def schemas() -> dict[str, type[StageConfig]]:

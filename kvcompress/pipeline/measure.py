@@ -13,6 +13,7 @@ from kvcompress.calibration.capture import Collector, exact_attention, stored_li
 from kvcompress.codec.forms import CacheCodec, GroupCodec, LayerwiseCodec
 from kvcompress.codec.layer import LayerCodec
 from kvcompress.methods.context import Context
+from kvcompress.modeling.low_rank import LowRankLinear
 
 if TYPE_CHECKING:
     from kvcompress.calibration.corpus import Calibration
@@ -127,7 +128,7 @@ def _through(codecs: Sequence[CacheCodec], samples: Sequence[_Sample]) -> list[t
 class _ErrorMeter:
     """Accumulates squared errors of the attention output, as the layer's output projection sees them."""
 
-    def __init__(self, codec: CacheCodec, output: nn.Linear) -> None:
+    def __init__(self, codec: CacheCodec, output: nn.Linear | LowRankLinear) -> None:
         self.codec, self.output = codec, output
         self.energy = 0.0
         self.errors = {"k": 0.0, "v": 0.0, "both": 0.0}

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 from kvcompress.checkpoint.reader import Checkpoint, refuse_compressed
-from kvcompress.checkpoint.safetensors_file import DTYPE_BITS
 from kvcompress.codec.spec import CacheSpec, CodecSpec
 from kvcompress.geometry import ModelGeometry
-from kvcompress.methods.base import Outline
 from kvcompress.methods.registry import basis_of, encoding_of
 from kvcompress.pipeline import stages
 from kvcompress.recipe import Recipe
@@ -114,7 +111,7 @@ def make(
         geometry=geometry,
         spec=spec,
         weights_bytes=checkpoint.weights_bytes,
-        compressed_weights_bytes=_weights_bytes(after),
+        compressed_weights_bytes=after.weights_bytes,
         base_bytes_per_token=base.kv_bytes_per_token(),
         peak_rss_bytes=_peak_rss(checkpoint, recipe, geometry, calibration_tokens),
         context=context,
@@ -165,10 +162,6 @@ def _codec_spec(recipe: Recipe, geometry: ModelGeometry) -> CodecSpec:
         raise recipe.locate(encoding_stage, error) from None
     layers: dict[int, CacheSpec] = dict(zip(compressed, specs, strict=True))
     return CodecSpec(tuple(layers.get(index) for index in range(geometry.num_layers)))
-
-
-def _weights_bytes(outline: Outline) -> int:
-    return sum(math.prod(shape) * DTYPE_BITS[dtype] // 8 for dtype, shape in outline.tensors.values())
 
 
 def _peak_rss(checkpoint: Checkpoint, recipe: Recipe, geometry: ModelGeometry, calibration_tokens: int) -> int:

@@ -47,6 +47,9 @@ class TransformersEngine:
         import torch
         from transformers import AutoModelForCausalLM
 
+        from kvcompress.serving.transformers import register
+
+        register()
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if dtype == "auto" and device == "cpu":

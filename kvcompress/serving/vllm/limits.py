@@ -26,6 +26,8 @@ def check_engine(config: compat.VllmConfig, codec: CodecSpec) -> None:
             f"the codec has {len(codec.layers)} layers and the model {layers}; config.json and the codec do not belong "
             "together; compress the model again"
         )
+    if not any(codec.layers):
+        return  # factored weights alone leave the cache to vLLM
     if config.model_config.use_mla:
         raise ValueError("the model uses multi-head latent attention (MLA); kvcompress does not serve such models yet")
     if config.cache_config.cache_dtype != "auto":

@@ -1,7 +1,8 @@
 """The quantization method `kvcompress`: vLLM asks it about every layer of every model class.
 
-`config.json` says `quantization_config: {"quant_method": "kvcompress", "version": 1, "codec": ...}`. Linear layers
-keep their ordinary weights. An attention layer with a codec gets the compressed cache, before vLLM sizes its cache.
+`config.json` says `quantization_config: {"quant_method": "kvcompress", "version": 1, "codec": ..., "weights": ...}`. An
+attention layer with a codec gets the compressed cache, before vLLM sizes its cache. Linear layers that `weights` lists
+are served from their factors; all others keep their ordinary weights.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import torch
 from kvcompress.checkpoint.reader import QUANT_METHOD
 from kvcompress.codec.shared_spec import SharedSpec
 from kvcompress.codec.spec import CacheSpec, LayerSpec
+from kvcompress.modeling.low_rank import ranks_of
 from kvcompress.serving.loading import read_spec
 from kvcompress.serving.vllm import compat, limits, shared_backend
 from kvcompress.serving.vllm.backend import CompressedAttentionBackend, CompressedAttentionImpl
 from kvcompress.serving.vllm.cache_spec import cache_spec
+from kvcompress.serving.vllm.low_rank import LowRankLinearMethod, part_ranks
 from kvcompress.serving.vllm.shared_backend import SharedAttentionBackend, SharedAttentionImpl
 from kvcompress.serving.vllm.startup import Startup
 
@@ -28,6 +31,7 @@ class KVCompressConfig(compat.QuantizationConfig):  # type: ignore[misc]
     def __init__(self, section: dict[str, Any]) -> None:
         super().__init__()
         self.codec_spec = read_spec({"quantization_config": section})
+        self.ranks = ranks_of({"quantization_config": section})
         self._startup: Startup | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -60,7 +64,8 @@ class KVCompressConfig(compat.QuantizationConfig):  # type: ignore[misc]
             ValueError: the checkpoint fails verification, or a layer cannot be served compressed.
         """
         if isinstance(layer, compat.LinearBase):
-            return compat.UnquantizedLinearMethod()
+            ranks = part_ranks(prefix, self.packed_modules_mapping, self.ranks)
+            return LowRankLinearMethod(prefix, ranks) if any(ranks) else compat.UnquantizedLinearMethod()
         if not isinstance(layer, compat.Attention | compat.MLAAttention):
             return None
         known = getattr(layer, "quant_method", None)
