@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -81,12 +82,14 @@ class _Sample:
 class _Recorder:
     """Keeps one layer's samples and its output projection."""
 
-    def __init__(self, output: nn.Linear) -> None:
+    def __init__(self, output: nn.Linear | LowRankLinear) -> None:
         self.samples: list[_Sample] = []
         # The layer lets go of its weights before its group is complete.
-        self.output = nn.Linear(output.in_features, output.out_features, output.bias is not None, device="meta")
-        for name, parameter in output.named_parameters():
-            setattr(self.output, name, nn.Parameter(parameter.detach(), requires_grad=False))
+        self.output = copy.copy(output)
+        self.output._parameters = {
+            name: None if parameter is None else nn.Parameter(parameter.detach(), requires_grad=False)
+            for name, parameter in output._parameters.items()
+        }
 
     def of_sample(self, offset: int) -> Collector:
         """A collector for one sample."""

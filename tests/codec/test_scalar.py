@@ -108,7 +108,7 @@ def test_tokens_are_independent() -> None:
 @pytest.mark.parametrize("outliers", [1, 2])
 @pytest.mark.parametrize("bits", [8, 4, 2])
 def test_extreme_channels_are_stored_exactly(bits: int, outliers: int) -> None:
-    """As many extreme channels as there are outliers: they come back to a half's rounding, the rest as if they had not been."""
+    """As many extreme channels as there are outliers: they come back to a half's rounding, the rest as before."""
     latent = torch.randn(200, 2, 64, generator=torch.Generator().manual_seed(4))
     extreme = [5, 60][:outliers]
     ordinary = [channel for channel in range(64) if channel not in extreme]
