@@ -153,7 +153,7 @@ def test_ranks_are_per_layer_and_stripes_whole_channel_groups() -> None:
         ("max_error: 0.1", "give both or neither"),
         ("basis: prompt, group: auto, max_error: 0.1", "needs calibration text"),
         ("group: 0", "greater than or equal to 1"),
-        ("group: some", "auto"),
+        ("group: some", "found 'some'"),
         ("share: k", "'kv' or 'v'"),
         ("rank: 1.5", "above 0 and up to 1.0"),
         ("max_error: 2.0, group: auto", "less than 1"),
