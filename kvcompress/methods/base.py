@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from kvcompress.calibration.statistics import LayerStatistics
+    from kvcompress.checkpoint.reader import Checkpoint
     from kvcompress.checkpoint.writer import Transform
     from kvcompress.codec.forms import CacheCodec
     from kvcompress.methods.context import Context
@@ -98,6 +99,14 @@ class TransformMethod(Method[C]):
     @abstractmethod
     def transform(self, config: C, context: Context) -> Transform:
         """Do the work on `context.checkpoint`; what comes back replaces tensors while shards are copied."""
+
+    def config_after(self, config: C, context: Context, planned: Mapping[str, Any]) -> dict[str, Any]:
+        """config.json after the stage, where `transform` settled some of it; `planned` is the outline's."""
+        return dict(planned)
+
+    def restore(self, checkpoint: Checkpoint) -> tuple[Transform, dict[str, Any]] | None:
+        """The way back: plain tensors and config of the base architecture; None where a stage left it alone."""
+        return None
 
 
 class BasisMethod(Method[C]):

@@ -7,9 +7,10 @@ from typing import Any
 from kvcompress.methods.base import BasisMethod, EncodingMethod, Method
 from kvcompress.methods.pca import Pca
 from kvcompress.methods.scalar import Scalar
+from kvcompress.methods.transmla import TransMla
 from kvcompress.recipe import Recipe, StageConfig
 
-METHODS: dict[str, Method[Any]] = {method.name: method for method in (Pca(), Scalar())}
+METHODS: dict[str, Method[Any]] = {method.name: method for method in (TransMla(), Pca(), Scalar())}
 
 
 def schemas() -> dict[str, type[StageConfig]]:

@@ -60,11 +60,12 @@ def run(recipe: Recipe, checkpoint: Checkpoint, context_of: Callable[[Checkpoint
         if not context.work.done(context.unit):
             after = method.outline(stage, outline_of(checkpoint))
             transform = method.transform(stage, context)
+            config = method.config_after(stage, context, after.config)
             with WorkDir.open(out, {"stage": context.unit}, resume=True) as work:
                 total = sum(info.nbytes for info in checkpoint.tensors.values())
                 writer.copy_shards(checkpoint, work, transform, bytes_progress(context.progress, total))
                 writer.copy_side_files(checkpoint, work)
-                writer.write_file(work, CONFIG_FILE, json_file.pretty(after.config))
+                writer.write_file(work, CONFIG_FILE, json_file.pretty(config))
                 work.publish()
             context.work.commit(context.unit, {})
         checkpoint = Checkpoint.open(out)
