@@ -100,7 +100,9 @@ def _latent_dims(config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
     try:
         rank, rope_dim = config["kv_lora_rank"], int(config["qk_rope_head_dim"])
     except KeyError as missing:
-        raise ValueError(f"config.json has no {missing}, which a {LATENT_ARCHITECTURE} needs; is it complete?") from None
+        raise ValueError(
+            f"config.json has no {missing}, which a {LATENT_ARCHITECTURE} needs; is it complete?"
+        ) from None
     ranks = [int(each) for each in rank] if isinstance(rank, list) else [int(rank)] * num_layers
     if len(ranks) != num_layers:
         raise ValueError(f"config.json has {len(ranks)} latent ranks for {num_layers} layers; expected one per layer")

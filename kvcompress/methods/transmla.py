@@ -4,7 +4,7 @@ All KV heads' keys are seen as one vector k = W_K x in R^D, D = KV heads * head_
 
     merge       q_i . k_j(i) = (P_j(i)^T q_i) . k                   P_j selects head j; exact
     RoRoPE      k' = M^T k, M mixes pairs of one RoPE frequency     exact; energy moves to few pairs (`rorope`)
-    partial     k' = [k_rope, k_nope]: RoPE on the rope_dim channels that need it most; the rest loses it
+    partial     k' = [k_rope, k_nope]: RoPE on the rope_dim leading channels; the rest loses it
     balance     k_nope / r, r = mean norm of k_nope's channels / mean norm of v's
     low rank    c = R^T [k_nope / r, v], R the kv_lora_rank leading principal axes
 
@@ -13,9 +13,9 @@ lost. Biases need no care: keys and values are linear in [x, 1]. Layers are conv
 the converted ones before it.
 
 Beyond the paper, each an option: pairs are mixed as complex numbers (`rotation: unitary`, still exact, more
-concentrated); what loses RoPE gets its mean rotation instead of none, and the pairs that keep it are those whose loss
-would cost the scores most (`dropped_rope: mean`). The paper's own choices are `orthogonal` and `none`. RoPE dims and
-folding are chosen by the error of the layers' outputs on the calibration text (the official code: on a test split).
+concentrated), and what loses RoPE gets its mean rotation instead of none (`dropped_rope: mean`). The paper's own
+choices are `orthogonal` and `none`. RoPE dims and folding are chosen by the error of the layers' outputs on the
+calibration text (the official code chooses on a test split).
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ class TransMlaConfig(StageConfig):
     dropped_rope: Literal["mean", "none"] = Field(
         "mean", description="what replaces RoPE where it is dropped: its mean rotation, or nothing (the paper)"
     )
-    whitening: Literal["activation", "attention", "none"] = Field(
-        "activation", description="error the low rank minimises: of keys and values, of scores and outputs, of weights"
+    whitening: Literal["activation", "none"] = Field(
+        "activation", description="error the low rank minimises: of keys and values, or of the weights that make them"
     )
     balance: float = Field(1.0, gt=0.0, description="weight of keys against values in the low rank; above 1: values")
     q_lora_rank: Channels | None = Field(None, description="rank of the query projection; null keeps it as it is")
@@ -104,7 +104,7 @@ class TransMla(TransformMethod[TransMlaConfig]):
                 tensors[spec.name] = (spec.dtype, spec.shape)
         dropped = [name for name in before.tensors if (found := _PROJECTION.fullmatch(name)) and found[3] != "q"]
         tensors = {name: value for name, value in tensors.items() if name not in dropped}
-        return Outline(_config(config, before, geometry, choice, None), tensors)
+        return Outline(_config(config, before, geometry, choice), tensors)
 
     def transform(self, config: TransMlaConfig, context: Context) -> Transform:
         from kvcompress.methods import transmla_layers
@@ -117,12 +117,7 @@ class TransMla(TransformMethod[TransMlaConfig]):
         from kvcompress.methods import transmla_layers
 
         choice = transmla_layers.choose(config, context, candidates(config, context.geometry))
-        records = transmla_layers.convert(config, context, choice)
-        before = Outline(
-            dict(context.checkpoint.config),
-            {name: (info.dtype, info.shape) for name, info in context.checkpoint.tensors.items()},
-        )
-        return _config(config, before, context.geometry, choice, [record["frequencies"] for record in records])
+        return {**planned, **_sizes(choice, context.checkpoint.config, context.geometry)}
 
     def restore(self, checkpoint: Checkpoint) -> tuple[Transform, dict[str, Any]]:
         """Plain keys and values of every head from the latent, with RoPE on all of them again."""
@@ -151,14 +146,14 @@ def candidates(config: TransMlaConfig, geometry: ModelGeometry) -> list[Choice]:
         if rope > keys or rope % 2 or not 0 < rank <= 2 * keys - rope:
             continue
         for fold in [2**i for i in range(half.bit_length())] if config.freqfold == "auto" else [config.freqfold]:
-            if half % fold == 0 and (config.dropped_rope == "mean" or rope * fold % geometry.head_dim == 0):
+            if half % fold == 0 and rope * fold % geometry.head_dim == 0:
                 found.append(Choice(rope, rank, fold))
     if not found:
         raise ValueError(
             f"found kv_lora_rank {config.kv_lora_rank}, rope_dim {config.rope_dim} and freqfold {config.freqfold}; the "
             f"model has {keys} key and {keys} value channels, of which rope_dim keys and at most {2 * keys} - rope_dim "
-            f"latent channels can be kept, freqfold must divide {half}, and with dropped_rope none rope_dim * freqfold "
-            f"must be a multiple of head_dim {geometry.head_dim}"
+            f"latent channels can be kept, freqfold must divide {half}, and rope_dim * freqfold must be a multiple of "
+            f"head_dim {geometry.head_dim}"
         )
     return found
 
@@ -237,17 +232,30 @@ def _refuse(before: Outline, geometry: ModelGeometry) -> None:
                 )
 
 
-def _config(
-    config: TransMlaConfig,
-    before: Outline,
-    geometry: ModelGeometry,
-    choice: Choice,
-    found: Sequence[Sequence[float]] | None,
-) -> dict[str, Any]:
-    """config.json after the stage; the frequencies kept are known once layers are converted."""
+def _sizes(choice: Choice, base: Mapping[str, Any], geometry: ModelGeometry) -> dict[str, Any]:
+    """What config.json says of the choice."""
+    theta, dim, fold = frequencies(base, geometry.head_dim), choice.rope_dim, choice.freqfold
+    return {
+        "kv_lora_rank": choice.rank,
+        "qk_rope_head_dim": dim,
+        "rope_frequencies": kept_frequencies(theta, dim, geometry.head_dim, fold),
+    }
+
+
+def kept_frequencies(theta: Sequence[float], rope_dim: int, head_dim: int, fold: int) -> list[float]:
+    """Frequencies of the rotary key's pairs: as many of each group of `fold`, evenly spread over it.
+
+    With fewer pairs than frequencies in a group, every (fold / pairs)-th stays, highest first, as in the paper.
+    """
+    pairs = rope_dim * fold // head_dim
+    within = [m * fold // pairs if pairs < fold else m % fold for m in range(pairs)]
+    return [theta[group * fold + offset] for group in range(len(theta) // fold) for offset in within]
+
+
+def _config(config: TransMlaConfig, before: Outline, geometry: ModelGeometry, choice: Choice) -> dict[str, Any]:
+    """config.json after the stage."""
     base = before.config
     kept = {key: value for key, value in base.items() if key not in _ATTENTION_ONLY}
-    theta = frequencies(base, geometry.head_dim)
     first = "model.layers.0.self_attn."
     return {
         **kept,
@@ -255,13 +263,11 @@ def _config(
         "model_type": "kvcompress_mla",
         "num_key_value_heads": geometry.num_kv_heads,
         "head_dim": geometry.head_dim,
-        "kv_lora_rank": choice.rank,
-        "qk_rope_head_dim": choice.rope_dim,
+        **_sizes(choice, base, geometry),
         "q_lora_rank": config.q_lora_rank,
         "softmax_scale": geometry.head_dim**-0.5,
         "qkv_bias": f"{first}k_proj.bias" in before.tensors,
         "o_bias": f"{first}o_proj.bias" in before.tensors,
-        "rope_frequencies": found or [theta[: choice.rope_dim // 2]] * geometry.num_layers,
         "dropped_rope_context": geometry.max_position_embeddings if config.dropped_rope == "mean" else None,
         "base_config": dict(base),
     }

@@ -18,7 +18,7 @@ from kvcompress.checkpoint.safetensors_file import TORCH_DTYPES
 from kvcompress.geometry import ModelGeometry
 from kvcompress.methods import layerwise, rorope
 from kvcompress.methods.context import Context
-from kvcompress.methods.transmla import Choice, TransMlaConfig, frequencies
+from kvcompress.methods.transmla import Choice, TransMlaConfig, frequencies, kept_frequencies
 
 PROBES = 2
 """Calibration samples on which candidates are compared."""
@@ -47,9 +47,9 @@ def choose(config: TransMlaConfig, context: Context, candidates: Sequence[Choice
 
 
 def convert(config: TransMlaConfig, context: Context, choice: Choice) -> list[dict[str, Any]]:
-    """Convert every layer in order; its tensors are in scratch afterwards (`file_of`). One record per layer.
+    """Convert every layer in order; its tensors are in scratch afterwards (`file_of`).
 
-    A record has the frequencies kept and the relative error of the attention output on the probes.
+    One record per layer: the relative error of its attention output on the probes.
     """
     return layerwise.walk(context, "layer", "converting layers", partial(_convert_layer, config, context, choice))
 
@@ -78,7 +78,7 @@ def restored(checkpoint: Checkpoint, prefix: str, part: str, low: Tensor, geomet
     rank = v_up_HDR.shape[-1]
     mean_F = _mean_rotation(checkpoint.config["dropped_rope_context"], checkpoint.config["base_config"], geometry)
     if mean_F is not None:
-        k_up_HDC[..., :rank] = rorope.undo_mean(k_up_HDC[..., :rank], mean_F)
+        k_up_HDC[..., :rank] = rorope.turn_pairs(k_up_HDC[..., :rank], 1.0 / mean_F)
     return [k_up_HDC.flatten(0, 1) @ low, v_up_HDR.flatten(0, 1) @ low[:rank]]
 
 
@@ -98,11 +98,11 @@ def _try_layer(
     hidden_NTC: Tensor,
 ) -> tuple[list[float], dict[str, Tensor]]:
     with runner.layer(index) as layer:
-        moments, _ = _moments(config, context, layer, hidden_NTC)
+        kv_ZZ, _ = _moments(config, context, layer, hidden_NTC)
         errors = []
         for choice in candidates:
-            tensors, found = _layer_tensors(config, context, choice, layer, moments, None)
-            attention = _attention(config, context, choice, layer, tensors, found)
+            tensors = _layer_tensors(config, context, choice, layer, kv_ZZ, None)
+            attention = _attention(context, choice, layer, tensors)
             errors.append(_error(context, runner, layer, attention, hidden_NTC))
         for sample, offset in enumerate(context.calibration.offsets_N.tolist()):
             hidden_NTC[sample] = runner.forward(layer, hidden_NTC[sample], offset, None)
@@ -113,11 +113,11 @@ def _convert_layer(
     config: TransMlaConfig, context: Context, choice: Choice, runner: LayerRunner, index: int, hidden_NTC: Tensor
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     with runner.layer(index) as layer:
-        moments, query_QQ = _moments(config, context, layer, hidden_NTC)
-        tensors, found = _layer_tensors(config, context, choice, layer, moments, query_QQ)
+        kv_ZZ, query_QQ = _moments(config, context, layer, hidden_NTC)
+        tensors = _layer_tensors(config, context, choice, layer, kv_ZZ, query_QQ)
         base: Any = layer.self_attn
-        attention = _attention(config, context, choice, layer, tensors, found)
-        record = {"frequencies": found, "error": _error(context, runner, layer, attention, hidden_NTC)}
+        attention = _attention(context, choice, layer, tensors)
+        record = {"error": _error(context, runner, layer, attention, hidden_NTC)}
         layer.self_attn = attention
         try:
             for sample, offset in enumerate(context.calibration.offsets_N.tolist()):
@@ -128,23 +128,19 @@ def _convert_layer(
 
 
 @torch.no_grad()
-def _moments(
-    config: TransMlaConfig, context: Context, layer: Any, hidden_NTC: Tensor
-) -> tuple[rorope.Moments, Tensor | None]:
-    """Moments of keys, values and queries before RoPE; those of all queries together where their rank is cut."""
-    geometry, attention = context.geometry, layer.self_attn
-    accumulator, query_QQ = rorope.MomentAccumulator(), None
+def _moments(config: TransMlaConfig, context: Context, layer: Any, hidden_NTC: Tensor) -> tuple[Tensor, Tensor | None]:
+    """E[z z^T] of [keys, values] of all heads before RoPE, and E[q q^T] of all queries where their rank is cut."""
+    attention, tokens = layer.self_attn, hidden_NTC.shape[0] * hidden_NTC.shape[1]
+    kv_ZZ: Any = 0.0
+    query_QQ: Any = 0.0
     for hidden_TC in hidden_NTC:
         x = layer.input_layernorm(hidden_TC)
-        query, keys, values = (
-            stored_linear(projection, x) for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
-        query_THD = query.unflatten(-1, (geometry.num_heads, geometry.head_dim))
-        accumulator.add(query_THD, torch.cat([keys, values], -1), geometry.num_kv_heads)
+        kv_TZ = torch.cat([stored_linear(attention.k_proj, x), stored_linear(attention.v_proj, x)], dim=-1).double()
+        kv_ZZ = kv_ZZ + kv_TZ.mT @ kv_TZ
         if config.q_lora_rank is not None:
-            square = query.double().mT @ query.double()
-            query_QQ = square if query_QQ is None else query_QQ + square
-    return accumulator.moments(attention.o_proj.weight), None if query_QQ is None else query_QQ.cpu()
+            query_TQ = stored_linear(attention.q_proj, x).double()
+            query_QQ = query_QQ + query_TQ.mT @ query_TQ
+    return (kv_ZZ / tokens).cpu(), None if config.q_lora_rank is None else (query_QQ / tokens).cpu()
 
 
 def _layer_tensors(
@@ -152,18 +148,18 @@ def _layer_tensors(
     context: Context,
     choice: Choice,
     layer: Any,
-    moments: rorope.Moments,
+    kv_ZZ: Tensor,
     query_QQ: Tensor | None,
-) -> tuple[dict[str, Tensor], list[float]]:
-    """A converted layer's new tensors, in the checkpoint's dtype, and the frequencies of its rotary key."""
+) -> dict[str, Tensor]:
+    """A converted layer's new tensors, by their names in self_attn, in the checkpoint's dtype."""
     geometry, attention = context.geometry, layer.self_attn
     sizes = rorope.Sizes(geometry.num_kv_heads, geometry.head_dim, choice.rope_dim, choice.rank)
-    theta_F = torch.tensor(frequencies(context.checkpoint.config, geometry.head_dim), dtype=torch.float64)
     span = geometry.max_position_embeddings if config.dropped_rope == "mean" else None
     mean_F = _mean_rotation(span, context.checkpoint.config, geometry)
-    turned = rorope.rotation(moments, sizes, theta_F, choice.freqfold, config.rotation == "unitary", mean_F)
+    map_KK = rorope.rotation(kv_ZZ, sizes, choice.freqfold, config.rotation == "unitary")
     weight_ZX = torch.cat([attention.k_proj.weight, attention.v_proj.weight]).double().cpu()
-    latent = rorope.latent(moments, turned, sizes, config.whitening, config.balance, mean_F, weight_ZX)
+    second_ZZ = kv_ZZ if config.whitening == "activation" else weight_ZX @ weight_ZX.mT
+    latent = rorope.latent(kv_ZZ, second_ZZ, map_KK, sizes, config.balance, mean_F)
     made = {"kv_a_proj.weight": latent.down_CZ @ weight_ZX, "k_up": latent.k_up_HDC, "v_up": latent.v_up_HDR}
     if attention.k_proj.bias is not None:
         biases = torch.cat([attention.k_proj.bias, attention.v_proj.bias]).double().cpu()
@@ -177,35 +173,31 @@ def _layer_tensors(
     # Layers keep the base model's dtype, and what follows sees the weights as they are stored.
     dtype = str(attention.k_proj.weight.dtype).removeprefix("torch.")
     assert dtype in TORCH_DTYPES.values()
-    return {name: stored(tensor, dtype) for name, tensor in made.items()}, latent.frequencies_F.tolist()
+    return {name: stored(tensor, dtype) for name, tensor in made.items()}
 
 
 class _Converted(nn.Module):
-    """Latent attention in a base model's decoder layer: brings its own rotary frequencies."""
+    """Latent attention in a base model's decoder layer: brings its own rotary embedding."""
 
-    def __init__(self, attention: nn.Module, frequencies_LF: Tensor) -> None:
+    def __init__(self, attention: nn.Module, rotary: nn.Module) -> None:
         super().__init__()
-        self.attention, self.frequencies_LF = attention, frequencies_LF
+        self.attention, self.rotary = attention, rotary
 
     def forward(self, hidden_states: Tensor, position_ids: Tensor, **_: Any) -> tuple[Tensor, None]:
-        output, _weights = self.attention(
-            hidden_states, position_embeddings=(position_ids, self.frequencies_LF), attention_mask=None
-        )
-        return output, None
+        embeddings = self.rotary(hidden_states, position_ids)
+        return self.attention(hidden_states, position_embeddings=embeddings, attention_mask=None)[0], None
 
 
-def _attention(
-    config: TransMlaConfig, context: Context, choice: Choice, layer: Any, tensors: dict[str, Tensor], found: list[float]
-) -> _Converted:
+def _attention(context: Context, choice: Choice, layer: Any, tensors: dict[str, Tensor]) -> _Converted:
     """The converted attention of one layer, to be run in place of `layer.self_attn`."""
-    from kvcompress.modeling.mla import KVCompressMLAAttention, KVCompressMLAConfig
+    from kvcompress.modeling.mla import KVCompressMLAAttention, KVCompressMLAConfig, KVCompressMLARotary
 
     geometry, base = context.geometry, layer.self_attn
-    query = {name: tensor for name, tensor in base.state_dict().items() if name.startswith(("q_proj", "o_proj"))}
-    low_rank = "q_a_proj.weight" in tensors
-    state = {name: tensor for name, tensor in query.items() if not (low_rank and name.startswith("q_proj"))}
-    device = base.o_proj.weight.device
-    state |= {name: tensor.to(device) for name, tensor in tensors.items()}
+    query_rank = tensors["q_a_proj.weight"].shape[0] if "q_a_proj.weight" in tensors else None
+    kept = ("o_proj", "q_proj") if query_rank is None else ("o_proj",)
+    state = {name: tensor for name, tensor in base.state_dict().items() if name.startswith(kept)}
+    state |= {name: tensor.to(base.o_proj.weight.device) for name, tensor in tensors.items()}
+    theta = frequencies(context.checkpoint.config, geometry.head_dim)
     model_config = KVCompressMLAConfig(
         hidden_size=geometry.hidden_size,
         num_attention_heads=geometry.num_heads,
@@ -213,7 +205,8 @@ def _attention(
         head_dim=geometry.head_dim,
         kv_lora_rank=choice.rank,
         qk_rope_head_dim=choice.rope_dim,
-        q_lora_rank=config.q_lora_rank if low_rank else None,
+        q_lora_rank=query_rank,
+        rope_frequencies=kept_frequencies(theta, choice.rope_dim, geometry.head_dim, choice.freqfold),
         softmax_scale=geometry.head_dim**-0.5,
         qkv_bias=base.k_proj.bias is not None,
         o_bias=base.o_proj.bias is not None,
@@ -225,13 +218,11 @@ def _attention(
     for module in attention.modules():
         if isinstance(module, nn.Linear):
             module.forward = partial(stored_linear, module)  # type: ignore[method-assign]
-    return _Converted(attention.eval(), torch.tensor([found], dtype=torch.float32, device=device))
+    return _Converted(attention.eval(), KVCompressMLARotary(model_config))
 
 
 @torch.no_grad()
-def _error(
-    context: Context, runner: LayerRunner, layer: Any, attention: _Converted, hidden_NTC: Tensor
-) -> float:
+def _error(context: Context, runner: LayerRunner, layer: Any, attention: _Converted, hidden_NTC: Tensor) -> float:
     """Relative error of the attention output after o_proj, on the last samples."""
     error = energy = 0.0
     for hidden_TC, offset in list(zip(hidden_NTC, context.calibration.offsets_N.tolist(), strict=True))[-PROBES:]:

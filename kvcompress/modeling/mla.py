@@ -9,7 +9,7 @@ A token's cache is one vector, shared by all query heads: a latent c and a small
 
 That is attention with one KV head, whose key is [c | r] and whose value is c (the absorbed form of DeepSeek-V2, arXiv
 2405.04434). It differs from that model in what a conversion after training needs: no norm on the latent, biases, the
-base model's softmax scale, rotary frequencies of any choice per layer, up-projections shared by the heads of a group.
+base model's softmax scale, rotary frequencies of any choice, up-projections shared by the heads of a group.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 PositionEmbeddings = tuple[Tensor, Tensor]
-"""Positions `[batch, tokens]` and the frequencies of every layer `[layers, qk_rope_head_dim / 2]`, float32."""
+"""Cosines and sines `[batch, tokens, qk_rope_head_dim]`."""
 
 
 class KVCompressMLAConfig(LlamaConfig):  # type: ignore[misc]
@@ -45,11 +45,13 @@ class KVCompressMLAConfig(LlamaConfig):  # type: ignore[misc]
         kv_lora_rank: channels of the latent; a list has one number per layer.
         qk_rope_head_dim: channels of the rotary key.
         q_lora_rank: rank of the query projection, or None for a full one.
-        rope_frequencies: radians per token of each rotary channel pair, one list per layer. Pair i is channels i and
+        rope_frequencies: radians per token of each pair of rotary channels; pair i is channels i and
             i + qk_rope_head_dim / 2.
         softmax_scale: factor of the scores.
         qkv_bias: whether query and [latent | rotary key] projections have biases.
         o_bias: whether the output projection has one.
+        dropped_rope_context: tokens over which the mean rotation was taken that k_up holds in place of dropped RoPE;
+            None where there is none. Running the model does not need it, undoing the conversion does.
         base_config: config.json of the converted model.
     """
 
@@ -59,10 +61,11 @@ class KVCompressMLAConfig(LlamaConfig):  # type: ignore[misc]
     kv_lora_rank: int | list[int] = 512
     qk_rope_head_dim: int = 64
     q_lora_rank: int | None = None
-    rope_frequencies: list[list[float]] | None = None
+    rope_frequencies: list[float] | None = None
     softmax_scale: float = 1.0
     qkv_bias: bool = False
     o_bias: bool = False
+    dropped_rope_context: int | None = None
     base_config: dict[str, Any] | None = None
 
     def latent_rank(self, layer: int) -> int:
@@ -105,7 +108,7 @@ class KVCompressMLAAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """`[batch, tokens, hidden]` to the same shape, and the attention weights where the implementation has them."""
         batch, tokens = hidden_states.shape[:2]
-        cos, sin = self._rotation(position_embeddings, hidden_states.dtype)
+        cos, sin = (part[:, None] for part in position_embeddings)
         if self.config.q_lora_rank is None:
             query = self.q_proj(hidden_states)
         else:
@@ -134,12 +137,6 @@ class KVCompressMLAAttention(nn.Module):
         output_BTJGD = torch.einsum("btjgr,jdr->btjgd", mixed_BTJGR, self.v_up.to(query.dtype))
         return self.o_proj(output_BTJGD.flatten(2)), weights
 
-    def _rotation(self, position_embeddings: PositionEmbeddings, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        positions_BT, frequencies_LF = position_embeddings
-        angles_BTF = positions_BT[..., None].float() * frequencies_LF[self.layer_idx]
-        angles = torch.cat([angles_BTF, angles_BTF], dim=-1)[:, None]
-        return angles.cos().to(dtype), angles.sin().to(dtype)
-
     def _turn(self, x_BHTC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Turn the last qk_rope_head_dim channels."""
         latent, rope = x_BHTC.split([self.rank, self.rope_dim], dim=-1)
@@ -147,17 +144,17 @@ class KVCompressMLAAttention(nn.Module):
 
 
 class KVCompressMLARotary(nn.Module):
-    """Hands positions and every layer's frequencies to the layers, which make their own cosines and sines of them.
-
-    It holds no buffer: frequencies come from the config, where no change of dtype rounds them.
-    """
+    """Cosines and sines of the config's frequencies. It holds no buffer, which a change of dtype could round."""
 
     def __init__(self, config: KVCompressMLAConfig) -> None:
         super().__init__()
         self.frequencies = config.rope_frequencies
 
     def forward(self, x: Tensor, position_ids: Tensor) -> PositionEmbeddings:
-        return position_ids, torch.tensor(self.frequencies, dtype=torch.float32, device=x.device)
+        frequencies_F = torch.tensor(self.frequencies, dtype=torch.float32, device=x.device)
+        angles_BTF = position_ids[..., None].float() * frequencies_F
+        angles_BTR = torch.cat([angles_BTF, angles_BTF], dim=-1)
+        return angles_BTR.cos().to(x.dtype), angles_BTR.sin().to(x.dtype)
 
 
 class KVCompressMLADecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]

@@ -38,6 +38,9 @@ class TransformersEngine:
         import torch
         from transformers import AutoModelForCausalLM
 
+        from kvcompress import modeling
+
+        modeling.register()
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if dtype == "auto" and device == "cpu":

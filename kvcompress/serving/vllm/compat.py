@@ -1,6 +1,6 @@
 """Everything that depends on the vLLM version: the range we support, the names we import, and the shapes of its calls.
 
-Nothing else in the plug-in imports vLLM. To support another release, change this file and run the end-to-end tests.
+Nothing else in the plug-in imports vLLM, but `compat_llama`, whose import is slow. To support another release, change this file and run the end-to-end tests.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ SUPPORTED_VLLM = ((0, 32), (0, 33))
 """First supported and first unsupported (major, minor)."""
 
 BACKEND_NAME = "KVCOMPRESS"
+LATENT_BACKEND_NAME = "KVCOMPRESS_LATENT"
 
 
 def check_version(found: str) -> None:
@@ -43,7 +44,13 @@ from vllm.distributed import (  # noqa: E402
 from vllm.distributed.parallel_state import get_world_group  # noqa: E402
 from vllm.logger import init_logger  # noqa: E402
 from vllm.model_executor.layers.attention import Attention, MLAAttention  # noqa: E402
-from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod  # noqa: E402
+from vllm.model_executor.layers.linear import (  # noqa: E402
+    ColumnParallelLinear,
+    LinearBase,
+    ReplicatedLinear,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+)
 from vllm.model_executor.layers.quantization import (  # noqa: E402
     QUANTIZATION_METHODS,
     register_quantization_config,
@@ -53,7 +60,8 @@ from vllm.model_executor.layers.quantization.base_config import (  # noqa: E402
     QuantizeMethodBase,
 )
 from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod  # noqa: E402
-from vllm.model_executor.models.utils import extract_layer_index  # noqa: E402
+from vllm.model_executor.models.registry import ModelRegistry  # noqa: E402
+from vllm.model_executor.models.utils import WeightsMapper, extract_layer_index  # noqa: E402
 from vllm.v1.attention.backend import (  # noqa: E402
     AttentionBackend,
     AttentionCGSupport,
@@ -70,6 +78,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCache
 
 __all__ = [
     "BACKEND_NAME",
+    "LATENT_BACKEND_NAME",
     "QUANTIZATION_METHODS",
     "SUPPORTED_VLLM",
     "Attention",
@@ -81,6 +90,7 @@ __all__ = [
     "AttentionSpec",
     "AttentionType",
     "BaseKVCacheMethod",
+    "ColumnParallelLinear",
     "CommonAttentionMetadata",
     "FullAttentionSpec",
     "KVCacheLayout",
@@ -89,8 +99,11 @@ __all__ = [
     "MultipleOf",
     "QuantizationConfig",
     "QuantizeMethodBase",
+    "ReplicatedLinear",
+    "RowParallelLinear",
     "UnquantizedLinearMethod",
     "VllmConfig",
+    "WeightsMapper",
     "attach",
     "check_version",
     "extract_layer_index",
@@ -100,6 +113,7 @@ __all__ = [
     "logger",
     "num_decoder_layers",
     "register_backend",
+    "register_model",
     "register_quantization_config",
     "tensor_parallel",
     "total_num_kv_heads",
@@ -114,6 +128,12 @@ def register_backend(name: str, class_path: str) -> None:
     """Add an attention backend under its own name; vLLM itself refuses the second registration of one name."""
     if name not in AttentionBackendEnum.__members__:
         _register_backend(name, class_path)
+
+
+def register_model(architecture: str, class_path: str) -> None:
+    """Make vLLM serve an architecture with a class given as `module:Class`, imported only where it is used."""
+    if architecture not in ModelRegistry.get_supported_archs():
+        ModelRegistry.register_model(architecture, class_path)
 
 
 def attach(layer: Any, backend: type[AttentionBackend], impl: AttentionImpl, get_kv_cache_spec: Any) -> None:
