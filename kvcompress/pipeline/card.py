@@ -11,7 +11,8 @@ def model_card(manifest: Manifest, recipe: Recipe) -> str:
     size = manifest.bytes_per_token
     calibration = manifest.calibration
     errors = [layer["relative_error"] for layer in manifest.layers if "relative_error" in layer]
-    plain = [layer["index"] for layer in manifest.layers if layer["k"] is None]
+    latent = recipe.stage("attention") is not None
+    plain = [] if latent else [layer["index"] for layer in manifest.layers if layer["k"] is None]
     lines = [
         "---",
         "library_name: transformers",
@@ -19,15 +20,26 @@ def model_card(manifest: Manifest, recipe: Recipe) -> str:
         "---",
         f"# {manifest.parent.source}, KV cache compressed {size.ratio:.2f}x",
         "",
-        f"Made with kvcompress {manifest.kvcompress_version} from `{manifest.parent.source}`. The weights",
-        "are unchanged; the key-value cache is stored in fewer bytes.",
+        f"Made with kvcompress {manifest.kvcompress_version} from `{manifest.parent.source}`. "
+        + (
+            "Attention keeps one latent vector per token for all heads, in converted weights."
+            if latent
+            else "The weights\nare unchanged; the key-value cache is stored in fewer bytes."
+        ),
         "",
         "| | base | compressed |",
         "| --- | --- | --- |",
         f"| KV cache, bytes per token | {size.base:,} | {size.compressed:,} |",
         "",
-        f"Error of the attention output on calibration text, mean over layers: {sum(errors) / max(1, len(errors)):.4f}",
-        f"(largest {max(errors, default=0.0):.4f}). Calibrated on {calibration.tokens if calibration else 0:,} tokens "
+        *(
+            [
+                "Error of the attention output on calibration text, mean over layers: "
+                f"{sum(errors) / len(errors):.4f}\n(largest {max(errors):.4f})."
+            ]
+            if errors
+            else []
+        ),
+        f"Calibrated on {calibration.tokens if calibration else 0:,} tokens "
         f"of `{calibration.name if calibration else 'nothing'}`.",
         *([f"Layers left uncompressed (sliding window): {', '.join(map(str, plain))}."] if plain else []),
         "",
@@ -38,7 +50,9 @@ def model_card(manifest: Manifest, recipe: Recipe) -> str:
         "kvcompress verify THIS_FOLDER",
         "```",
         "",
-        "Without the plug-in the checkpoint loads as the base model, with an uncompressed cache.",
+        "In transformers: `kvcompress.modeling.register()`, then `AutoModelForCausalLM.from_pretrained(...)`."
+        if latent
+        else "Without the plug-in the checkpoint loads as the base model, with an uncompressed cache.",
         "",
         "## Recipe",
         "",

@@ -1,6 +1,7 @@
 """Everything that depends on the vLLM version: the range we support, the names we import, and the shapes of its calls.
 
-Nothing else in the plug-in imports vLLM, but `compat_llama`, whose import is slow. To support another release, change this file and run the end-to-end tests.
+Nothing else in the plug-in imports vLLM, but `compat_llama`, whose import is slow. To support another release, change
+these files and run the end-to-end tests.
 """
 
 from __future__ import annotations
