@@ -74,7 +74,7 @@ class TransMlaConfig(StageConfig):
     whitening: Literal["activation", "none"] = Field(
         "activation", description="error the low rank minimises: of keys and values, or of the weights that make them"
     )
-    balance: float = Field(1.0, gt=0.0, description="weight of keys against values in the low rank; above 1: values")
+    balance: float = Field(1.0, gt=0.0, description="weight of keys against values in the low rank")
     q_lora_rank: Channels | None = Field(None, description="rank of the query projection; null keeps it as it is")
 
 
@@ -100,10 +100,9 @@ class TransMla(TransformMethod[TransMlaConfig]):
         choice = candidates(config, geometry)[0]
         tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
         for name, (dtype, shape) in before.tensors.items():
-            for spec in _replacement(name, dtype, shape, choice, config, geometry) or [TensorSpec(name, dtype, shape)]:
+            made = _replacement(name, dtype, shape, choice, config, geometry)
+            for spec in [TensorSpec(name, dtype, shape)] if made is None else made:
                 tensors[spec.name] = (spec.dtype, spec.shape)
-        dropped = [name for name in before.tensors if (found := _PROJECTION.fullmatch(name)) and found[3] != "q"]
-        tensors = {name: value for name, value in tensors.items() if name not in dropped}
         return Outline(_config(config, before, geometry, choice), tensors)
 
     def transform(self, config: TransMlaConfig, context: Context) -> Transform:
