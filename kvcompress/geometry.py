@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+LATENT_ARCHITECTURE = "KVCompressMLAForCausalLM"
+"""What `transmla` makes of the others: multi-head latent attention."""
+
 BYTES_PER_ELEMENT = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 
 
@@ -15,7 +18,9 @@ BYTES_PER_ELEMENT = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 class ModelGeometry:
     """Sizes of a decoder-only model with rotary attention.
 
-    `sliding_window` has one entry per layer: the window in tokens, or None for full attention.
+    `sliding_window` has one entry per layer: the window in tokens, or None for full attention. With multi-head latent
+    attention, `latent_dims` has the channels a token's cache takes in each layer: latent and rotary key, shared by all
+    heads; heads and head_dim are then those that the up-projections make.
     """
 
     architecture: str
@@ -27,6 +32,7 @@ class ModelGeometry:
     max_position_embeddings: int
     dtype: str
     sliding_window: tuple[int | None, ...]
+    latent_dims: tuple[int, ...] | None = None
 
     @property
     def group_size(self) -> int:
@@ -39,15 +45,21 @@ class ModelGeometry:
 
     def kv_bytes_per_token(self, element_bytes: int | None = None) -> int:
         """Bytes one token takes in an uncompressed cache of this model, all layers, keys and values."""
-        per_layer = 2 * self.num_kv_heads * self.head_dim * (element_bytes or self.element_bytes)
-        return per_layer * self.num_layers
+        return sum(self.layer_kv_bytes_per_token(index, element_bytes) for index in range(self.num_layers))
+
+    def layer_kv_bytes_per_token(self, index: int, element_bytes: int | None = None) -> int:
+        """The same for one layer."""
+        heads = 2 * self.num_kv_heads * self.head_dim
+        channels = heads if self.latent_dims is None else self.latent_dims[index]
+        return channels * (element_bytes or self.element_bytes)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelGeometry:
         """Read a Hugging Face config.json.
 
         Raises:
-            ValueError: architecture we do not support, latent attention, or sizes that do not fit together.
+            ValueError: architecture we do not support, latent attention of another kind than ours, or sizes that do
+                not fit together.
         """
         architecture = _architecture(config)
         try:
@@ -80,10 +92,26 @@ class ModelGeometry:
             max_position_embeddings=int(config.get("max_position_embeddings") or 2048),
             dtype=dtype,
             sliding_window=_windows(config, architecture, num_layers),
+            latent_dims=_latent_dims(config, num_layers) if architecture == LATENT_ARCHITECTURE else None,
         )
 
 
+def _latent_dims(config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
+    try:
+        rank, rope_dim = config["kv_lora_rank"], int(config["qk_rope_head_dim"])
+    except KeyError as missing:
+        raise ValueError(
+            f"config.json has no {missing}, which a {LATENT_ARCHITECTURE} needs; is it complete?"
+        ) from None
+    ranks = [int(each) for each in rank] if isinstance(rank, list) else [int(rank)] * num_layers
+    if len(ranks) != num_layers:
+        raise ValueError(f"config.json has {len(ranks)} latent ranks for {num_layers} layers; expected one per layer")
+    return tuple(each + rope_dim for each in ranks)
+
+
 def _architecture(config: Mapping[str, Any]) -> str:
+    if (config.get("architectures") or [None])[0] == LATENT_ARCHITECTURE:
+        return LATENT_ARCHITECTURE
     if config.get("kv_lora_rank"):
         raise ValueError(
             "the model already uses multi-head latent attention (config.json has kv_lora_rank); "

@@ -54,6 +54,18 @@ def test_refusals(changes: dict[str, Any], words: str) -> None:
         geometry(**changes)
 
 
+def test_latent_attention_of_ours() -> None:
+    ours = {"architectures": ["KVCompressMLAForCausalLM"], "kv_lora_rank": 96, "qk_rope_head_dim": 32}
+    assert geometry(**ours).kv_bytes_per_token() == 4 * (96 + 32) * 2
+    per_layer = geometry(**ours | {"kv_lora_rank": [96, 64, 64, 32]})
+    assert per_layer.latent_dims == (128, 96, 96, 64)
+    assert per_layer.layer_kv_bytes_per_token(3, element_bytes=4) == 64 * 4
+    with pytest.raises(ValueError, match="3 latent ranks for 4 layers"):
+        geometry(**ours | {"kv_lora_rank": [96, 64, 64]})
+    with pytest.raises(ValueError, match="no 'qk_rope_head_dim'"):
+        geometry(architectures=["KVCompressMLAForCausalLM"], kv_lora_rank=96)
+
+
 def test_incomplete_config() -> None:
     with pytest.raises(ValueError, match="no 'hidden_size'"):
         ModelGeometry.from_config({key: value for key, value in CONFIG.items() if key != "hidden_size"})

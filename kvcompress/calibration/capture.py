@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvcompress import modeling
 from kvcompress.calibration.corpus import Calibration
 from kvcompress.checkpoint.reader import Checkpoint
 from kvcompress.checkpoint.rows import read_rows
@@ -34,6 +35,7 @@ class LayerRunner:
     def __init__(self, checkpoint: Checkpoint, device: str, dtype: torch.dtype) -> None:
         from transformers import AutoConfig, AutoModelForCausalLM
 
+        modeling.register()
         _register_attention()
         self.checkpoint, self.device, self.dtype = checkpoint, torch.device(device), dtype
         config = AutoConfig.from_pretrained(checkpoint.path)

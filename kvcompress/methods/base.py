@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from kvcompress.calibration.statistics import LayerStatistics
+    from kvcompress.checkpoint.reader import Checkpoint
     from kvcompress.checkpoint.writer import Transform
     from kvcompress.codec.forms import CacheCodec
     from kvcompress.codec.layer import SideCodec
@@ -173,6 +174,10 @@ class TransformMethod(Method[C]):
     def final_config(self, config: C, before: Outline, context: Context) -> dict[str, Any]:
         """config.json of the result, asked for after `transform`. Override where it depends on the data."""
         return self.outline(config, before).config
+
+    def restore(self, checkpoint: Checkpoint) -> tuple[Transform, dict[str, Any]] | None:
+        """The way back: plain tensors and config of the base architecture; None where a stage left it alone."""
+        return None
 
 
 Needs = Literal["nothing", "statistics", "values", "states"]

@@ -8,10 +8,11 @@ from kvcompress.methods.base import EncodingMethod, Method, ModelBasis
 from kvcompress.methods.fwsvd import Fwsvd
 from kvcompress.methods.pca import Pca
 from kvcompress.methods.scalar import Scalar
+from kvcompress.methods.transmla import TransMla
 from kvcompress.methods.xkv import Xkv
 from kvcompress.recipe import Recipe, StageConfig
 
-METHODS: dict[str, Method[Any]] = {method.name: method for method in (Fwsvd(), Pca(), Xkv(), Scalar())}
+METHODS: dict[str, Method[Any]] = {method.name: method for method in (Fwsvd(), TransMla(), Pca(), Xkv(), Scalar())}
 
 
 def schemas() -> dict[str, type[StageConfig]]:

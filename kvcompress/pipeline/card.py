@@ -11,7 +11,8 @@ def model_card(manifest: Manifest, recipe: Recipe) -> str:
     size, weights = manifest.bytes_per_token, manifest.weights_bytes
     calibration = manifest.calibration
     errors = [layer["relative_error"] for layer in manifest.layers if "relative_error" in layer]
-    plain = [layer["index"] for layer in manifest.layers if layer["k"] is None]
+    latent = recipe.stage("attention") is not None
+    plain = [] if latent else [layer["index"] for layer in manifest.layers if layer["k"] is None]
     lines = [
         "---",
         "library_name: transformers",
@@ -67,7 +68,7 @@ def _what(manifest: Manifest) -> str:
     kinds = _kinds(manifest)
     weights = {
         "weights": "linear layers are stored as low-rank factors",
-        "attention": "the attention layers were converted",
+        "attention": "attention keeps one latent vector per token for all heads, in converted weights",
     }
     changed = [text for kind, text in weights.items() if kind in kinds] or ["the weights are unchanged"]
     if kinds & {"basis", "encoding"}:
@@ -86,6 +87,8 @@ def _errors(errors: list[float]) -> list[str]:
 
 
 def _without_plug_in(manifest: Manifest) -> list[str]:
+    if "attention" in _kinds(manifest):
+        return ["In transformers, call `kvcompress.serving.transformers.register()` before `from_pretrained`."]
     if "weights" in _kinds(manifest):
         return [
             "In transformers, call `kvcompress.serving.transformers.register()` before `from_pretrained`: without it",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvcompress.checkpoint import json_file, writer
 from kvcompress.checkpoint.atomic import check_free_space
@@ -13,7 +13,9 @@ from kvcompress.checkpoint.reader import CONFIG_FILE, Checkpoint, is_compressed
 from kvcompress.checkpoint.safetensors_file import TensorInfo, TensorSpec
 from kvcompress.checkpoint.verify import require_verified, verify
 from kvcompress.checkpoint.workdir import WorkDir, check_output
+from kvcompress.methods.base import TransformMethod
 from kvcompress.methods.context import Progress
+from kvcompress.methods.registry import METHODS
 from kvcompress.modeling.low_rank import DOWN, UP, product, ranks_of
 from kvcompress.pipeline.stages import bytes_progress
 
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
 def decompress(directory: str | Path, out: str | Path, progress: Progress) -> None:
     """Write the plain checkpoint of a compressed one.
 
-    A cache codec leaves weights untouched: without factored weights every shard is the base model's, byte for byte.
+    A cache codec leaves weights untouched: without other stages every shard is the base model's, byte for byte. Stages
+    that changed the checkpoint itself are undone as far as the compressed weights tell.
 
     Raises:
         ValueError: not a compressed checkpoint, a damaged one, or `out` cannot be written.
@@ -41,9 +44,11 @@ def decompress(directory: str | Path, out: str | Path, progress: Progress) -> No
     dense = Dense(checkpoint)
     check_free_space(target, dense.weights_bytes + (1 << 20))
     with WorkDir.open(target, {"decompress": manifest.sha256}, resume=True) as work:
-        writer.copy_shards(checkpoint, work, dense, bytes_progress(progress, checkpoint.weights_bytes))
+        restored, config = _restore(checkpoint, manifest)
+        transform = restored or dense
+        writer.copy_shards(checkpoint, work, transform, bytes_progress(progress, checkpoint.weights_bytes))
         writer.copy_side_files(checkpoint, work)
-        config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+        config = {key: value for key, value in config.items() if key != "quantization_config"}
         writer.write_file(work, CONFIG_FILE, json_file.pretty(config))
         work.publish()
 
@@ -77,3 +82,17 @@ class Dense:
         module, _, part = name.rpartition(".")
         if part == UP:
             yield f"{module}.weight", product(self._checkpoint.read(f"{module}.{DOWN}"), tensor)
+
+
+def _restore(checkpoint: Checkpoint, manifest: Manifest) -> tuple[writer.Transform | None, dict[str, Any]]:
+    """What undoes the stages, and config.json after it."""
+    found = []
+    for stage in manifest.stages:
+        method = METHODS.get(stage["method"])
+        restored = method.restore(checkpoint) if isinstance(method, TransformMethod) else None
+        if restored is not None:
+            found.append((stage["method"], restored))
+    if len(found) > 1:
+        names = " and ".join(name for name, _ in found)
+        raise ValueError(f"{names} both changed the weights; decompress undoes one such stage; use the base model")
+    return found[0][1] if found else (None, dict(checkpoint.config))

@@ -121,8 +121,10 @@ def make(
 
 def bytes_per_token(spec: CodecSpec, geometry: ModelGeometry) -> int:
     """Bytes one token takes in all layers; layers without a codec count at the model's own dtype."""
-    plain = geometry.kv_bytes_per_token() // geometry.num_layers
-    return sum(plain if layer is None else layer.bytes_per_token for layer in spec.layers)
+    return sum(
+        geometry.layer_kv_bytes_per_token(index) if layer is None else layer.bytes_per_token
+        for index, layer in enumerate(spec.layers)
+    )
 
 
 def layer_summary(index: int, spec: CodecSpec, geometry: ModelGeometry) -> dict[str, Any]:
@@ -130,8 +132,10 @@ def layer_summary(index: int, spec: CodecSpec, geometry: ModelGeometry) -> dict[
     layer = spec.layers[index]
     if layer is None:
         window = geometry.sliding_window[index]
-        plain = geometry.kv_bytes_per_token() // geometry.num_layers
+        plain = geometry.layer_kv_bytes_per_token(index)
         reason = f"sliding window of {window}" if window else "no cache method in the recipe"
+        if geometry.latent_dims is not None:
+            reason = f"latent attention: {geometry.latent_dims[index]} channels for all heads, as they are"
         return {"index": index, "k": None, "v": None, "bytes_per_token": plain, "reason": reason}
     return {"index": index, **layer.summary(), "bytes_per_token": layer.bytes_per_token}
 
@@ -140,6 +144,16 @@ def _codec_spec(recipe: Recipe, geometry: ModelGeometry) -> CodecSpec:
     """The nominal codec: none at all for a recipe that changes weights or attention only."""
     if recipe.stage("basis") is None and recipe.stage("encoding") is None:
         return CodecSpec((None,) * geometry.num_layers)
+    if geometry.latent_dims is not None:
+        stage = recipe.stage("basis") or recipe.stage("encoding")
+        assert stage is not None
+        raise recipe.locate(
+            stage,
+            ValueError(
+                f"{stage.method} stores keys and values apart, and in latent attention the value is part of the key: "
+                "its cache would grow; use transmla alone"
+            ),
+        )
     compressed = [index for index, window in enumerate(geometry.sliding_window) if not window]
     if not compressed:
         raise ValueError(

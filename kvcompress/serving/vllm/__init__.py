@@ -2,22 +2,28 @@
 
 vLLM calls `register` in every process through the entry point `vllm.general_plugins`. From there the way in is the
 quantization hook: `quant_method: kvcompress` in config.json makes vLLM ask `quantization.KVCompressConfig` about every
-attention layer, and layers that have a codec get our cache spec and attention backend.
+attention layer, and layers that have a codec get our cache spec and attention backend. Only multi-head latent
+attention (`transmla`) needs a model class of our own.
 """
 
 from __future__ import annotations
 
 
 def register() -> None:
-    """Make the quantization method and the attention backend known to vLLM. May be called any number of times.
+    """Make quantization method, attention backends and model class known to vLLM. May be called any number of times.
 
     Raises:
         RuntimeError: this vLLM is outside the supported range.
     """
+    from kvcompress import modeling
+    from kvcompress.geometry import LATENT_ARCHITECTURE
     from kvcompress.serving.vllm import compat
 
     compat.register_backend(compat.BACKEND_NAME, "kvcompress.serving.vllm.backend.CompressedAttentionBackend")
     compat.register_backend(compat.SHARED_BACKEND_NAME, "kvcompress.serving.vllm.shared_backend.SharedAttentionBackend")
+    compat.register_backend(compat.LATENT_BACKEND_NAME, "kvcompress.serving.vllm.latent_backend.LatentAttentionBackend")
+    modeling.register()
+    compat.register_model(LATENT_ARCHITECTURE, "kvcompress.serving.vllm.mla_model:KVCompressMLAForCausalLM")
     # Importing the module registers its class under the quantization method's name.
     from kvcompress.serving.vllm import quantization
 

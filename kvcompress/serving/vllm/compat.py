@@ -1,6 +1,7 @@
 """Everything that depends on the vLLM version: the range we support, the names we import, and the shapes of its calls.
 
-Nothing else in the plug-in imports vLLM. To support another release, change this file and run the end-to-end tests.
+Nothing else in the plug-in imports vLLM, but `compat_llama`, whose import is slow. To support another release, change
+these files and run the end-to-end tests.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ SUPPORTED_VLLM = ((0, 32), (0, 33))
 
 BACKEND_NAME = "KVCOMPRESS"
 SHARED_BACKEND_NAME = "KVCOMPRESS_SHARED"
+LATENT_BACKEND_NAME = "KVCOMPRESS_LATENT"
 
 
 def check_version(found: str) -> None:
@@ -46,9 +48,12 @@ from vllm.forward_context import get_forward_context  # noqa: E402
 from vllm.logger import init_logger  # noqa: E402
 from vllm.model_executor.layers.attention import Attention, MLAAttention  # noqa: E402
 from vllm.model_executor.layers.linear import (  # noqa: E402
+    ColumnParallelLinear,
     LinearBase,
     LinearMethodBase,
     QKVParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
     UnquantizedLinearMethod,
 )
 from vllm.model_executor.layers.quantization import (  # noqa: E402
@@ -60,7 +65,8 @@ from vllm.model_executor.layers.quantization.base_config import (  # noqa: E402
     QuantizeMethodBase,
 )
 from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod  # noqa: E402
-from vllm.model_executor.models.utils import extract_layer_index  # noqa: E402
+from vllm.model_executor.models.registry import ModelRegistry  # noqa: E402
+from vllm.model_executor.models.utils import WeightsMapper, extract_layer_index  # noqa: E402
 from vllm.model_executor.utils import set_weight_attrs  # noqa: E402
 from vllm.v1.attention.backend import (  # noqa: E402
     AttentionBackend,
@@ -78,6 +84,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCache
 
 __all__ = [
     "BACKEND_NAME",
+    "LATENT_BACKEND_NAME",
     "QUANTIZATION_METHODS",
     "SHARED_BACKEND_NAME",
     "SUPPORTED_VLLM",
@@ -90,6 +97,7 @@ __all__ = [
     "AttentionSpec",
     "AttentionType",
     "BaseKVCacheMethod",
+    "ColumnParallelLinear",
     "CommonAttentionMetadata",
     "FullAttentionSpec",
     "KVCacheLayout",
@@ -99,8 +107,11 @@ __all__ = [
     "MultipleOf",
     "QuantizationConfig",
     "QuantizeMethodBase",
+    "ReplicatedLinear",
+    "RowParallelLinear",
     "UnquantizedLinearMethod",
     "VllmConfig",
+    "WeightsMapper",
     "attach",
     "check_version",
     "extract_layer_index",
@@ -113,6 +124,7 @@ __all__ = [
     "num_decoder_layers",
     "output_rank",
     "register_backend",
+    "register_model",
     "register_quantization_config",
     "set_weight_loader",
     "tensor_parallel",
@@ -128,6 +140,12 @@ def register_backend(name: str, class_path: str) -> None:
     """Add an attention backend under its own name; vLLM itself refuses the second registration of one name."""
     if name not in AttentionBackendEnum.__members__:
         _register_backend(name, class_path)
+
+
+def register_model(architecture: str, class_path: str) -> None:
+    """Make vLLM serve an architecture with a class given as `module:Class`, imported only where it is used."""
+    if architecture not in ModelRegistry.get_supported_archs():
+        ModelRegistry.register_model(architecture, class_path)
 
 
 def attach(layer: Any, backend: type[AttentionBackend], impl: AttentionImpl, get_kv_cache_spec: Any) -> None:

@@ -84,6 +84,11 @@ class KVCompressConfig(compat.QuantizationConfig):  # type: ignore[misc]
             return None
         return CompressedCacheMethod(self, self._startup, index, prefix)
 
+    def report(self) -> None:
+        """Tell the operator what the cache takes; for models whose layers all go without a codec."""
+        if self._startup is not None:
+            self._startup.report()
+
 
 class CompressedCacheMethod(compat.BaseKVCacheMethod):  # type: ignore[misc]
     """Gives one attention layer its codec, cache spec and attention implementation."""

@@ -70,6 +70,12 @@ class Startup:
         self._layers[index] = LayerReport(spec.bytes_per_token, self._full_bytes(spec.num_kv_heads, spec.head_dim))
 
     def note_uncompressed(self, index: int, layer: Any) -> None:
+        if layer.attn_backend.get_name() == compat.LATENT_BACKEND_NAME:
+            config = self.vllm_config.model_config.hf_text_config
+            start, stop = heads_of_rank(config.num_key_value_heads, *compat.tensor_parallel())
+            stored = layer.head_size * self.vllm_config.model_config.dtype.itemsize
+            self._layers[index] = LayerReport(stored, self._full_bytes(stop - start, config.head_dim))
+            return
         size = self._full_bytes(layer.num_kv_heads, layer.head_size)
         why = "left out by the recipe" if layer.sliding_window is None else f"sliding window of {layer.sliding_window}"
         self._layers[index] = LayerReport(size, size, why)
