@@ -27,7 +27,10 @@ GAIN_BYTES = 2
 """One IEEE half per token, head and side, where any band is quantized."""
 
 
-FORMS = {"per_head": ("kvcompress.codec.spec", "LayerSpec", "kvcompress.codec.layer", "LayerCodec")}
+FORMS = {
+    "per_head": ("kvcompress.codec.spec", "LayerSpec", "kvcompress.codec.layer", "LayerCodec"),
+    "blocks": ("kvcompress.codec.gear_spec", "BlockSpec", "kvcompress.codec.gear", "BlockCodec"),
+}
 """The forms a layer's cache can take, by the name config.json has for them: where the spec class is (plain data, no
 torch), and where the codec class is. Serving has one module per form (`serving.transformers.cache`, `serving.vllm`)."""
 
