@@ -11,9 +11,11 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from kvcompress.checkpoint.source import resolve
 from kvcompress.codec.forms import CacheCodec
+from kvcompress.codec.gear import BlockCodec
 from kvcompress.codec.layer import LayerCodec, SideCodec
 from kvcompress.codec.spec import GAIN_BYTES
 from kvcompress.serving.loading import load_codec
+from kvcompress.serving.transformers.blocks import BlockLayer
 
 
 class CompressedLayer(DynamicLayer):  # type: ignore[misc]
@@ -67,14 +69,20 @@ class CompressedCache(Cache):  # type: ignore[misc]
     @property
     def nbytes(self) -> int:
         """Bytes the cached tokens take now."""
-        return sum(t.nbytes for layer in self.layers if layer.is_initialized for t in (layer.keys, layer.values))
+        return sum(_nbytes(layer) for layer in self.layers if layer.is_initialized)
 
 
 def _layer(codec: CacheCodec | None) -> DynamicLayer:
     if codec is None:
         return DynamicLayer()
+    if isinstance(codec, BlockCodec):
+        return BlockLayer(codec)
     assert isinstance(codec, LayerCodec), f"no transformers cache for form {codec.spec.form}"
     return CompressedLayer(codec)
+
+
+def _nbytes(layer: DynamicLayer) -> int:
+    return layer.nbytes if isinstance(layer, BlockLayer) else layer.keys.nbytes + layer.values.nbytes
 
 
 def _to_records(side: SideCodec, states_BHTD: Tensor) -> Tensor:
