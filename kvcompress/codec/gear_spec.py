@@ -152,6 +152,7 @@ class BlockSpec:
         return {
             "rank": side.rank,
             "bits": round(side.bits * side.rank / self.head_dim, 4),
+            "bands": [[side.bits, side.rank]],
             "stored_bits": round(8 * side.nbytes / (self.block * self.head_dim), 4),
             "group": side.group,
             "low_rank": side.low_rank,

@@ -185,25 +185,23 @@ def history(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.randn(tokens, HEADS, GROUP, HEAD_DIM, generator=generator), keys, values
 
 
-def by_the_rule(found: BlockCodec, query: Tensor, keys: Tensor, values: Tensor, position: int) -> Tensor:
-    """One query's attention in float64, from the rule alone."""
+def by_the_rule(query: Tensor, exact: tuple[Tensor, Tensor], stored: tuple[Tensor, Tensor], position: int) -> Tensor:
+    """One query's attention in float64, from the rule alone; `stored` are tokens as they come back from blocks."""
     complete = (position + 1) // BLOCK * BLOCK
-    stored = found.round_trip(keys[:complete], values[:complete])
     k, v = (
-        torch.cat([old.double(), new[complete : position + 1].double()])
-        for old, new in zip(stored, (keys, values), strict=True)
+        torch.cat([old[:complete].double(), new[complete : position + 1].double()])
+        for old, new in zip(stored, exact, strict=True)
     )
     scores = torch.einsum("hgd,thd->hgt", query.double(), k) * SCALE
     return torch.einsum("hgt,thd->hgd", scores.softmax(-1), v)
 
 
 @pytest.mark.parametrize("rank", [24, 32])
-@pytest.mark.parametrize(
-    "cuts", [[100], [1] * 70, [31, 1, 1, 40], [32, 32, 6], [10, 60, 30], [64], [63, 1, 1], [5, 5, 90]]
-)
+@pytest.mark.parametrize("cuts", [[100], [1] * 34, [31, 1, 1, 40], [32, 32, 6], [10, 60], [63, 1, 1]])
 def test_attention_follows_the_rule_however_the_tokens_are_cut(cuts: list[int], rank: int) -> None:
     found = codec(rank=rank)
     query, keys, values = history(sum(cuts))
+    stored = found.round_trip(keys, values)
     before = 0
     for count in cuts:
         length = before + count
@@ -213,7 +211,7 @@ def test_attention_follows_the_rule_however_the_tokens_are_cut(cuts: list[int], 
         mixed = attend(query[before:length], latents, exact, start, found, SCALE)
         precise = attend(query[before:length], tuple(x.double() for x in latents), exact, start, found, SCALE)
         for position in range(before, length):
-            expected = by_the_rule(found, query[position], keys, values, position)
+            expected = by_the_rule(query[position], (keys, values), stored, position)
             torch.testing.assert_close(mixed[position - before].double(), expected, atol=2e-5, rtol=2e-5)
             torch.testing.assert_close(precise[position - before], expected, atol=3e-6, rtol=3e-6)
         before = length

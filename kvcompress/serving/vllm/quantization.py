@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from kvcompress.checkpoint.reader import QUANT_METHOD
-from kvcompress.codec.layer import LayerCodec
+from kvcompress.codec.gear_spec import BlockSpec
 from kvcompress.codec.spec import LayerSpec
 from kvcompress.serving.loading import read_spec
-from kvcompress.serving.vllm import compat, limits
+from kvcompress.serving.vllm import compat, gear_backend, limits
 from kvcompress.serving.vllm.backend import CompressedAttentionBackend, CompressedAttentionImpl
 from kvcompress.serving.vllm.cache_spec import cache_spec
 from kvcompress.serving.vllm.startup import Startup
@@ -92,6 +92,11 @@ class CompressedCacheMethod(compat.BaseKVCacheMethod):  # type: ignore[misc]
         spec = self.quant_config.codec_spec.layers[self._index]
         limits.check_layer(layer, self._name, spec, self._startup.vllm_config)
         local = self._startup.codec_of(self._index).spec
+        if isinstance(local, BlockSpec):
+            hybrid = None in self.quant_config.codec_spec.layers
+            ring = gear_backend.attach(layer, self._name, local, self._startup.vllm_config, hybrid)
+            self._startup.note_compressed(self._index, local, ring.nbytes)
+            return
         assert isinstance(local, LayerSpec), f"no vLLM backend for form {local.form}"
         impl = CompressedAttentionImpl(layer.num_heads, layer.head_size, layer.impl.scale, layer.num_kv_heads)
         # The block size may change between now and the call.
@@ -105,6 +110,5 @@ class CompressedCacheMethod(compat.BaseKVCacheMethod):  # type: ignore[misc]
 
     def process_weights_after_loading(self, layer: Any) -> None:
         codec = self._startup.codec_of(self._index).to(compat.layer_device(layer))
-        assert isinstance(codec, LayerCodec)
         layer.impl.use_codec(codec, longest=self._startup.vllm_config.model_config.max_model_len)
         self._startup.report()

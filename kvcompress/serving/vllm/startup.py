@@ -55,8 +55,9 @@ class Startup:
         assert codec is not None
         return codec.heads(*heads_of_rank(codec.spec.num_kv_heads, *compat.tensor_parallel()))
 
-    def note_compressed(self, index: int, spec: CacheSpec) -> None:
-        self._layers[index] = LayerReport(spec.bytes_per_token, self._full_bytes(spec.num_kv_heads, spec.head_dim))
+    def note_compressed(self, index: int, spec: CacheSpec, request_bytes: int = 0) -> None:
+        full = self._full_bytes(spec.num_kv_heads, spec.head_dim)
+        self._layers[index] = LayerReport(spec.bytes_per_token, full, request_bytes=request_bytes)
 
     def note_uncompressed(self, index: int, layer: Any) -> None:
         size = self._full_bytes(layer.num_kv_heads, layer.head_size)
