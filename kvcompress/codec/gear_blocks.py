@@ -92,11 +92,11 @@ def _quantize(unit_NHSR: Tensor, outlier_NHSR: Tensor, side: BlockSide) -> tuple
     codes, steps, zeros = [], [], []
     rows = (_groups(_turned(tensor, side), side) for tensor in (unit_NHSR, outlier_NHSR))
     for group, outlier in zip(*rows, strict=True):
-        least = group.masked_fill(outlier, torch.inf).amin(-1, keepdim=True)
-        largest = group.masked_fill(outlier, -torch.inf).amax(-1, keepdim=True)
-        nothing_left = outlier.all(-1, keepdim=True)
-        zero = _half(least.masked_fill(nothing_left, 0.0))
-        step = _half((largest.masked_fill(nothing_left, 0.0) - zero.float()).clamp_min(0.0) / top)
+        # A group with nothing left takes its ends from all its entries: what S must hold is then small.
+        left_out = outlier & ~outlier.all(-1, keepdim=True)
+        zero = _half(group.masked_fill(left_out, torch.inf).amin(-1, keepdim=True))
+        largest = group.masked_fill(left_out, -torch.inf).amax(-1, keepdim=True)
+        step = _half((largest - zero.float()).clamp_min(0.0) / top)
         divisor = step.float().masked_fill(step == 0, torch.inf)
         codes.append(((group - zero.float()) / divisor).round().clamp(0, top))
         steps.append(step)
