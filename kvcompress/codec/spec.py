@@ -40,6 +40,7 @@ FORMS = {
     "per_head": ("kvcompress.codec.spec", "LayerSpec", "kvcompress.codec.layer", "LayerCodec"),
     "shared": ("kvcompress.codec.shared_spec", "SharedSpec", "kvcompress.codec.shared", "SharedCodec"),
     "prompt": ("kvcompress.codec.shared_spec", "PromptSpec", "kvcompress.codec.prompt", "PromptCodec"),
+    "blocks": ("kvcompress.codec.gear_spec", "BlockSpec", "kvcompress.codec.gear", "BlockCodec"),
 }
 """The forms a layer's cache can take, by the name config.json has for them: where the spec class is (plain data, no
 torch), and where the codec class is. Serving has one module per form (`serving.transformers.cache`, `serving.vllm`)."""

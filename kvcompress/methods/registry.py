@@ -6,13 +6,16 @@ from typing import Any
 
 from kvcompress.methods.base import EncodingMethod, Method, ModelBasis
 from kvcompress.methods.fwsvd import Fwsvd
+from kvcompress.methods.gear import Gear
 from kvcompress.methods.pca import Pca
 from kvcompress.methods.scalar import Scalar
 from kvcompress.methods.transmla import TransMla
 from kvcompress.methods.xkv import Xkv
 from kvcompress.recipe import Recipe, StageConfig
 
-METHODS: dict[str, Method[Any]] = {method.name: method for method in (Fwsvd(), TransMla(), Pca(), Xkv(), Scalar())}
+METHODS: dict[str, Method[Any]] = {
+    method.name: method for method in (Fwsvd(), TransMla(), Pca(), Xkv(), Scalar(), Gear())
+}
 
 
 def schemas() -> dict[str, type[StageConfig]]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
-from kvcompress.serving.transformers import CompressedCache
+from kvcompress.serving.transformers import CompressedCache, prepare
 from tests import tiny
 
 MARGIN = 0.005
@@ -47,6 +47,7 @@ def greedy(model_dir: Path, lengths: Sequence[int], tokens: int = 64, seed: int 
 def generate(model: torch.nn.Module, cache: Cache, prompts_BT: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     """Generated tokens and the smallest margin of each row."""
     step, output, margins = prompts_BT, [], []
+    prepare(model, cache)
     for _ in range(tokens):
         logits = model(step, past_key_values=cache, use_cache=True).logits[:, -1]
         first, second = logits.topk(2).values.unbind(-1)

@@ -15,3 +15,8 @@ def test_sizes_and_reasons_are_given_for_runs_of_layers() -> None:
 
 def test_nothing_is_said_about_uncompressed_layers_when_there_are_none() -> None:
     assert "uncompressed" not in describe({0: LayerReport(64, 128)}, "float16")
+
+
+def test_what_each_running_request_takes_besides_is_said() -> None:
+    layers = {index: LayerReport(100, 400, request_bytes=1000) for index in (0, 1)}
+    assert "; newest tokens uncompressed: 2000 bytes per running request" in describe(layers, "float16")

@@ -55,7 +55,7 @@ class TransformersEngine:
         if dtype == "auto" and device == "cpu":
             dtype = "float32"
         self._tokenizer = tokenizer
-        self._new_cache = cache_factory(model, cache)
+        self._new_empty_cache = cache_factory(model, cache)
         self._model: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, trust_remote_code=False)
         self._model.to(device).eval()
         ends = self._model.generation_config.eos_token_id
@@ -107,6 +107,13 @@ class TransformersEngine:
         return Scores(
             np.concatenate(log_probs), np.concatenate(top1), np.concatenate(distributions) if distribution else None
         )
+
+    def _new_cache(self) -> Any:
+        from kvcompress.serving.transformers import prepare
+
+        cache = self._new_empty_cache()
+        prepare(self._model, cache)
+        return cache
 
     def _forward(self, tokens: Sequence[int], cache: Any, *, last_only: bool = False) -> Tensor:
         """Append tokens to the cache in chunks; logits [T, V], or [1, V] of the last token."""

@@ -12,11 +12,13 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from kvcompress.checkpoint.source import resolve
 from kvcompress.codec.forms import CacheCodec, GroupCodec
+from kvcompress.codec.gear import BlockCodec
 from kvcompress.codec.layer import LayerCodec
 from kvcompress.codec.prompt import PromptCodec
 from kvcompress.codec.shared import SharedCodec
 from kvcompress.codec.shared_spec import check_groups
 from kvcompress.serving.loading import load_codec
+from kvcompress.serving.transformers.blocks import BlockLayer
 from kvcompress.serving.transformers.groups import GroupLayer, PromptLayer, SharedLayer
 from kvcompress.serving.transformers.records import from_records, to_records
 
@@ -74,11 +76,14 @@ class CompressedCache(Cache):  # type: ignore[misc]
     def nbytes(self) -> int:
         """Bytes the cached tokens take now; what layers have in common counts once."""
         tensors: dict[int, Tensor] = {}
+        blocks = 0
         for layer in self.layers:
-            if layer.is_initialized:
+            if isinstance(layer, BlockLayer):
+                blocks += layer.nbytes if layer.is_initialized else 0
+            elif layer.is_initialized:
                 kept = layer.kept() if isinstance(layer, GroupLayer) else [layer.keys, layer.values]
                 tensors |= {id(tensor): tensor for tensor in kept}
-        return sum(tensor.nbytes for tensor in tensors.values())
+        return blocks + sum(tensor.nbytes for tensor in tensors.values())
 
     def scoring_steps(self, tokens: int, longest: int) -> list[int]:
         """Steps of up to `longest` tokens in which to feed a text so that its scores show what the cache costs.
@@ -109,6 +114,8 @@ def _layers(codecs: Sequence[CacheCodec | None]) -> list[DynamicLayer]:
             else:
                 assert isinstance(codec, PromptCodec), f"no transformers cache for form {codec.spec.form}"
                 layers.append(PromptLayer(codec, members))
+        elif isinstance(codec, BlockCodec):
+            layers.append(BlockLayer(codec))
         else:
             assert isinstance(codec, LayerCodec), f"no transformers cache for form {codec.spec.form}"
             layers.append(CompressedLayer(codec))

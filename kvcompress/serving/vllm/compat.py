@@ -47,6 +47,7 @@ from vllm.distributed.parallel_state import get_world_group  # noqa: E402
 from vllm.forward_context import get_forward_context  # noqa: E402
 from vllm.logger import init_logger  # noqa: E402
 from vllm.model_executor.layers.attention import Attention, MLAAttention  # noqa: E402
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase  # noqa: E402
 from vllm.model_executor.layers.linear import (  # noqa: E402
     ColumnParallelLinear,
     LinearBase,
@@ -68,6 +69,7 @@ from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod  
 from vllm.model_executor.models.registry import ModelRegistry  # noqa: E402
 from vllm.model_executor.models.utils import WeightsMapper, extract_layer_index  # noqa: E402
 from vllm.model_executor.utils import set_weight_attrs  # noqa: E402
+from vllm.platforms import current_platform  # noqa: E402
 from vllm.v1.attention.backend import (  # noqa: E402
     AttentionBackend,
     AttentionCGSupport,
@@ -80,7 +82,12 @@ from vllm.v1.attention.backend import (  # noqa: E402
 )
 from vllm.v1.attention.backends.registry import AttentionBackendEnum  # noqa: E402
 from vllm.v1.attention.backends.registry import register_backend as _register_backend  # noqa: E402
-from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheLayout  # noqa: E402
+from vllm.v1.kv_cache_interface import (  # noqa: E402
+    AttentionSpec,
+    CircularBufferSpec,
+    FullAttentionSpec,
+    KVCacheLayout,
+)
 
 __all__ = [
     "BACKEND_NAME",
@@ -92,11 +99,13 @@ __all__ = [
     "AttentionBackend",
     "AttentionCGSupport",
     "AttentionImpl",
+    "AttentionLayerBase",
     "AttentionMetadata",
     "AttentionMetadataBuilder",
     "AttentionSpec",
     "AttentionType",
     "BaseKVCacheMethod",
+    "CircularBufferSpec",
     "ColumnParallelLinear",
     "CommonAttentionMetadata",
     "FullAttentionSpec",
@@ -112,15 +121,18 @@ __all__ = [
     "UnquantizedLinearMethod",
     "VllmConfig",
     "WeightsMapper",
+    "add_cache_layer",
     "attach",
     "check_version",
     "extract_layer_index",
     "get_current_vllm_config",
+    "is_cpu",
     "is_first_rank_of_machine",
     "layer_device",
     "layer_metadata",
     "layer_parallel",
     "logger",
+    "metadata_of",
     "num_decoder_layers",
     "output_rank",
     "register_backend",
@@ -154,6 +166,28 @@ def attach(layer: Any, backend: type[AttentionBackend], impl: AttentionImpl, get
     layer.backend = AttentionBackendEnum[backend.get_name()]
     layer.impl = impl
     layer.get_kv_cache_spec = get_kv_cache_spec
+
+
+def add_cache_layer(config: VllmConfig, name: str, layer: AttentionLayerBase) -> None:
+    """Enter a layer that owns a cache and computes nothing into vLLM's books.
+
+    Raises:
+        ValueError: there is one of that name.
+    """
+    layers = config.compilation_config.static_forward_context
+    if name in layers:
+        raise ValueError(f"vLLM has two layers named {name}")
+    layers[name] = layer
+
+
+def metadata_of(name: str) -> Any:
+    """The running step's attention metadata of a layer."""
+    return get_forward_context().attn_metadata[name]
+
+
+def is_cpu() -> bool:
+    """Whether this process serves on the CPU."""
+    return bool(current_platform.is_cpu())
 
 
 def num_decoder_layers(config: VllmConfig) -> int:

@@ -95,6 +95,38 @@ def check_rope(config: compat.VllmConfig, codecs: Sequence[CacheCodec | None]) -
                 )
 
 
+def check_blocks(config: compat.VllmConfig, block: int, has_uncompressed_layers: bool) -> None:
+    """Refuse engine options that a cache of the form `blocks` lacks.
+
+    Args:
+        block: tokens that the codec compresses at a time.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    cache = config.cache_config
+    if cache.user_specified_block_size and cache.block_size % block:
+        raise ValueError(
+            f"found --block-size {cache.block_size}; the codec compresses {block} tokens at a time; use a multiple of "
+            f"that, such as {-(-cache.block_size // block) * block}"
+        )
+    if config.scheduler_config.disable_hybrid_kv_cache_manager:
+        raise ValueError(
+            "found --disable-hybrid-kv-cache-manager; the codec keeps each request's newest tokens in a cache group of "
+            "its own; leave the option out"
+        )
+    if config.kv_transfer_config is not None:
+        raise ValueError(
+            "found --kv-transfer-config; the newest tokens of a request, which the codec keeps uncompressed, are not "
+            "transferred; leave the option out or compress with another encoding"
+        )
+    if has_uncompressed_layers and compat.is_cpu():
+        raise ValueError(
+            "the codec compresses blocks of tokens and leaves some layers uncompressed; vLLM's CPU backend cannot hold "
+            "such caches side by side; serve on a GPU or compress with another encoding"
+        )
+
+
 def check_layer(layer: Any, name: str, codec: CacheSpec, config: compat.VllmConfig) -> None:
     """Refuse an attention layer that has a codec and a feature the compressed path lacks.
 

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 
 from kvcompress.checkpoint.reader import QUANT_METHOD
+from kvcompress.codec.gear_spec import BlockSpec
 from kvcompress.codec.shared_spec import SharedSpec
 from kvcompress.codec.spec import CacheSpec, LayerSpec
 from kvcompress.modeling.low_rank import ranks_of
 from kvcompress.serving.loading import read_spec
-from kvcompress.serving.vllm import compat, limits, shared_backend
+from kvcompress.serving.vllm import compat, gear_backend, limits, shared_backend
 from kvcompress.serving.vllm.backend import CompressedAttentionBackend, CompressedAttentionImpl
 from kvcompress.serving.vllm.cache_spec import cache_spec
 from kvcompress.serving.vllm.low_rank import LowRankLinearMethod, part_ranks
@@ -103,6 +104,11 @@ class CompressedCacheMethod(compat.BaseKVCacheMethod):  # type: ignore[misc]
         spec = self.quant_config.codec_spec.layers[self._index]
         limits.check_layer(layer, self._name, spec, self._startup.vllm_config)
         local = self._startup.codec_of(self._index).spec
+        if isinstance(local, BlockSpec):
+            hybrid = None in self.quant_config.codec_spec.layers
+            ring = gear_backend.attach(layer, self._name, local, self._startup.vllm_config, hybrid)
+            self._startup.note_compressed(self._index, local, ring.nbytes)
+            return
         sizes = (layer.num_heads, layer.head_size, layer.impl.scale, layer.num_kv_heads)
         impl: CompressedAttentionImpl
         if isinstance(local, SharedSpec):

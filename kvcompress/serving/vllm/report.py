@@ -9,11 +9,14 @@ from itertools import groupby
 
 @dataclass(frozen=True)
 class LayerReport:
-    """Bytes per token of one layer on this rank; `uncompressed` says why a layer has no codec."""
+    """Bytes per token of one layer on this rank; `uncompressed` says why a layer has no codec. A running request takes
+    `request_bytes` besides, however long it is.
+    """
 
     bytes_per_token: int
     full_bytes_per_token: int
     uncompressed: str | None = None
+    request_bytes: int = 0
 
 
 def describe(layers: Mapping[int, LayerReport], dtype: str) -> str:
@@ -25,6 +28,9 @@ def describe(layers: Mapping[int, LayerReport], dtype: str) -> str:
         f"KV cache {stored} bytes per token, {full / stored:.2f}x smaller than {full} in {dtype}; "
         f"bytes per token and layer: {sizes}"
     )
+    per_request = sum(layer.request_bytes for layer in layers.values())
+    if per_request:
+        line += f"; newest tokens uncompressed: {per_request} bytes per running request"
     reasons = _by_value({index: layer.uncompressed for index, layer in layers.items() if layer.uncompressed})
     return f"{line}; uncompressed layers: {reasons}" if reasons else line
 

@@ -66,8 +66,9 @@ class Startup:
         group.join(layer, name, spec)
         return group
 
-    def note_compressed(self, index: int, spec: CacheSpec) -> None:
-        self._layers[index] = LayerReport(spec.bytes_per_token, self._full_bytes(spec.num_kv_heads, spec.head_dim))
+    def note_compressed(self, index: int, spec: CacheSpec, request_bytes: int = 0) -> None:
+        full = self._full_bytes(spec.num_kv_heads, spec.head_dim)
+        self._layers[index] = LayerReport(spec.bytes_per_token, full, request_bytes=request_bytes)
 
     def note_uncompressed(self, index: int, layer: Any) -> None:
         if layer.attn_backend.get_name() == compat.LATENT_BACKEND_NAME:
