@@ -78,6 +78,8 @@ class Method(ABC, Generic[C]):
     summary: ClassVar[str]
     paper: ClassVar[str]
     config: ClassVar[type[StageConfig]]
+    whole_models: ClassVar[int] = 0
+    """Copies of the whole model in float32 that the method holds in memory, gradients and optimizer included."""
 
     @property
     def kind(self) -> Kind:
@@ -85,7 +87,7 @@ class Method(ABC, Generic[C]):
 
 
 class TransformMethod(Method[C]):
-    """The checkpoint itself changes: kinds `weights` and `attention`."""
+    """The checkpoint itself changes: kinds `weights`, `attention` and `heal`."""
 
     @abstractmethod
     def outline(self, config: C, before: Outline) -> Outline:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from kvcompress.methods.base import BasisMethod, EncodingMethod, Method
+from kvcompress.methods.heal import Heal
+from kvcompress.methods.matryoshka import Matryoshka
 from kvcompress.methods.pca import Pca
 from kvcompress.methods.scalar import Scalar
 from kvcompress.recipe import Recipe, StageConfig
 
-METHODS: dict[str, Method[Any]] = {method.name: method for method in (Pca(), Scalar())}
+METHODS: dict[str, Method[Any]] = {method.name: method for method in (Heal(), Matryoshka(), Pca(), Scalar())}
 
 
 def schemas() -> dict[str, type[StageConfig]]:

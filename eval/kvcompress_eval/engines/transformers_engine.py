@@ -28,13 +28,22 @@ class TransformersEngine:
         dtype: torch dtype name, or auto: the checkpoint's on an accelerator, and float32 on a CPU, which is
             slow in bfloat16.
         device: torch device, or auto.
+        kv_rank: share of a compressed model's stored channels to use.
     """
 
     name = "transformers"
     batch_size = 1
     has_distribution = True
 
-    def __init__(self, model: Path, tokenizer: TextTokenizer, *, dtype: str = "auto", device: str = "auto") -> None:
+    def __init__(
+        self,
+        model: Path,
+        tokenizer: TextTokenizer,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        kv_rank: float = 1.0,
+    ) -> None:
         import torch
         from transformers import AutoModelForCausalLM
 
@@ -43,7 +52,7 @@ class TransformersEngine:
         if dtype == "auto" and device == "cpu":
             dtype = "float32"
         self._tokenizer = tokenizer
-        self._new_cache = cache_factory(model)
+        self._new_cache = cache_factory(model, kv_rank)
         self._model: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, trust_remote_code=False)
         self._model.to(device).eval()
         ends = self._model.generation_config.eos_token_id
@@ -121,7 +130,7 @@ class TransformersEngine:
             torch.cuda.empty_cache()
 
 
-def cache_factory(model: Path) -> Callable[[], Any]:
+def cache_factory(model: Path, kv_rank: float = 1.0) -> Callable[[], Any]:
     """A function that makes an empty cache for one sequence."""
     if not is_compressed(model):
         from transformers import DynamicCache
@@ -130,5 +139,5 @@ def cache_factory(model: Path) -> Callable[[], Any]:
     from kvcompress.serving.loading import load_codec
     from kvcompress.serving.transformers import CompressedCache
 
-    codecs = load_codec(model)
+    codecs = load_codec(model, kv_rank=kv_rank)
     return lambda: CompressedCache(codecs)

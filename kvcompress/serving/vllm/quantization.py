@@ -12,8 +12,9 @@ import torch
 
 from kvcompress.checkpoint.reader import QUANT_METHOD
 from kvcompress.codec.layer import LayerCodec
+from kvcompress.codec.nested import cut_spec
 from kvcompress.codec.spec import LayerSpec
-from kvcompress.serving.loading import read_spec
+from kvcompress.serving.loading import kv_rank, read_spec
 from kvcompress.serving.vllm import compat, limits
 from kvcompress.serving.vllm.backend import CompressedAttentionBackend, CompressedAttentionImpl
 from kvcompress.serving.vllm.cache_spec import cache_spec
@@ -26,7 +27,8 @@ class KVCompressConfig(compat.QuantizationConfig):  # type: ignore[misc]
 
     def __init__(self, section: dict[str, Any]) -> None:
         super().__init__()
-        self.codec_spec = read_spec({"quantization_config": section})
+        self.stored_spec = read_spec({"quantization_config": section})
+        self.codec_spec = cut_spec(self.stored_spec, kv_rank())
         self._startup: Startup | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -66,7 +68,7 @@ class KVCompressConfig(compat.QuantizationConfig):  # type: ignore[misc]
         if isinstance(known, CompressedCacheMethod):
             return known
         if self._startup is None:
-            self._startup = Startup.begin(compat.get_current_vllm_config(), self.codec_spec)
+            self._startup = Startup.begin(compat.get_current_vllm_config(), self.stored_spec, self.codec_spec)
         index = compat.extract_layer_index(prefix)
         if index >= len(self.codec_spec.layers):
             raise ValueError(
