@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 
 _PARTS = ("mean_HD", "basis_HDR", "inverse_HRD")
 
+_EPSILON = 1e-6
+
 SEARCH_SAMPLES = 4
 """Calibration samples on which the search measures the loss."""
 
@@ -152,7 +154,10 @@ def _train(job: _Job, state: StateFile | None = None, progress: Progress | None 
         models.set_round_trips(model, bases.round_trips(kept))
         return forward(tokens_BT, positions_BT)
 
-    schedule = distill.Schedule(config.steps, config.batch, config.learning_rate, config.kl_weight, job.seed)
+    # Turning a kept channel into another kept one changes nothing: its gradient is rounding noise, not a direction.
+    schedule = distill.Schedule(
+        config.steps, config.batch, config.learning_rate, config.kl_weight, job.seed, epsilon=_EPSILON
+    )
     distill.distill(
         teacher, student, bases.trained(), job.data, schedule, before_step=draw, state=state, progress=progress
     )

@@ -22,8 +22,7 @@ def greedy_ranks(
     """Channels per slot: again and again, the slot whose cut by `step` raises the loss least is cut.
 
     Losses found in earlier rounds are lower bounds of what the same cut costs now, as far as errors add up, so only
-    the slot that looks best is measured again ("lazy greedy", Minoux 1978): about two measurements per cut, not one
-    per slot.
+    slots that look best are measured again ("lazy greedy", Minoux 1978), not all of them after every cut.
 
     Args:
         full: where every slot starts.

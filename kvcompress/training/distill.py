@@ -46,6 +46,8 @@ class Schedule:
     kl_weight: float
     seed: int
     clip: float = 1.0
+    epsilon: float = 1e-8
+    """AdamW's: gradients far below it count as none."""
 
     def rate(self, step: int) -> float:
         """Learning rate of a step, counted from 0."""
@@ -91,7 +93,9 @@ def distill(
     ranks = distributed.world_size()
     if schedule.batch % ranks:
         raise ValueError(f"a batch of {schedule.batch} samples cannot be divided among {ranks} processes")
-    optimizer = torch.optim.AdamW(list(parameters.values()), lr=0.0, weight_decay=0.0, foreach=False)
+    optimizer = torch.optim.AdamW(
+        list(parameters.values()), lr=0.0, eps=schedule.epsilon, weight_decay=0.0, foreach=False
+    )
     saved = _optimizer_state(optimizer, parameters)
     first = _restore(saved, state)
     device = next(iter(parameters.values())).device

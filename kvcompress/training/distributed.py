@@ -35,11 +35,10 @@ def leading() -> Iterator[None]:
         yield
         return
     _connect()
-    try:
-        yield
-    finally:
-        _broadcast(None)
-        _disconnect()
+    yield
+    # Not after an error: followers then stop with one of their own as soon as the leader is gone.
+    _broadcast(None)
+    _disconnect()
 
 
 def follow() -> None:
