@@ -20,9 +20,9 @@ from pydantic import Field, field_validator
 
 from kvcompress.checkpoint.reader import Checkpoint
 from kvcompress.checkpoint.safetensors_file import TensorInfo, TensorSpec, read_header, read_tensor, save_tensors
-from kvcompress.methods.base import Outline, TransformMethod
+from kvcompress.methods.base import Outline, TrainedConfig, TransformMethod
 from kvcompress.methods.context import Context
-from kvcompress.recipe import Kind, StageConfig
+from kvcompress.recipe import Kind
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -32,20 +32,17 @@ if TYPE_CHECKING:
     from kvcompress.training.state import StateFile
 
 
-class HealConfig(StageConfig):
+class HealConfig(TrainedConfig):
     kind: ClassVar[Kind] = "heal"
+    whole_models: ClassVar[int] = 5  # original, healed, gradients, and AdamW's two moments
     method: Literal["heal"] = "heal"
     train: Literal["changed", "all"] | list[str] = Field(
         "changed", description="tensors that differ from the original's, all of them, or regular expressions of names"
     )
     lora_rank: int | None = Field(None, ge=1, description="train low-rank differences of matrices, not the tensors")
     steps: int = Field(200, ge=1, description="training steps")
-    batch: int = Field(4, ge=1, description="samples per step, over all processes")
-    samples: int = Field(256, ge=1, description="training samples, cut from the calibration text")
-    length: int = Field(256, ge=2, description="tokens per training sample")
-    learning_rate: float = Field(3e-4, gt=0.0)
+    learning_rate: float = Field(3e-4, gt=0.0, description="at its highest; it rises first and then falls to zero")
     kl_weight: float = Field(0.75, ge=0.0, le=1.0, description="share of the KL divergence in the loss")
-    recompute: bool = Field(False, description="gradient checkpointing: less memory, a third more time")
 
     @field_validator("train")
     @classmethod
@@ -63,7 +60,6 @@ class Heal(TransformMethod[HealConfig]):
     summary = "Distillation from the original model, to win back what earlier stages lost"
     paper = "Hinton et al. 2015, arXiv 1503.02531; LoRA, arXiv 2106.09685"
     config = HealConfig
-    whole_models = 5  # original, healed, gradients, and two moments of AdamW
 
     def outline(self, config: HealConfig, before: Outline) -> Outline:
         return before

@@ -26,10 +26,10 @@ from pydantic import Field, field_validator
 
 from kvcompress.codec.spec import CHANNEL_GROUP
 from kvcompress.geometry import ModelGeometry
-from kvcompress.methods.base import BasisMethod, LatentBasis, LayerBases, channels
+from kvcompress.methods.base import BasisMethod, LatentBasis, LayerBases, TrainedConfig, channels
 from kvcompress.methods.context import Context
 from kvcompress.methods.pca import Pca, PcaConfig, RankPair
-from kvcompress.recipe import Kind, StageConfig
+from kvcompress.recipe import Kind
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,8 +50,9 @@ SEARCH_SAMPLES = 4
 """Calibration samples on which the search measures the loss."""
 
 
-class MatryoshkaConfig(StageConfig):
+class MatryoshkaConfig(TrainedConfig):
     kind: ClassVar[Kind] = "basis"
+    whole_models: ClassVar[int] = 1
     method: Literal["matryoshka"] = "matryoshka"
     rank: RankPair = Field(
         RankPair(k=0.5, v=0.5), description="channels kept: a share of head_dim (0.5) or a count (32)"
@@ -64,12 +65,8 @@ class MatryoshkaConfig(StageConfig):
     )
     trade: bool = Field(True, description="whether the search may give channels of keys to values and back")
     steps: int = Field(300, ge=1, description="training steps")
-    batch: int = Field(4, ge=1, description="samples per step, over all processes")
-    samples: int = Field(256, ge=1, description="training samples, cut from the calibration text")
-    length: int = Field(256, ge=2, description="tokens per training sample")
-    learning_rate: float = Field(1e-3, gt=0.0)
+    learning_rate: float = Field(1e-3, gt=0.0, description="at its highest; it rises first and then falls to zero")
     kl_weight: float = Field(0.25, ge=0.0, le=1.0, description="share of the KL divergence in the loss")
-    recompute: bool = Field(False, description="gradient checkpointing: less memory, a third more time")
 
     @field_validator("rank", mode="before")
     @classmethod
@@ -82,7 +79,6 @@ class Matryoshka(BasisMethod[MatryoshkaConfig]):
     summary = "Trained nested per-head bases: one checkpoint serves at any smaller rank"
     paper = "MatryoshkaKV, Lin et al., ICLR 2025, arXiv 2410.14731"
     config = MatryoshkaConfig
-    whole_models = 1
 
     def ranks(self, config: MatryoshkaConfig, geometry: ModelGeometry) -> tuple[int, int]:
         return channels(config.rank.k, geometry.head_dim), channels(config.rank.v, geometry.head_dim)

@@ -10,7 +10,7 @@ from kvcompress.checkpoint.reader import Checkpoint, refuse_compressed
 from kvcompress.checkpoint.safetensors_file import DTYPE_BITS
 from kvcompress.codec.spec import CodecSpec
 from kvcompress.geometry import ModelGeometry
-from kvcompress.methods.base import Outline, Profile
+from kvcompress.methods.base import Outline, Profile, TrainedConfig
 from kvcompress.methods.registry import basis_of, encoding_of
 from kvcompress.pipeline import stages
 from kvcompress.recipe import Recipe
@@ -19,6 +19,8 @@ DEFAULT_CONTEXT = 32768
 _GIB = 1 << 30
 _RUNTIME_BYTES = 500 << 20
 """Resident size of Python with torch and transformers imported and a tokenizer loaded, before any work."""
+_KEPT, _RECOMPUTED, _LOGITS = 40, 2, 6
+"""Values a training step keeps per token: times hidden size and layers (all, or inputs only), and times vocabulary."""
 _COMPUTE_BYTES = 4
 """Calibration runs in float32 unless asked otherwise."""
 
@@ -111,7 +113,7 @@ def make(
         weights_bytes=checkpoint.weights_bytes,
         compressed_weights_bytes=_weights_bytes(after),
         base_bytes_per_token=base.kv_bytes_per_token(),
-        peak_rss_bytes=_peak_rss(checkpoint, geometry, calibration_tokens),
+        peak_rss_bytes=max(_peak_rss(checkpoint, geometry, calibration_tokens), _training_rss(checkpoint, recipe)),
         context=context,
         memory_bytes=memory_bytes,
     )
@@ -172,3 +174,17 @@ def _peak_rss(checkpoint: Checkpoint, geometry: ModelGeometry, calibration_token
     hidden = 2 * calibration_tokens * geometry.hidden_size * _COMPUTE_BYTES
     statistics = 8 * 8 * geometry.num_kv_heads * geometry.head_dim**2
     return _RUNTIME_BYTES + max(layers.values(), default=0) + hidden + statistics
+
+
+def _training_rss(checkpoint: Checkpoint, recipe: Recipe) -> int:
+    """Runtime, whole models in float32, and activations: logits a few times over, and what a layer keeps."""
+    config = checkpoint.config
+    parameters = sum(math.prod(info.shape) for info in checkpoint.tensors.values())
+    peak = 0
+    for stage in recipe.stages:
+        if isinstance(stage, TrainedConfig):
+            kept = _RECOMPUTED if stage.recompute else _KEPT
+            layers = kept * int(config["num_hidden_layers"]) * int(config["hidden_size"])
+            token = layers + _LOGITS * int(config["vocab_size"])
+            peak = max(peak, _RUNTIME_BYTES + 4 * (stage.whole_models * parameters + stage.tokens_at_a_time * token))
+    return peak

@@ -18,16 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from kvcompress.calibration.corpus import Calibration
-from kvcompress.training import distributed
+from kvcompress.training import MICRO_TOKENS, distributed
 from kvcompress.training.state import StateFile
 
 Forward = Callable[[Tensor, Tensor], Tensor]
 """Token ids `[batch, length]` and their positions to logits `[batch, length, vocabulary]`."""
 
 Progress = Callable[[str, int, int], None]
-
-MICRO_TOKENS = 4096
-"""Tokens that go through the model at a time; a batch with more is accumulated. Bounds memory, mostly of logits."""
 
 SAVE_EVERY = 50
 """Steps between saved states."""
