@@ -39,7 +39,9 @@ class HealConfig(TrainedConfig):
     train: Literal["changed", "all"] | list[str] = Field(
         "changed", description="tensors that differ from the original's, all of them, or regular expressions of names"
     )
-    lora_rank: int | None = Field(None, ge=1, description="train low-rank differences of matrices, not the tensors")
+    lora_rank: int | None = Field(
+        None, ge=1, description="train low-rank differences of matrices, at ten times the learning rate or so"
+    )
     steps: int = Field(200, ge=1, description="training steps")
     learning_rate: float = Field(3e-4, gt=0.0, description="at its highest; it rises first and then falls to zero")
     kl_weight: float = Field(0.75, ge=0.0, le=1.0, description="share of the KL divergence in the loss")

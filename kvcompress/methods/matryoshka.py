@@ -68,6 +68,8 @@ class MatryoshkaConfig(TrainedConfig):
     learning_rate: float = Field(1e-3, gt=0.0, description="at its highest; it rises first and then falls to zero")
     kl_weight: float = Field(0.25, ge=0.0, le=1.0, description="share of the KL divergence in the loss")
 
+    focus: float = Field(0.5, ge=0.0, lt=1.0, description="share of the steps at exactly `rank`; 0 is the paper")
+
     @field_validator("rank", mode="before")
     @classmethod
     def _same_for_both(cls, rank: object) -> object:
@@ -93,12 +95,13 @@ class Matryoshka(BasisMethod[MatryoshkaConfig]):
 
         data = context.sample(config.samples, config.length)
         start = {index: self.fit(config, context.statistics(index)) for index in context.compressed_layers}
-        job = _Job(context.checkpoint, config, data, start, context.seed, context.device, context.dtype)
+        nominal = self.ranks(config, context.geometry)
+        job = _Job(context.checkpoint, config, data, start, nominal, context.seed, context.device, context.dtype)
         state = StateFile(context.work, f"{context.unit}:training", data.sha256)
         model, nested = distributed.everywhere(_train, job, state=state, progress=context.progress)
-        ranks = [self.ranks(config, context.geometry)] * len(start)
+        ranks = [nominal] * len(start)
         if config.budget == "search":
-            ranks = _search(config, context, model, nested, ranks[0])
+            ranks = _search(config, context, model, nested, nominal)
         return {
             index: LayerBases(*(side.cut(rank) for side, rank in zip(sides, kept, strict=True)))
             for (index, sides), kept in zip(_trained_bases(nested, context).items(), ranks, strict=True)
@@ -113,6 +116,7 @@ class _Job:
     config: MatryoshkaConfig
     data: Calibration
     start: dict[int, tuple[LatentBasis, LatentBasis]]
+    nominal: tuple[int, int]
     seed: int
     device: str
     dtype: str
@@ -140,7 +144,7 @@ def _train(job: _Job, state: StateFile | None = None, progress: Progress | None 
 
     def draw(step: int) -> None:
         nonlocal kept
-        kept = nested.random_ranks(job.seed, step, len(layers), heads, head_dim).to(device)
+        kept = nested.random_ranks(job.seed, step, len(layers), heads, head_dim, job.nominal, config.focus).to(device)
 
     def teacher(tokens_BT: Tensor, positions_BT: Tensor) -> Tensor:
         models.set_round_trips(model, {})

@@ -85,10 +85,19 @@ class NestedBases(nn.Module):
         return {index: of(position) for position, index in enumerate(self.layers)}
 
 
-def random_ranks(seed: int, step: int, layers: int, heads: int, head_dim: int) -> Tensor:
-    """Channels kept in one training step `[2, layers, heads]`: independent, uniform over multiples of head_dim / 8."""
-    draw = np.random.Generator(np.random.PCG64([seed, step, 1])).integers(1, 9, (2, layers, heads))
-    return torch.from_numpy(draw) * (head_dim // 8)
+def random_ranks(
+    seed: int, step: int, layers: int, heads: int, head_dim: int, nominal: tuple[int, int], focus: float
+) -> Tensor:
+    """Channels kept in one training step, `[2, layers, heads]`.
+
+    Args:
+        nominal: channels of keys and values that everything keeps in a share `focus` of the steps. In the others,
+            every entry is drawn by itself, uniform over the multiples of head_dim / 8.
+    """
+    generator = np.random.Generator(np.random.PCG64([seed, step, 1]))
+    if generator.random() < focus and nominal != (head_dim, head_dim):
+        return torch.tensor(nominal)[:, None, None].expand(2, layers, heads)
+    return torch.from_numpy(generator.integers(1, 9, (2, layers, heads))) * (head_dim // 8)
 
 
 def in_order(basis_HDD: Tensor, inverse_HDD: Tensor, covariance_HDD: Tensor, block: int) -> tuple[Tensor, ...]:

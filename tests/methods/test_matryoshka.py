@@ -16,6 +16,7 @@ from kvcompress.pipeline import compress as compressing
 from kvcompress.pipeline import plan as planning
 from kvcompress.serving.loading import load_codec
 from kvcompress.serving.transformers import CompressedCache
+from kvcompress.training import nested
 from tests import tiny
 
 SHORT = "steps: 4, batch: 2, samples: 6, length: 48"
@@ -43,7 +44,9 @@ def hashes(directory: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def full(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Trained at full rank, orthogonal in the space of K and V."""
-    return compress(base_model, tmp_path_factory.mktemp("full") / "out", matryoshka("rank: 1.0, metric: none"))
+    return compress(
+        base_model, tmp_path_factory.mktemp("full") / "out", matryoshka("rank: 1.0, metric: none, focus: 0.0")
+    )
 
 
 def test_trained_bases_are_orthogonal_and_no_longer_the_principal_axes(full: Path, base_model: Path) -> None:
@@ -69,7 +72,7 @@ def test_full_rank_reproduces_the_model(metric: str, base_model: Path, tmp_path:
 
 
 def test_first_channels_do_not_depend_on_the_rank_asked_for(full: Path, base_model: Path, tmp_path: Path) -> None:
-    half = compress(base_model, tmp_path / "half", matryoshka("rank: 0.5, metric: none"))
+    half = compress(base_model, tmp_path / "half", matryoshka("rank: 0.5, metric: none, focus: 0.0"))
     for whole, part in zip(load_codec(full), load_codec(half), strict=True):
         for side in ("k", "v"):
             assert torch.equal(getattr(part, side).basis_HDR, getattr(whole, side).basis_HDR[..., :16])
@@ -129,14 +132,26 @@ def test_interrupted_and_resumed_training_gives_the_same_bytes(
     assert hashes(tmp_path / "out") == hashes(whole)
 
 
+def test_ranks_are_drawn_per_layer_head_and_side_and_some_steps_are_at_the_nominal_rank() -> None:
+    drawn = [nested.random_ranks(0, step, 3, 2, 32, (16, 8), focus=0.5) for step in range(200)]
+    at_rank = [bool((ranks[0] == 16).all() and (ranks[1] == 8).all()) for ranks in drawn]
+    assert 70 < sum(at_rank) < 130
+    free = torch.stack([ranks for ranks, fixed in zip(drawn, at_rank, strict=True) if not fixed]).flatten(1)
+    assert {int(rank) for rank in free.unique()} == {4, 8, 12, 16, 20, 24, 28, 32}
+    assert torch.corrcoef(free.T.float()).fill_diagonal_(0).abs().max() < 0.5
+    assert torch.equal(drawn[7], nested.random_ranks(0, 7, 3, 2, 32, (16, 8), focus=0.5))
+    # At full rank there is nothing to learn from a nominal step.
+    assert not any(bool((nested.random_ranks(0, s, 3, 2, 32, (32, 32), 0.9) == 32).all()) for s in range(50))
+
+
 def test_seed_changes_the_result(base_model: Path, full: Path, tmp_path: Path) -> None:
-    other = compress(base_model, tmp_path / "out", matryoshka("rank: 1.0, metric: none"), seed=1)
+    other = compress(base_model, tmp_path / "out", matryoshka("rank: 1.0, metric: none, focus: 0.0"), seed=1)
     pairs = zip(load_codec(full), load_codec(other), strict=True)
     assert not any(torch.equal(one.k.basis_HDR, two.k.basis_HDR) for one, two in pairs)
 
 
 def test_recomputing_activations_changes_nothing(base_model: Path, full: Path, tmp_path: Path) -> None:
-    stages = matryoshka("rank: 1.0, metric: none, recompute: true")
+    stages = matryoshka("rank: 1.0, metric: none, focus: 0.0, recompute: true")
     again = compress(base_model, tmp_path / "out", stages)
     for one, two in zip(load_codec(full), load_codec(again), strict=True):
         torch.testing.assert_close(one.k.basis_HDR, two.k.basis_HDR, atol=1e-5, rtol=0)
