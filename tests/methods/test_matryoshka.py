@@ -20,6 +20,7 @@ from kvcompress.training import nested
 from tests import tiny
 
 SHORT = "steps: 4, batch: 2, samples: 6, length: 48"
+FULL = "rank: 1.0, metric: none, focus: 0.0"
 
 
 def recipe(stages: str) -> recipes.Recipe:
@@ -145,13 +146,13 @@ def test_ranks_are_drawn_per_layer_head_and_side_and_some_steps_are_at_the_nomin
 
 
 def test_seed_changes_the_result(base_model: Path, full: Path, tmp_path: Path) -> None:
-    other = compress(base_model, tmp_path / "out", matryoshka("rank: 1.0, metric: none, focus: 0.0"), seed=1)
+    other = compress(base_model, tmp_path / "out", matryoshka(FULL), seed=1)
     pairs = zip(load_codec(full), load_codec(other), strict=True)
     assert not any(torch.equal(one.k.basis_HDR, two.k.basis_HDR) for one, two in pairs)
 
 
 def test_recomputing_activations_changes_nothing(base_model: Path, full: Path, tmp_path: Path) -> None:
-    stages = matryoshka("rank: 1.0, metric: none, focus: 0.0, recompute: true")
+    stages = matryoshka(f"{FULL}, recompute: true")
     again = compress(base_model, tmp_path / "out", stages)
     for one, two in zip(load_codec(full), load_codec(again), strict=True):
         torch.testing.assert_close(one.k.basis_HDR, two.k.basis_HDR, atol=1e-5, rtol=0)
