@@ -24,6 +24,12 @@ LENGTHS = [17, 70, 130]
 TOKENS = 32
 
 
+@pytest.fixture(autouse=True)
+def _one_thread(_few_threads: None) -> None:
+    """A model this small trains faster on one thread, by far so on a busy machine."""
+    torch.set_num_threads(1)
+
+
 def compress(model: Path, out: Path, stages: str, samples: int = 16, length: int = 256) -> Path:
     made = recipes.parse(f"version: 1\nstages:\n{stages}", registry.schemas())
     options = compressing.Options(samples=samples, length=length)
@@ -74,7 +80,6 @@ def divergences(model: torch.nn.Module, compressed: Path, tokens: torch.Tensor, 
 
 
 def test_training_beats_principal_axes_and_loss_falls_with_rank(tmp_path: Path) -> None:
-    torch.set_num_threads(2)
     encoding = "  - {method: scalar, bits: 16}\n"
     train = "steps: 60, batch: 4, samples: 128, length: 192"
     trained = compress(MODEL, tmp_path / "trained", f"  - {{method: matryoshka, rank: 1.0, {train}}}\n{encoding}")
