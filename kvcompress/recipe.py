@@ -21,8 +21,8 @@ from typing import Any, ClassVar, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-Kind = Literal["weights", "attention", "basis", "encoding"]
-KINDS: tuple[Kind, ...] = ("weights", "attention", "basis", "encoding")
+Kind = Literal["weights", "attention", "heal", "basis", "encoding"]
+KINDS: tuple[Kind, ...] = ("weights", "attention", "heal", "basis", "encoding")
 """Also the order in which stages run; only `weights` may appear more than once."""
 
 RECIPE_VERSION = 1
@@ -161,6 +161,8 @@ def _check_composition(stages: Sequence[StageConfig], where: Lines) -> None:
         if later:
             other = stages[seen[later[0]]].method
             raise ValueError(f"{line}: {stage.method} ({stage.kind}) must come before {other} ({later[0]}); swap them")
+        if stage.kind == "heal" and not seen:
+            raise ValueError(f"{line}: {stage.method} repairs what weights and attention stages change; add one before")
         seen[stage.kind] = index
 
 

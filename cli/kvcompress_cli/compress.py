@@ -31,9 +31,14 @@ def compress(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
     json: Json = False,
 ) -> None:
-    """Compress a checkpoint. The output appears complete or not at all."""
+    """Compress a checkpoint. The output appears complete or not at all. Under torchrun, training uses every process."""
     from kvcompress import recipe as recipes
     from kvcompress.methods.registry import schemas
+    from kvcompress.training import distributed
+
+    if distributed.rank() > 0:
+        distributed.follow()
+        return
 
     checked = recipes.load(recipe, schemas())
     from kvcompress.pipeline.compress import Options

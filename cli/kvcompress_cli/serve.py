@@ -8,7 +8,7 @@ from importlib import metadata
 
 import typer
 
-from kvcompress_cli.options import Directory
+from kvcompress_cli.options import Directory, KvRank
 
 
 def register(app: typer.Typer) -> None:
@@ -19,9 +19,11 @@ def register(app: typer.Typer) -> None:
     )(serve)
 
 
-def serve(context: typer.Context, directory: Directory) -> None:
+def serve(context: typer.Context, directory: Directory, kv_rank: KvRank = 1.0) -> None:
     """Serve DIR with vLLM; every further option is vLLM's own. The same as `vllm serve DIR ...`."""
     from kvcompress.checkpoint.reader import Checkpoint, is_compressed
+    from kvcompress.codec.nested import cut_spec
+    from kvcompress.serving.loading import KV_RANK, read_spec
 
     checkpoint = Checkpoint.open(directory)
     if not is_compressed(checkpoint.config):
@@ -30,6 +32,8 @@ def serve(context: typer.Context, directory: Directory) -> None:
         )
     if not any(point.name == "kvcompress" for point in metadata.entry_points(group="vllm.general_plugins")):
         raise ValueError("the vLLM plug-in is not installed; run `pip install kvcompress` in vLLM's environment")
+    cut_spec(read_spec(checkpoint.config), kv_rank)
+    os.environ[KV_RANK] = f"{kv_rank:g}"
     os.execv(sys.executable, [sys.executable, "-m", *_server(directory), *context.args])
 
 

@@ -35,6 +35,7 @@ def run(
     limit: int | None = None,
     engine: str = "transformers",
     engine_options: Mapping[str, Any] | None = None,
+    kv_rank: float = 1.0,
     dtype: str = "auto",
     seed: int = 42,
     text: str | Path | None = None,
@@ -56,6 +57,7 @@ def run(
         limit: at most this many samples per task.
         engine: transformers, vllm, or the URL of a server that serves the one model given.
         engine_options: further arguments of the engine's class.
+        kv_rank: share of the stored channels at which compressed models run.
         dtype: of the computation; auto is the checkpoint's, float32 on a CPU.
         text: held-out text file; by default the `heldout.txt` of a model folder.
         margin: loss in points that the verdict tolerates.
@@ -73,7 +75,9 @@ def run(
     """
     check_engine(engine)
     chosen = choose_suite(suite, tasks=tasks, lengths=lengths, samples=samples, limit=limit)
-    models = describe_models([model_dir] if isinstance(model_dir, str | Path) else list(model_dir), baseline)
+    models = describe_models([model_dir] if isinstance(model_dir, str | Path) else list(model_dir), baseline, kv_rank)
+    if kv_rank != 1.0 and is_url(engine):
+        raise ValueError("a server has its own KV rank: give --kv-rank to `kvcompress serve`, and leave it out here")
     if is_url(engine) and len(models) > 1:
         raise ValueError("a URL serves one model: evaluate the models one by one, without a baseline")
     tell = progress or _silent
@@ -91,7 +95,7 @@ def run(
     )
     how = {
         "engine": engine,
-        "engine_options": dict(engine_options or {}),
+        "engine_options": {**(engine_options or {}), **({} if kv_rank == 1.0 else {"kv_rank": kv_rank})},
         "dtype": dtype,
         "full_generations": full_generations,
         "tokenizer_sha256": tokenizer.sha256,

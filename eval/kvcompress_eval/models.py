@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvcompress.codec.nested import cut_spec
 from kvcompress.codec.spec import CodecSpec
 from kvcompress.geometry import ModelGeometry
 
@@ -75,11 +76,14 @@ def end_tokens(folder: Path) -> set[int]:
     return set(ends) if isinstance(ends, list) else set() if ends is None else {int(ends)}
 
 
-def describe_models(candidates: Sequence[str | Path], baseline: str | Path | None) -> list[Model]:
+def describe_models(candidates: Sequence[str | Path], baseline: str | Path | None, kv_rank: float = 1.0) -> list[Model]:
     """Read every model folder, the baseline first.
 
+    Args:
+        kv_rank: share of the stored channels at which compressed models will run.
+
     Raises:
-        ValueError: none was given, or one is no model folder.
+        ValueError: none was given, one is no model folder, or one cannot be run at that share.
     """
     from kvcompress.checkpoint.source import resolve
 
@@ -94,24 +98,25 @@ def describe_models(candidates: Sequence[str | Path], baseline: str | Path | Non
         # A single uncompressed model is its own reference point.
         if len(given) == 1 and codec_spec(config) is None:
             role = "baseline"
-        models.append(_describe(path, folder, config, role, taken={model.name for model in models}))
+        models.append(_describe(path, folder, config, role, kv_rank, {model.name for model in models}))
     return models
 
 
-def _describe(path: str, folder: Path, config: dict[str, Any], role: str, taken: set[str]) -> Model:
+def _describe(path: str, folder: Path, config: dict[str, Any], role: str, kv_rank: float, taken: set[str]) -> Model:
     stem = Path(path.rstrip("/")).name or folder.resolve().name
     name, number = stem, 2
     while name in taken:
         name, number = f"{stem}-{number}", number + 1
     manifest = folder / MANIFEST
     spec = codec_spec(config)
+    stored = None if spec is None else cut_spec(spec, kv_rank)
     return Model(
         name=name,
         path=path,
         folder=folder,
         role=role,
         compressed=spec is not None,
-        bytes_per_token=bytes_per_token(config, spec),
+        bytes_per_token=bytes_per_token(config, stored),
         manifest_sha256=hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else None,
         context=config.get("max_position_embeddings"),
         fingerprint=fingerprint(folder),

@@ -85,6 +85,17 @@ class SideCodec:
             self.scale_HR[start:stop],
         )
 
+    def cut(self, spec: SideSpec) -> SideCodec:
+        """The first channels only, as `spec` (made by `SideSpec.cut`) has them."""
+        rank = spec.rank
+        return SideCodec(
+            spec,
+            self.mean_HD,
+            self.basis_HDR[..., :rank].contiguous(),
+            self.inverse_HRD[:, :rank].contiguous(),
+            self.scale_HR[:, :rank].contiguous(),
+        )
+
 
 @dataclass(frozen=True)
 class LayerCodec:
@@ -112,6 +123,9 @@ class LayerCodec:
 
     def to(self, device: torch.device | str) -> LayerCodec:
         return LayerCodec(self.k.to(device), self.v.to(device))
+
+    def cut(self, spec: LayerSpec) -> LayerCodec:
+        return LayerCodec(self.k.cut(spec.k), self.v.cut(spec.v))
 
     def heads(self, start: int, stop: int) -> LayerCodec:
         return LayerCodec(self.k.heads(start, stop), self.v.heads(start, stop))

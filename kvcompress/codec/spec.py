@@ -89,6 +89,16 @@ class SideSpec:
         """Channels kept."""
         return sum(band.width for band in self.bands)
 
+    def cut(self, share: float) -> SideSpec:
+        """The first channels: a share of those kept, in whole groups, at least one group."""
+        left = max(CHANNEL_GROUP, round(share * self.rank / CHANNEL_GROUP) * CHANNEL_GROUP)
+        bands = []
+        for bits, width in self.bands:
+            if left > 0:
+                bands.append(Band(bits, min(width, left)))
+            left -= width
+        return SideSpec(tuple(bands), self.outliers)
+
     @property
     def has_gain(self) -> bool:
         return self.bands[0].bits not in FLOAT_BITS
@@ -185,6 +195,10 @@ class LayerSpec:
             "bands": [list(band) for band in side.bands],
             "outliers": side.outliers,
         }
+
+    def cut(self, share: float) -> LayerSpec:
+        """What is left at a smaller rank: bases are nested, so any first channels are a codec of their own."""
+        return LayerSpec(self.num_kv_heads, self.head_dim, self.k.cut(share), self.v.cut(share))
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -8,10 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
+from pydantic import Field
+
 from kvcompress.checkpoint.safetensors_file import DTYPE_BITS
 from kvcompress.codec.spec import CHANNEL_GROUP, CacheSpec, LayerSpec, SideSpec
 from kvcompress.geometry import ModelGeometry
 from kvcompress.recipe import Kind, StageConfig
+from kvcompress.training import MICRO_TOKENS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +28,23 @@ if TYPE_CHECKING:
     from kvcompress.methods.context import Context
 
 C = TypeVar("C", bound=StageConfig)
+
+
+class TrainedConfig(StageConfig):
+    """A stage that trains, with the loop of `kvcompress.training`. Subclasses add what differs."""
+
+    whole_models: ClassVar[int]
+    """Copies of the whole model in float32 that are in memory, gradients and optimizer included."""
+
+    batch: int = Field(4, ge=1, description="samples per step, over all processes")
+    samples: int = Field(256, ge=1, description="training samples, cut from the calibration text")
+    length: int = Field(256, ge=2, description="tokens per training sample")
+    recompute: bool = Field(False, description="gradient checkpointing: less memory, a third more time")
+
+    @property
+    def tokens_at_a_time(self) -> int:
+        """Tokens whose activations are in memory together."""
+        return min(self.batch, max(1, MICRO_TOKENS // self.length)) * self.length
 
 
 @dataclass(frozen=True)
@@ -154,7 +174,7 @@ class Method(ABC, Generic[C]):
 
 
 class TransformMethod(Method[C]):
-    """The checkpoint itself changes: kinds `weights` and `attention`."""
+    """The checkpoint itself changes: kinds `weights`, `attention` and `heal`."""
 
     @abstractmethod
     def outline(self, config: C, before: Outline) -> Outline:

@@ -27,8 +27,12 @@ class Context:
 
     checkpoint: Checkpoint
     """The model as the stages before have left it."""
+    original: Checkpoint
+    """The model as it was given: what training distils from."""
     geometry: ModelGeometry
     calibration: Calibration
+    sample: Callable[[int, int], Calibration]
+    """More of the calibration text: so many samples of so many tokens, for training."""
     compressed_layers: Sequence[int]
     """Decoder layers that get a codec."""
     seed: int

@@ -88,9 +88,10 @@ def _principal_axes(mean_HD: Tensor, covariance_HDD: Tensor, moment_HDD: Tensor 
     import torch
 
     covariance = covariance_HDD.double()
-    root, inverse_root = _square_roots(
-        torch.eye(covariance.shape[-1], dtype=torch.float64) if moment_HDD is None else moment_HDD.double()
-    )
+    if moment_HDD is None:
+        root = inverse_root = torch.eye(covariance.shape[-1], dtype=torch.float64)
+    else:
+        root, inverse_root = _square_roots(moment_HDD.double())
     variance, axes = torch.linalg.eigh(root @ covariance @ root)
     variance, axes = variance.flip(-1).clamp_min(0.0), axes.flip(-1)
     # An eigenvector's sign is arbitrary; fixing it makes the same statistics give the same bytes.

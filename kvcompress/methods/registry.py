@@ -7,6 +7,8 @@ from typing import Any
 from kvcompress.methods.base import EncodingMethod, Method, ModelBasis
 from kvcompress.methods.fwsvd import Fwsvd
 from kvcompress.methods.gear import Gear
+from kvcompress.methods.heal import Heal
+from kvcompress.methods.matryoshka import Matryoshka
 from kvcompress.methods.pca import Pca
 from kvcompress.methods.scalar import Scalar
 from kvcompress.methods.transmla import TransMla
@@ -14,7 +16,7 @@ from kvcompress.methods.xkv import Xkv
 from kvcompress.recipe import Recipe, StageConfig
 
 METHODS: dict[str, Method[Any]] = {
-    method.name: method for method in (Fwsvd(), TransMla(), Pca(), Xkv(), Scalar(), Gear())
+    method.name: method for method in (Fwsvd(), TransMla(), Heal(), Matryoshka(), Pca(), Xkv(), Scalar(), Gear())
 }
 
 

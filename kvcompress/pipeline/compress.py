@@ -32,6 +32,7 @@ from kvcompress.pipeline import plan as planning
 from kvcompress.pipeline import stages
 from kvcompress.pipeline.card import model_card
 from kvcompress.recipe import Recipe
+from kvcompress.training import distributed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
     from kvcompress.pipeline.plan import Plan
 
 RECIPE_FILE = "kvcompress/recipe.yaml"
+Sampler = Callable[[int, int], corpus.Calibration]
+"""So many samples of so many tokens of the calibration text."""
+
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -77,7 +81,8 @@ def compress(model: str, recipe: Recipe, out: str | Path, options: Options, prog
     checkpoint = Checkpoint.open(model)
     length = min(options.length, int(checkpoint.config.get("max_position_embeddings") or options.length))
     plan = planning.make(checkpoint, recipe, model, calibration_tokens=options.samples * length)
-    calibration = _calibration(checkpoint, plan, options, length)
+    sample = _sampler(checkpoint, plan, options)
+    calibration = sample(options.samples, length)
     progress("hashing the base model", 0, 1)
     parent = Parent.of(checkpoint, model)
     record = Calibration(
@@ -94,8 +99,8 @@ def compress(model: str, recipe: Recipe, out: str | Path, options: Options, prog
         return plan
     target = check_output(out, resume=options.resume)
     check_free_space(target, _bytes_to_write(checkpoint, plan, options.samples * length))
-    with WorkDir.open(target, inputs, resume=options.resume) as work:
-        context = _context(plan, calibration, options, work, progress)
+    with distributed.leading(), WorkDir.open(target, inputs, resume=options.resume) as work:
+        context = _context(plan, checkpoint, sample, calibration, options, work, progress)
         final = stages.run(recipe, checkpoint, lambda source, position: context(source, f"stage-{position}"))
         spec, tensors, layers = _cache_codec(plan, context(final, "codec"))
         digests = writer.copy_shards(final, work, progress=stages.bytes_progress(progress, final.weights_bytes))
@@ -134,15 +139,23 @@ def _bytes_per_token(plan: Plan, spec: CodecSpec) -> BytesPerToken:
 
 
 def _context(
-    plan: Plan, calibration: corpus.Calibration, options: Options, work: WorkDir, progress: Progress
+    plan: Plan,
+    original: Checkpoint,
+    sample: Sampler,
+    calibration: corpus.Calibration,
+    options: Options,
+    work: WorkDir,
+    progress: Progress,
 ) -> Callable[[Checkpoint, str], Context]:
     """Makes a stage's context from the checkpoint it works on and its name."""
 
     def make(checkpoint: Checkpoint, unit: str) -> Context:
         return Context(
             checkpoint=checkpoint,
+            original=original,
             geometry=ModelGeometry.from_config(checkpoint.config),
             calibration=calibration,
+            sample=sample,
             compressed_layers=[index for index, layer in enumerate(plan.spec.layers) if layer is not None],
             seed=options.seed,
             device=options.device,
@@ -155,7 +168,8 @@ def _context(
     return make
 
 
-def _calibration(checkpoint: Checkpoint, plan: Plan, options: Options, length: int) -> corpus.Calibration:
+def _sampler(checkpoint: Checkpoint, plan: Plan, options: Options) -> Sampler:
+    """Cuts samples of the calibration text; `length` is capped by the model's context."""
     from transformers import AutoTokenizer
 
     try:
@@ -163,15 +177,14 @@ def _calibration(checkpoint: Checkpoint, plan: Plan, options: Options, length: i
     except (OSError, ValueError) as error:
         reason = str(error).split("\n")[0]
         raise ValueError(f"{checkpoint.path} has no tokenizer that transformers can read ({reason})") from None
-    return corpus.build(
-        options.calibration,
-        tokenizer,
-        options.samples,
-        length,
-        plan.geometry.max_position_embeddings,
-        options.seed,
-        int(checkpoint.config["vocab_size"]),
-    )
+    longest = plan.geometry.max_position_embeddings
+
+    def sample(samples: int, length: int) -> corpus.Calibration:
+        vocabulary = int(checkpoint.config["vocab_size"])
+        size = min(length, longest)
+        return corpus.build(options.calibration, tokenizer, samples, size, longest, options.seed, vocabulary)
+
+    return sample
 
 
 def _cache_codec(plan: Plan, context: Context) -> tuple[CodecSpec, dict[str, Tensor], list[dict[str, Any]]]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from kvcompress.checkpoint.reader import Checkpoint, refuse_compressed
 from kvcompress.codec.spec import CacheSpec, CodecSpec
 from kvcompress.geometry import ModelGeometry
+from kvcompress.methods.base import TrainedConfig
 from kvcompress.methods.registry import basis_of, encoding_of
 from kvcompress.pipeline import stages
 from kvcompress.recipe import Recipe
@@ -16,6 +18,8 @@ DEFAULT_CONTEXT = 32768
 _GIB = 1 << 30
 _RUNTIME_BYTES = 500 << 20
 """Resident size of Python with torch and transformers imported and a tokenizer loaded, before any work."""
+_KEPT, _RECOMPUTED, _LOGITS = 40, 2, 6
+"""Values a training step keeps per token: times hidden size and layers (all, or inputs only), and times vocabulary."""
 _COMPUTE_BYTES = 4
 """Calibration runs in float32 unless asked otherwise."""
 
@@ -113,7 +117,9 @@ def make(
         weights_bytes=checkpoint.weights_bytes,
         compressed_weights_bytes=after.weights_bytes,
         base_bytes_per_token=base.kv_bytes_per_token(),
-        peak_rss_bytes=_peak_rss(checkpoint, recipe, geometry, calibration_tokens),
+        peak_rss_bytes=max(
+            _peak_rss(checkpoint, recipe, geometry, calibration_tokens), _training_rss(checkpoint, recipe)
+        ),
         context=context,
         memory_bytes=memory_bytes,
     )
@@ -190,3 +196,17 @@ def _peak_rss(checkpoint: Checkpoint, recipe: Recipe, geometry: ModelGeometry, c
     basis, basis_stage = basis_of(recipe)
     fit, _ = basis.fit_bytes(basis_stage, geometry, calibration_tokens)
     return _RUNTIME_BYTES + max(layers.values(), default=0) + hidden + fit
+
+
+def _training_rss(checkpoint: Checkpoint, recipe: Recipe) -> int:
+    """Runtime, whole models in float32, and activations: logits a few times over, and what a layer keeps."""
+    config = checkpoint.config
+    parameters = sum(math.prod(info.shape) for info in checkpoint.tensors.values())
+    peak = 0
+    for stage in recipe.stages:
+        if isinstance(stage, TrainedConfig):
+            kept = _RECOMPUTED if stage.recompute else _KEPT
+            layers = kept * int(config["num_hidden_layers"]) * int(config["hidden_size"])
+            token = layers + _LOGITS * int(config["vocab_size"])
+            peak = max(peak, _RUNTIME_BYTES + 4 * (stage.whole_models * parameters + stage.tokens_at_a_time * token))
+    return peak

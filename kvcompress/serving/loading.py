@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,24 @@ from kvcompress.checkpoint.reader import CONFIG_VERSION, is_compressed
 from kvcompress.checkpoint.safetensors_file import load_tensors
 from kvcompress.checkpoint.verify import CODEC_FILE
 from kvcompress.codec.forms import CacheCodec, from_tensors
+from kvcompress.codec.nested import check_share, cut_codecs, cut_spec
 from kvcompress.codec.spec import CodecSpec
+
+KV_RANK = "KVCOMPRESS_KV_RANK"
+"""Environment variable: the share of the stored channels at which vLLM serves."""
+
+
+def kv_rank() -> float:
+    """What `KV_RANK` says; 1 where it is not set.
+
+    Raises:
+        ValueError: it is no share.
+    """
+    text = os.environ.get(KV_RANK) or "1"
+    try:
+        return check_share(float(text))
+    except ValueError:
+        raise ValueError(f"found {KV_RANK}={text}; expected a share of the stored channels, such as 0.5") from None
 
 
 def read_spec(config: Mapping[str, Any]) -> CodecSpec:
@@ -31,12 +49,13 @@ def read_spec(config: Mapping[str, Any]) -> CodecSpec:
     return CodecSpec.from_json(section["codec"])
 
 
-def load_codec(directory: Path, spec: CodecSpec | None = None) -> list[CacheCodec | None]:
+def load_codec(directory: Path, spec: CodecSpec | None = None, kv_rank: float = 1.0) -> list[CacheCodec | None]:
     """Every layer's codec; None where the layer keeps an ordinary cache.
 
     Args:
         directory: a compressed checkpoint.
         spec: its description, if the caller has read it from config.json already.
+        kv_rank: share of the stored channels to keep; the codec is cut as it is loaded.
 
     Raises:
         ValueError: the folder is not a compressed checkpoint, or its codec file does not fit its config.json.
@@ -49,4 +68,4 @@ def load_codec(directory: Path, spec: CodecSpec | None = None) -> list[CacheCode
     path = directory / CODEC_FILE
     if not path.is_file():
         raise ValueError(f"{path} is missing; the folder is not a complete compressed checkpoint")
-    return from_tensors(spec, load_tensors(path))
+    return cut_codecs(from_tensors(spec, load_tensors(path)), cut_spec(spec, kv_rank))

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from kvcompress_cli import main
@@ -215,6 +216,32 @@ def test_serve_refuses_a_plain_checkpoint(run: Run, base_model: Path) -> None:
     code, _, stderr = run("serve", base_model, "--port", "1")
     assert code == 2
     assert "not compressed" in stderr
+
+
+def test_serve_passes_the_kv_rank_on(run: Run, compressed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvcompress_cli import serve
+
+    from kvcompress.serving.loading import KV_RANK, kv_rank
+
+    started: list[list[str]] = []
+
+    def exec_instead(_: str, arguments: list[str]) -> None:
+        started.append(arguments)
+        raise SystemExit(0)
+
+    monkeypatch.setenv(KV_RANK, "1")
+    monkeypatch.setattr(serve.os, "execv", exec_instead)
+    monkeypatch.setattr(serve, "_server", lambda directory: ["server", directory])
+    monkeypatch.setattr(serve.metadata, "entry_points", lambda group: [SimpleNamespace(name="kvcompress")])
+    assert run("serve", compressed, "--kv-rank", "0.5", "--port", "1")[0] == 0
+    assert started[0][-3:] == [str(compressed), "--port", "1"]
+    assert kv_rank() == 0.5
+    code, _, stderr = run("serve", compressed, "--kv-rank", "1.5")
+    assert code == 2
+    assert "found KV rank 1.5" in stderr
+    monkeypatch.setenv(KV_RANK, "half")
+    with pytest.raises(ValueError, match="found KVCOMPRESS_KV_RANK=half"):
+        kv_rank()
 
 
 def test_full_disk(run: Run, base_model: Path, recipe_file: Path, tmp_path: Path) -> None:

@@ -22,7 +22,9 @@ tiny models that moves logits by up to 0.001 standard deviations, measured by fe
 CANDIDATES = 24
 
 
-def greedy(model_dir: Path, lengths: Sequence[int], tokens: int = 64, seed: int = 0) -> tuple[list, list]:
+def greedy(
+    model_dir: Path, lengths: Sequence[int], tokens: int = 64, seed: int = 0, kv_rank: float = 1.0
+) -> tuple[list, list]:
     """Prompts of the given lengths and what the transformers path generates after each.
 
     Of `CANDIDATES` random prompts of each length, the one with the largest smallest margin.
@@ -34,7 +36,7 @@ def greedy(model_dir: Path, lengths: Sequence[int], tokens: int = 64, seed: int 
     for length in lengths:
         generator = torch.Generator().manual_seed(1000 * seed + length)
         candidates = torch.randint(2, tiny.VOCABULARY, (CANDIDATES, length), generator=generator)
-        cache = CompressedCache.from_pretrained(model_dir) if compressed else DynamicCache()
+        cache = CompressedCache.from_pretrained(model_dir, kv_rank) if compressed else DynamicCache()
         output, margin = generate(model, cache, candidates, tokens)
         best = int(margin.argmax())
         assert margin[best] >= MARGIN, f"no clear prompt of {length} tokens: margin {margin[best]:.4f}; change the seed"

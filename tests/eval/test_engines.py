@@ -15,6 +15,7 @@ import torch
 from kvcompress_eval.engines import Engine, open_engine
 from kvcompress_eval.engines import transformers_engine as module
 from kvcompress_eval.engines.base import contains_all
+from kvcompress_eval.models import describe_models
 from kvcompress_eval.tokenizer import TextTokenizer
 
 from kvcompress.serving.transformers import CompressedCache
@@ -98,6 +99,22 @@ def test_compressed_scores_see_every_token_as_stored(compressed: Path, base: Pat
     plain = engine_on(base, tokenizer).score(tokens, distribution=True)
     assert plain.distribution_TV is not None
     assert np.abs(plain.distribution_TV - scores.distribution_TV).max() > 0.01, "compression must show"
+
+
+def test_a_smaller_kv_rank_is_what_the_cache_gives(compressed: Path, base: Path, tokenizer: TextTokenizer) -> None:
+    engine = open_engine("transformers", compressed, tokenizer, max_context=512, kv_rank=0.5)
+    cache = CompressedCache.from_pretrained(compressed, kv_rank=0.5)
+    with torch.no_grad():
+        logits = tiny.load_model(compressed)(torch.tensor([TOKENS[:-1]]), past_key_values=cache).logits[0]
+    scores = engine.score(TOKENS, distribution=True)
+    assert scores.distribution_TV is not None
+    np.testing.assert_allclose(scores.distribution_TV, logits.log_softmax(-1).numpy(), atol=2e-4)
+    whole = engine_on(compressed, tokenizer).score(TOKENS, distribution=True).distribution_TV
+    assert np.abs(scores.distribution_TV - whole).max() > 0.01
+    full, half = (describe_models([compressed], base, rank)[1].bytes_per_token for rank in (1.0, 0.5))
+    assert half == CompressedCache.from_pretrained(compressed, kv_rank=0.5).layers[0].codec.spec.bytes_per_token * 4
+    assert full is not None
+    assert half < 0.6 * full
 
 
 def test_sequences_do_not_leak_into_each_other(compressed: Path, tokenizer: TextTokenizer) -> None:

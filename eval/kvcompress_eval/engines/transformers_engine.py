@@ -29,6 +29,7 @@ class TransformersEngine:
             slow in bfloat16.
         device: torch device, or auto.
         cache: a cache of `baseline_caches` for a plain model, to compare with.
+        kv_rank: share of a compressed model's stored channels to use.
     """
 
     name = "transformers"
@@ -43,6 +44,7 @@ class TransformersEngine:
         dtype: str = "auto",
         device: str = "auto",
         cache: str | None = None,
+        kv_rank: float = 1.0,
     ) -> None:
         import torch
         from transformers import AutoModelForCausalLM
@@ -55,7 +57,7 @@ class TransformersEngine:
         if dtype == "auto" and device == "cpu":
             dtype = "float32"
         self._tokenizer = tokenizer
-        self._new_empty_cache = cache_factory(model, cache)
+        self._new_empty_cache = cache_factory(model, cache, kv_rank)
         self._model: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, trust_remote_code=False)
         self._model.to(device).eval()
         ends = self._model.generation_config.eos_token_id
@@ -150,7 +152,7 @@ def _scoring_steps(cache: Any, tokens: int) -> list[int]:
     return [min(PREFILL_CHUNK, tokens - start) for start in range(0, tokens, PREFILL_CHUNK)]
 
 
-def cache_factory(model: Path, baseline: str | None = None) -> Callable[[], Any]:
+def cache_factory(model: Path, baseline: str | None = None, kv_rank: float = 1.0) -> Callable[[], Any]:
     """A function that makes an empty cache for one sequence.
 
     Raises:
@@ -169,5 +171,5 @@ def cache_factory(model: Path, baseline: str | None = None) -> Callable[[], Any]
     from kvcompress.serving.loading import load_codec
     from kvcompress.serving.transformers import CompressedCache
 
-    codecs = load_codec(model)
+    codecs = load_codec(model, kv_rank=kv_rank)
     return lambda: CompressedCache(codecs)

@@ -31,6 +31,7 @@ class VllmEngine:
         model: folder of a plain or compressed checkpoint.
         max_context: longest prompt plus continuation in tokens.
         dtype: torch dtype name, or auto.
+        kv_rank: share of a compressed model's stored channels to use.
         options: further arguments of `vllm.LLM`.
     """
 
@@ -39,8 +40,16 @@ class VllmEngine:
     has_distribution = False
 
     def __init__(
-        self, model: Path, tokenizer: TextTokenizer, *, max_context: int, dtype: str = "auto", **options: Any
+        self,
+        model: Path,
+        tokenizer: TextTokenizer,
+        *,
+        max_context: int,
+        dtype: str = "auto",
+        kv_rank: float = 1.0,
+        **options: Any,
     ) -> None:
+        os.environ["KVCOMPRESS_KV_RANK"] = f"{kv_rank:g}"  # the plug-in's only way to learn of it
         for key, value in ENVIRONMENT.items():
             os.environ.setdefault(key, value)
         try:

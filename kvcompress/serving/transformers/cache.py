@@ -64,13 +64,16 @@ class CompressedCache(Cache):  # type: ignore[misc]
         super().__init__(layers=_layers(codecs))
 
     @classmethod
-    def from_pretrained(cls, model: str | Path) -> CompressedCache:
+    def from_pretrained(cls, model: str | Path, kv_rank: float = 1.0) -> CompressedCache:
         """An empty cache for a compressed checkpoint (a folder or a hub id).
 
+        Args:
+            kv_rank: share of the stored channels to keep; less memory, more loss.
+
         Raises:
-            ValueError: not a compressed checkpoint, or a damaged one.
+            ValueError: not a compressed checkpoint, a damaged one, or one that cannot be cut.
         """
-        return cls(load_codec(resolve(str(model))))
+        return cls(load_codec(resolve(str(model)), kv_rank=kv_rank))
 
     @property
     def nbytes(self) -> int:

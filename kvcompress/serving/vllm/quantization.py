@@ -13,10 +13,11 @@ import torch
 
 from kvcompress.checkpoint.reader import QUANT_METHOD
 from kvcompress.codec.gear_spec import BlockSpec
+from kvcompress.codec.nested import cut_spec
 from kvcompress.codec.shared_spec import SharedSpec
 from kvcompress.codec.spec import CacheSpec, LayerSpec
 from kvcompress.modeling.low_rank import ranks_of
-from kvcompress.serving.loading import read_spec
+from kvcompress.serving.loading import kv_rank, read_spec
 from kvcompress.serving.vllm import compat, gear_backend, limits, shared_backend
 from kvcompress.serving.vllm.backend import CompressedAttentionBackend, CompressedAttentionImpl
 from kvcompress.serving.vllm.cache_spec import cache_spec
@@ -31,7 +32,8 @@ class KVCompressConfig(compat.QuantizationConfig):  # type: ignore[misc]
 
     def __init__(self, section: dict[str, Any]) -> None:
         super().__init__()
-        self.codec_spec = read_spec({"quantization_config": section})
+        self.stored_spec = read_spec({"quantization_config": section})
+        self.codec_spec = cut_spec(self.stored_spec, kv_rank())
         self.ranks = ranks_of({"quantization_config": section})
         self._startup: Startup | None = None
 
@@ -73,7 +75,7 @@ class KVCompressConfig(compat.QuantizationConfig):  # type: ignore[misc]
         if isinstance(known, CompressedCacheMethod):
             return known
         if self._startup is None:
-            self._startup = Startup.begin(compat.get_current_vllm_config(), self.codec_spec)
+            self._startup = Startup.begin(compat.get_current_vllm_config(), self.stored_spec, self.codec_spec)
         index = compat.extract_layer_index(prefix)
         if index >= len(self.codec_spec.layers):
             raise ValueError(

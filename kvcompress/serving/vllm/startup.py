@@ -16,6 +16,7 @@ import torch
 
 from kvcompress.checkpoint.verify import require_verified, verify_codec
 from kvcompress.codec.forms import CacheCodec
+from kvcompress.codec.nested import cut_codecs
 from kvcompress.codec.shared_spec import SharedSpec
 from kvcompress.codec.spec import CacheSpec, CodecSpec
 from kvcompress.serving.loading import load_codec
@@ -38,8 +39,12 @@ class Startup:
     _reported: bool = False
 
     @classmethod
-    def begin(cls, vllm_config: compat.VllmConfig, spec: CodecSpec) -> Startup:
+    def begin(cls, vllm_config: compat.VllmConfig, stored: CodecSpec, spec: CodecSpec) -> Startup:
         """Check and load everything that does not depend on a particular layer.
+
+        Args:
+            stored: the codec as the checkpoint has it.
+            spec: the same, or cut to a smaller rank.
 
         Raises:
             ValueError: the engine cannot serve this codec, or the checkpoint is not what was compressed.
@@ -50,7 +55,7 @@ class Startup:
             check_files(directory)
         # vLLM builds models under a default device; a codec waits on the CPU until the weights are there.
         with torch.device("cpu"):
-            codecs = load_codec(directory, spec)
+            codecs = cut_codecs(load_codec(directory, stored), spec)
             limits.check_rope(vllm_config, codecs)
         return cls(vllm_config, codecs)
 
