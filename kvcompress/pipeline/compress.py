@@ -199,7 +199,8 @@ def _summary(plan: Plan, index: int, spec: CodecSpec, errors: dict[str, float]) 
 
 
 def _bytes_to_write(checkpoint: Checkpoint, plan: Plan, tokens: int) -> int:
-    """Shards, the codec twice (scratch and final), and the hidden states of two layers."""
+    """Shards, once more for every stage that changes them, the codec twice, and the hidden states of two layers."""
     geometry = plan.geometry
     codec = 2 * geometry.num_layers * geometry.num_kv_heads * (2 * geometry.head_dim**2 + 2 * geometry.head_dim) * 4
-    return plan.weights_bytes + 2 * codec + 2 * tokens * geometry.hidden_size * 4 + (1 << 20)
+    copies = 1 + sum(1 for _ in stages.transforms(plan.recipe))
+    return copies * plan.weights_bytes + 2 * codec + 2 * tokens * geometry.hidden_size * 4 + (1 << 20)
