@@ -217,10 +217,13 @@ def _summary(plan: Plan, index: int, spec: CodecSpec, errors: dict[str, float]) 
 
 
 def _bytes_to_write(checkpoint: Checkpoint, plan: Plan, tokens: int) -> int:
-    """Shards, the codec twice (scratch and final), the hidden states of two layers, and what a fit keeps on disk."""
+    """Shards, once more for every stage that changes them, the codec twice (scratch and final), the hidden states of
+    two layers, and what a fit keeps on disk.
+    """
     geometry = plan.geometry
     per_head = geometry.num_kv_heads * (2 * geometry.head_dim**2 + 2 * geometry.head_dim) * 4 * 2
     codec = sum(getattr(layer, "tensor_bytes", per_head) for layer in plan.spec.layers)
     basis, basis_stage = basis_of(plan.recipe)
     _, fit = basis.fit_bytes(basis_stage, geometry, tokens)
-    return plan.weights_bytes + 2 * codec + fit + 2 * tokens * geometry.hidden_size * 4 + (1 << 20)
+    copies = 1 + sum(1 for _ in stages.transforms(plan.recipe))
+    return copies * plan.weights_bytes + 2 * codec + fit + 2 * tokens * geometry.hidden_size * 4 + (1 << 20)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from kvcompress import recipe as recipes
-from kvcompress.methods import registry
+from kvcompress.methods import fwsvd, registry
+from kvcompress.methods.ranks import Ranks, Shape
 from kvcompress.modeling.low_rank import ranks_of
 from kvcompress.pipeline import compress as compressing
 from tests import tiny
@@ -49,6 +50,17 @@ def test_same_tokens_as_transformers(architecture: str, targets: str, more: str,
     result = vllm_engine.run(model, prompts, prompts, max_tokens=48, max_num_batched_tokens=24)
     assert result["tokens"] == [expected] * 2
     assert result["metrics"]["vllm:prefix_cache_hits"] > 0
+
+
+def test_factors_of_full_rank_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(shapes: list[Shape], removed: float) -> Ranks:
+        return [min(shape.out_features, shape.in_features) for shape in shapes]
+
+    monkeypatch.setattr(fwsvd, "uniform", full)
+    model = factored(tmp_path, "Llama", "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj")
+    assert len(ranks_of(json.loads((model / "config.json").read_text()))) == tiny.NUM_LAYERS * 7
+    prompts, expected = reference.greedy(tmp_path / "base", LENGTHS, 48)
+    assert vllm_engine.run(model, prompts, max_tokens=48)["tokens"] == [expected]
 
 
 def test_two_tensor_parallel_ranks_share_one_kv_head(tmp_path: Path) -> None:

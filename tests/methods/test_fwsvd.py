@@ -105,14 +105,14 @@ def test_every_setting_takes_the_planned_bytes_and_runs(
 
 def test_activation_weighting_minimises_the_outputs_error(base_model: Path, tmp_path: Path) -> None:
     """In the first layer, whose inputs are the base model's: the stored factors against the optimum on real inputs."""
-    out = compress(base_model, tmp_path / "out", stage(weighting="activation", ranks="uniform", removed=0.4))
+    more = {"samples": 8, "length": 64}
+    out = compress(base_model, tmp_path / "out", stage(weighting="activation", ranks="uniform", removed=0.4), **more)
     given: list[Tensor] = []
     model = tiny.load_model(base_model)
     module = model.model.layers[0].self_attn.q_proj
     module.register_forward_pre_hook(lambda _, args: given.append(args[0].flatten(0, 1)))
     plan = planning.make(Checkpoint.open(base_model), recipe(), str(base_model))
-    options = compressing.Options(**OPTIONS)
-    calibration = compressing._calibration(Checkpoint.open(base_model), plan, options, OPTIONS["length"])
+    calibration = compressing._calibration(Checkpoint.open(base_model), plan, compressing.Options(**more), 64)
     with torch.no_grad():
         model(torch.from_numpy(calibration.tokens_NT))
     inputs_TI, weight = given[0].double(), module.weight.detach().double()
@@ -208,7 +208,7 @@ def test_composes_with_a_cache_codec_and_a_second_stage(base_model: Path, tmp_pa
     text = (
         stage(weighting="activation", removed=0.3, targets="[gate_proj, up_proj, down_proj]")
         + stage(weighting="fisher", removed=0.1, targets="[q_proj, o_proj]")
-        + "  - method: pca\n  - method: scalar\n    bits: 8\n"
+        + "  - method: pca\n    metric: none\n  - method: scalar\n    bits: 16\n"
     )
     out = compress(base_model, tmp_path / "out", text)
     section = config_of(out)["quantization_config"]
@@ -225,7 +225,9 @@ def test_composes_with_a_cache_codec_and_a_second_stage(base_model: Path, tmp_pa
         plain, compressed = (
             model(tokens, past_key_values=cache).logits for cache in (None, CompressedCache.from_pretrained(out))
         )
-    assert float((plain - compressed).norm() / plain.norm()) < 0.05, "the codec was fitted to the factored model"
+    assert float((plain - compressed).norm() / plain.norm()) < 5e-3
+    # Errors were measured on the factored model; on another one's keys and values they would be far from zero.
+    assert all(layer["relative_error"] < 5e-3 for layer in Manifest.load(out).layers)
     card = (out / "README.md").read_text()
     assert "unchanged" not in card
     assert "low-rank factors" in card
