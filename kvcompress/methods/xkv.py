@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import Field, StrictInt, field_validator, model_validator
+from pydantic import AfterValidator, Field, StrictInt, StrictStr, field_validator, model_validator
 
 from kvcompress.codec.shared_spec import PromptSpec, Share
 from kvcompress.codec.spec import CHANNEL_GROUP, CacheSpec
@@ -48,15 +48,22 @@ if TYPE_CHECKING:
 _STATE_TOKENS = 16384
 
 
+def _group(value: int | str) -> int | str:
+    if value != "auto" and (isinstance(value, str) or value < 1):
+        raise ValueError("expected a number of layers from 1, or auto")
+    return value
+
+
+Group = Annotated[StrictInt | StrictStr, AfterValidator(_group)]
+
+
 class XkvConfig(StageConfig):
     kind: ClassVar[Kind] = "basis"
     method: Literal["xkv"] = "xkv"
     basis: Literal["calibrated", "prompt"] = Field(
         "calibrated", description="where the basis comes from: calibration text, or each prompt (transformers only)"
     )
-    group: Annotated[StrictInt, Field(ge=1)] | Literal["auto"] = Field(
-        4, description="neighbouring layers that share a latent, or auto: as many as max_error allows"
-    )
+    group: Group = Field(4, description="neighbouring layers that share a latent, or auto: as many as max_error allows")
     max_error: float | None = Field(
         None, gt=0.0, lt=1.0, description="auto: allowed relative error of a group's keys and of its values"
     )
@@ -103,14 +110,14 @@ class Xkv(ModelBasis[XkvConfig]):
         # With auto nobody shares: what a layer takes at most.
         return [
             SharedProfile(ranks["k"], ranks["v"], member=_member(config, group, place))
-            for group in _fixed_groups(1 if config.group == "auto" else config.group, layers)
+            for group in _fixed_groups(1 if isinstance(config.group, str) else config.group, layers)
             for place in range(len(group))
         ]
 
     def own_specs(self, config: XkvConfig, geometry: ModelGeometry, layers: Sequence[int]) -> list[CacheSpec] | None:
         if config.basis == "calibrated":
             return None
-        assert config.group != "auto"
+        assert isinstance(config.group, int)
         width = geometry.num_kv_heads * geometry.head_dim
         ranks = {side: channels(getattr(config.rank, side), width) for side in ("k", "v")}
         return [
@@ -149,13 +156,13 @@ class Xkv(ModelBasis[XkvConfig]):
         if config.basis == "prompt":
             return 0, 0
         width, tokens = geometry.num_kv_heads * geometry.head_dim, min(tokens, _STATE_TOKENS)
-        layers = config.max_group if config.group == "auto" else config.group
+        layers = config.max_group if isinstance(config.group, str) else config.group
         # A moment of all layers of a group, its eigenvectors and the solver's copy; two layers' states and one more.
         memory = 8 * (4 * (layers * width) ** 2 + 4 * tokens * width)
         return memory, 2 * 4 * tokens * width * geometry.num_layers
 
     def _groups(self, config: XkvConfig, context: Context) -> list[tuple[int, ...]]:
-        if config.group != "auto":
+        if isinstance(config.group, int):
             return _fixed_groups(config.group, context.compressed_layers)
         from kvcompress.calibration.grouping import group_layers
 
