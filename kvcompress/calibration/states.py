@@ -8,10 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvcompress.calibration import MAX_STATE_TOKENS
 from kvcompress.codec.rope import Rope
-
-MAX_TOKENS = 16384
-"""Tokens kept per layer, spread over all samples: what bounds the disk space and the memory of a fit."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class StatesCollector:
     """
 
     def __init__(self, total: int, rope: Rope | None) -> None:
-        self.stride = -(-total // MAX_TOKENS)
+        self.stride = -(-total // MAX_STATE_TOKENS)
         self.rope = rope
         self.seen = 0
         self.parts: list[dict[str, Tensor]] = []

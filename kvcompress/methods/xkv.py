@@ -18,34 +18,33 @@ A step attends its own tokens as they are, earlier ones as stored, so results de
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import Field, StrictInt, field_validator, model_validator
+from pydantic import AfterValidator, Field, StrictInt, StrictStr, field_validator, model_validator
 
+from kvcompress.calibration import MAX_STATE_TOKENS
 from kvcompress.codec.shared_spec import PromptSpec, Share
 from kvcompress.codec.spec import CHANNEL_GROUP, CacheSpec
 from kvcompress.geometry import ModelGeometry
-from kvcompress.methods.base import LatentBasis, LayerBases, ModelBasis, Needs, Profile, channels
+from kvcompress.methods.base import LayerBases, ModelBasis, Needs, Profile, channels
+from kvcompress.methods.group_fit import Fitted, States, fit_side, once
 from kvcompress.methods.pca import Pca, PcaConfig, RankPair
-from kvcompress.methods.shared import (
-    Membership,
-    SharedBases,
-    SharedBasis,
-    SharedProfile,
-    metric_roots,
-    shared_bases,
-)
+from kvcompress.methods.shared import Membership, SharedProfile
 from kvcompress.recipe import Kind, StageConfig
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from kvcompress.calibration.states import LayerStates
     from kvcompress.codec.prompt import PromptCodec
     from kvcompress.methods.context import Context
 
-_STATE_TOKENS = 16384
+
+def _group(value: int | str) -> int | str:
+    if value != "auto" and (isinstance(value, str) or value < 1):
+        raise ValueError("expected a number of layers from 1, or auto")
+    return value
+
+
+Group = Annotated[StrictInt | StrictStr, AfterValidator(_group)]
 
 
 class XkvConfig(StageConfig):
@@ -54,11 +53,12 @@ class XkvConfig(StageConfig):
     basis: Literal["calibrated", "prompt"] = Field(
         "calibrated", description="where the basis comes from: calibration text, or each prompt (transformers only)"
     )
-    group: Annotated[StrictInt, Field(ge=1)] | Literal["auto"] = Field(
-        4, description="neighbouring layers that share a latent, or auto: as many as max_error allows"
-    )
+    group: Group = Field(4, description="neighbouring layers that share a latent, or auto: as many as max_error allows")
     max_error: float | None = Field(
-        None, gt=0.0, lt=1.0, description="auto: allowed relative error of a group's keys and of its values"
+        None,
+        gt=0.0,
+        lt=1.0,
+        description="auto: allowed relative error, in the metric, of a group's keys and of its values",
     )
     max_group: int = Field(8, ge=1, description="auto: layers in a group at most")
     rank: RankPair = Field(
@@ -103,14 +103,14 @@ class Xkv(ModelBasis[XkvConfig]):
         # With auto nobody shares: what a layer takes at most.
         return [
             SharedProfile(ranks["k"], ranks["v"], member=_member(config, group, place))
-            for group in _fixed_groups(1 if config.group == "auto" else config.group, layers)
+            for group in _fixed_groups(1 if isinstance(config.group, str) else config.group, layers)
             for place in range(len(group))
         ]
 
     def own_specs(self, config: XkvConfig, geometry: ModelGeometry, layers: Sequence[int]) -> list[CacheSpec] | None:
         if config.basis == "calibrated":
             return None
-        assert config.group != "auto"
+        assert isinstance(config.group, int)
         width = geometry.num_kv_heads * geometry.head_dim
         ranks = {side: channels(getattr(config.rank, side), width) for side in ("k", "v")}
         return [
@@ -139,35 +139,34 @@ class Xkv(ModelBasis[XkvConfig]):
         return [PromptCodec(spec, rope) for spec in specs or [] if isinstance(spec, PromptSpec)]
 
     def fit_model(self, config: XkvConfig, context: Context) -> dict[int, LayerBases]:
+        from kvcompress.codec.rope import Rope
+
+        states = {side: States(context, side, config.metric, config.center, config.sink) for side in ("k", "v")}
+        rope = Rope.of(context.model_config()) if config.share == "kv" else None
+        ranks = _ranks(config, context.geometry)
         bases: dict[int, LayerBases] = {}
-        for group in self._groups(config, context):
+        for group in _groups(config, context, states):
+
+            def fit(group: tuple[int, ...] = group) -> Fitted:
+                values = fit_side(states["v"], group, _stripe(config, ranks["v"], len(group)))
+                if config.share == "kv":
+                    return fit_side(states["k"], group, _stripe(config, ranks["k"], len(group))), values
+                pca = PcaConfig(metric=config.metric)
+                return [Pca().fit(pca, context.statistics(index))[0].cut(ranks["k"]) for index in group], values
+
             context.progress("fitting layers", len(bases), len(context.compressed_layers))
-            bases |= _fit_group(config, context, group)
+            members = [_member(config, group, place) for place in range(len(group))]
+            bases |= once(context, group, members, rope, fit)
         return bases
 
     def fit_bytes(self, config: XkvConfig, geometry: ModelGeometry, tokens: int) -> tuple[int, int]:
         if config.basis == "prompt":
             return 0, 0
-        width, tokens = geometry.num_kv_heads * geometry.head_dim, min(tokens, _STATE_TOKENS)
-        layers = config.max_group if config.group == "auto" else config.group
+        width, tokens = geometry.num_kv_heads * geometry.head_dim, min(tokens, MAX_STATE_TOKENS)
+        layers = config.max_group if isinstance(config.group, str) else config.group
         # A moment of all layers of a group, its eigenvectors and the solver's copy; two layers' states and one more.
         memory = 8 * (4 * (layers * width) ** 2 + 4 * tokens * width)
         return memory, 2 * 4 * tokens * width * geometry.num_layers
-
-    def _groups(self, config: XkvConfig, context: Context) -> list[tuple[int, ...]]:
-        if config.group != "auto":
-            return _fixed_groups(config.group, context.compressed_layers)
-        from kvcompress.calibration.grouping import group_layers
-
-        assert config.max_error is not None
-        ranks = _ranks(config, context.geometry)
-        sides = {side: ranks[side] for side in ("k", "v") if side == "v" or config.share == "kv"}
-
-        def blocks(index: int) -> dict[str, Tensor]:
-            states = context.states(index).after(config.sink)
-            return {side: _centred(config, _side(states, side))[1] for side in sides}
-
-        return group_layers(list(context.compressed_layers), blocks, sides, config.max_error, config.max_group)
 
 
 def _ranks(config: XkvConfig, geometry: ModelGeometry) -> dict[str, int]:
@@ -197,50 +196,22 @@ def _member(config: XkvConfig, group: tuple[int, ...], place: int) -> Membership
     return Membership(group, place, config.share, config.sink, config.recent)
 
 
-def _side(states: LayerStates, side: str) -> Tensor:
-    """One side's states `[tokens, heads, head_dim]`."""
-    found = states.values_THD if side == "v" else states.keys_THD
-    assert found is not None, "keys were not captured"
-    return found
+def _groups(config: XkvConfig, context: Context, states: Mapping[str, States]) -> list[tuple[int, ...]]:
+    if isinstance(config.group, int):
+        return _fixed_groups(config.group, context.compressed_layers)
+    from kvcompress.calibration.grouping import group_layers
 
-
-def _centred(config: XkvConfig, x_THD: Tensor) -> tuple[Tensor, Tensor]:
-    """(mean_HD, states less the mean as tokens x channels), float64."""
-    x = x_THD.double()
-    mean_HD = x.mean(0) if config.center else x.new_zeros(x.shape[1:])
-    return mean_HD, (x - mean_HD).flatten(1)
-
-
-def _fit_group(config: XkvConfig, context: Context, group: tuple[int, ...]) -> dict[int, LayerBases]:
-    from kvcompress.codec.rope import Rope
-
+    assert config.max_error is not None
     ranks = _ranks(config, context.geometry)
-    values = _fit_side(config, context, group, "v", _stripe(config, ranks["v"], len(group)))
-    if config.share == "kv":
-        rope = Rope.of(context.model_config())
-        stripe = _stripe(config, ranks["k"], len(group))
-        keys: Sequence[LatentBasis] = _fit_side(config, context, group, "k", stripe)
-    else:
-        rope, pca = None, PcaConfig(metric=config.metric)
-        keys = [Pca().fit(pca, context.statistics(index))[0].cut(ranks["k"]) for index in group]
-    return {
-        index: SharedBases(keys[place], values[place], member=_member(config, group, place), rope=rope)
-        for place, index in enumerate(group)
-    }
-
-
-def _fit_side(config: XkvConfig, context: Context, group: tuple[int, ...], side: str, rank: int) -> list[SharedBasis]:
-    """Every layer's part in the truncated SVD of the group's states, in the metric asked for."""
-    from kvcompress.calibration.joint import joint_axes
-
-    means: dict[int, Tensor] = {}
-
-    def states(index: int) -> Tensor:
-        means[index], centred_TX = _centred(config, _side(context.states(index).after(config.sink), side))
-        return centred_TX
-
-    roots = [metric_roots(context.statistics(index), side, config.metric) for index in group]
-    axes_WXR, variance_R = joint_axes(
-        group, lambda index: states(index) @ roots[group.index(index)][0], len(group) * rank
-    )
-    return shared_bases([means[index] for index in group], roots, axes_WXR, variance_R)
+    sides = {side: ranks[side] for side in ("k", "v") if side == "v" or config.share == "kv"}
+    unit = f"{context.unit}-groups"
+    if not context.work.done(unit):
+        found = group_layers(
+            context.compressed_layers,
+            lambda index: {side: states[side](index) for side in sides},
+            sides,
+            config.max_error,
+            config.max_group,
+        )
+        context.work.commit(unit, {}, {"groups": found})
+    return [tuple(group) for group in context.work.data(unit)["groups"]]

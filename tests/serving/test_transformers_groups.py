@@ -180,3 +180,21 @@ def test_generate_runs_and_scores_are_taken_in_small_steps(folders: dict[str, Pa
         steps = CompressedCache.from_pretrained(folders[name]).scoring_steps(100, 2048)
         assert sum(steps) == 100
         assert steps == ([50, 50] if name.startswith("prompt") else [8] * 12 + [4])
+
+
+def test_scores_of_a_text_show_the_loss(folders: dict[str, Path], base_model: Path) -> None:
+    """In one forward pass they would be the base model's."""
+    from kvcompress_eval.engines import open_engine
+    from kvcompress_eval.tokenizer import TextTokenizer
+
+    text = tokens(1, 100)[0].tolist()
+
+    def scores(folder: Path) -> Tensor:
+        engine = open_engine("transformers", folder, TextTokenizer(base_model), max_context=512)
+        return torch.from_numpy(engine.score(text).log_probs_T)
+
+    expected = scores(base_model)
+    for name, exact in (("kv", 8), ("prompt", 50)):
+        found = scores(folders[name])
+        torch.testing.assert_close(found[:exact], expected[:exact], rtol=1e-3, atol=1e-3)
+        assert (found[exact:] - expected[exact:]).abs().mean() > 0.05
