@@ -40,8 +40,8 @@ struct Scratch {
     float* decay;       // [rows]
     float* poison;      // [rows]: NaN for a query that is not finite, else 0
     void* tile_weights; // TileWeights[rows]
-    float* absorbed;    // [rows][key rank], where keys have outliers
-    float* exact;       // [rows][value rank]: what outliers add to the sums, where values have any
+    float* absorbed;    // [rows / 4][key rank][4] queries, where keys have outliers
+    float* exact;       // [rows / 4][value rank][4]: what outliers add to the sums, where values have any
     int key_width;      // positions or quads
     int value_width;
 };
@@ -140,7 +140,8 @@ inline void absorb_queries(const kvc_attend_args& args, const Item& item, int ro
             const int row = first + i;
             s.poison[row] = 0;
             for (int c = 0; c < side.rank; ++c) s.poison[row] += from[c] * 0.f;
-            if (side.outliers) std::memcpy(s.absorbed + row * side.rank, from, sizeof(float) * static_cast<size_t>(side.rank));
+            if (side.outliers)
+                for (int c = 0; c < side.rank; ++c) s.absorbed[at_row(row, side.rank) + 4 * c] = from[c];
             switch (form_of(side)) {
                 case Form::FLOATS:
                     key_query(side, from, s.query + row * s.key_width);
@@ -206,8 +207,8 @@ inline void read_tile(const kvc_attend_args& args, const Item& item, int start, 
         const uint8_t* v_codes = tile.v_codes[group] = record + pages.v.code_offset + offset * pages.v.code_bytes;
         read_gains(pages.k, record, offset, count, tile.k_gain + group * kGroup);
         read_gains(pages.v, record, offset, count, tile.v_gain + group * kGroup);
-        if (pages.k.outliers) read_outliers(pages.k, record, offset, count, tile.k_gain + group * kGroup, group, tile.k_outliers);
-        if (pages.v.outliers) read_outliers(pages.v, record, offset, count, tile.v_gain + group * kGroup, group, tile.v_outliers);
+        if (pages.k.outliers) read_outliers(pages.k, record, offset, tile.k_gain + group * kGroup, group, tile.k_outliers);
+        if (pages.v.outliers) read_outliers(pages.v, record, offset, tile.v_gain + group * kGroup, group, tile.v_outliers);
         if (form_of(pages.k) == Form::FLOATS) unpack_keys(pages.k, k_codes, static_cast<float*>(s.keys) + group * kGroup);
         if (form_of(pages.v) == Form::FLOATS)
             for (int i = 0; i < count; ++i)
@@ -267,6 +268,10 @@ KVC_INLINE Ahead ahead_of(const kvc_attend_args& args, const Item& item, const k
     const int offset = token % args.pages.block_size, count = min_of(kTile, args.pages.block_size - offset);
     if (side.gain_offset >= 0)
         for (int i = 0; i < count; i += 32) __builtin_prefetch(record + side.gain_offset + 2 * (offset + i));
+    for (int i = 0; i < side.outliers * count; i += 32) {
+        __builtin_prefetch(record + side.outlier_offset + 2 * (side.outliers * offset + i));
+        __builtin_prefetch(record + side.channel_offset + side.outliers * offset + i);
+    }
     const uint8_t* codes = record + side.code_offset + offset * side.code_bytes;
     return {codes, codes + count * side.code_bytes};
 }
@@ -343,7 +348,15 @@ void attend(const kvc_attend_args& args, const Item& item, int start, int stop, 
         partial.sum[row] = 0;
     }
     std::memset(s.sums, 0, sizeof(float) * static_cast<size_t>(rows * s.value_width));
-    if (args.pages.v.outliers) std::memset(s.exact, 0, sizeof(float) * static_cast<size_t>(rows * args.pages.v.rank));
+    if (args.pages.v.outliers) std::memset(s.exact, 0, sizeof(float) * static_cast<size_t>(round_up(rows, 4) * args.pages.v.rank));
+    // Rows that fill up the last four of outliers: any finite numbers.
+    if (args.pages.k.outliers || args.pages.v.outliers)
+        for (int row = rows; row < round_up(rows, 4); ++row) {
+            std::memset(s.scores + row * kTile, 0, sizeof(float) * kTile);
+            s.decay[row] = 1;
+        }
+    if (args.pages.k.outliers)
+        std::memset(s.absorbed, 0, sizeof(float) * static_cast<size_t>(round_up(rows, 4) * args.pages.k.rank));
     absorb_queries(args, item, rows, s);
     for (int tile = start; tile < stop; tile += kTile)
         attend_tile(args, item, tile, stop, rows, partial, s);
@@ -366,7 +379,7 @@ void attend(const kvc_attend_args& args, const Item& item, int start, int stop, 
                 break;
         }
         if (args.pages.v.outliers)
-            for (int c = 0; c < args.pages.v.rank; ++c) latent[c] += s.exact[row * args.pages.v.rank + c];
+            for (int c = 0; c < args.pages.v.rank; ++c) latent[c] += s.exact[at_row(row, args.pages.v.rank) + 4 * c];
     }
 }
 
