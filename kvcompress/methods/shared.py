@@ -13,6 +13,7 @@ from kvcompress.methods.base import LatentBasis, LayerBases, Profile
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from kvcompress.calibration.statistics import LayerStatistics
     from kvcompress.codec.rope import Rope
     from kvcompress.codec.shared import SharedCodec, SharedSide
 
