@@ -1,6 +1,6 @@
 """What the linear layers of a decoder layer see: moments of their inputs, and gradients of the language-model loss.
 
-Products of one sample are taken in the computing dtype and added up in float64, on the device of the data.
+Products of one sample are taken in float32 and added up in float64, on the device of the data.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class InputMoments:
             self._source[name] = self._last[0]
             return
         self._last = (name, x)
-        rows_TI = x.flatten(0, -2)
+        rows_TI = x.flatten(0, -2).float()
         if not self._sums or name == next(iter(self._sums)):
             self.tokens += rows_TI.shape[0]
         self._source[name] = name
@@ -92,8 +92,8 @@ class GradientMoments:
         return found | {f"{name}.output": total / self.tokens for name, total in self._output.items()}
 
     def _hook(self, name: str, x: Tensor, output: Tensor) -> None:
-        inputs_TI = x.detach().flatten(0, -2)
-        output.register_hook(lambda gradient: self._add(name, inputs_TI, gradient.flatten(0, -2)))
+        inputs_TI = x.detach().flatten(0, -2).float()
+        output.register_hook(lambda gradient: self._add(name, inputs_TI, gradient.flatten(0, -2).float()))
 
     def _add(self, name: str, inputs_TI: Tensor, gradient_TO: Tensor) -> None:
         if name == next(iter(self._fisher), name):  # counted once for all layers

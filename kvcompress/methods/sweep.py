@@ -31,7 +31,7 @@ def forward(context: Context, name: str, visit: Visit, *, keep_inputs: bool = Fa
 
     Args:
         name: of the walk, unique within the stage.
-        keep_inputs: keep the hidden states before every layer and after the last one.
+        keep_inputs: keep the hidden states before every layer but the first, and after the last.
     """
     total = context.geometry.num_layers
     done = 0
@@ -50,8 +50,6 @@ def forward(context: Context, name: str, visit: Visit, *, keep_inputs: bool = Fa
         hidden_NTC = load_tensors(context.scratch(hidden_file(name, done)))["hidden"].to(context.device)
     else:
         hidden_NTC = runner.embed(context.calibration)
-        if keep_inputs:
-            save_tensors(context.scratch(hidden_file(name, 0)), {"hidden": hidden_NTC})
     for index in range(done, total):
         context.progress(f"{context.unit} {name}", index, total)
         with runner.layer(index) as layer:
@@ -113,14 +111,17 @@ def backward(context: Context, name: str, visit: VisitBack) -> None:
         del head
     for index in reversed(range(left)):
         context.progress(f"{context.unit} {name}", total - 1 - index, total)
-        hidden_NTC = load_tensors(context.scratch(hidden_file(inputs, index)))["hidden"].to(context.device)
+        if index:
+            hidden_NTC = load_tensors(context.scratch(hidden_file(inputs, index)))["hidden"].to(context.device)
+        else:
+            hidden_NTC = runner.embed(context.calibration)
         with runner.layer(index) as layer:
             files = {result_file(name, index): visit(runner, layer, index, hidden_NTC, gradient_NTC)}
         if index:
             files[hidden_file(name, index)] = {"hidden": gradient_NTC}
         _commit(context, name, index, files)
         context.scratch(hidden_file(name, index + 1)).unlink(missing_ok=True)
-    for index in range(total + 1):
+    for index in range(1, total + 1):
         context.scratch(hidden_file(inputs, index)).unlink(missing_ok=True)
     context.progress(f"{context.unit} {name}", total, total)
 

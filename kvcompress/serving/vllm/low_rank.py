@@ -34,7 +34,7 @@ class Part:
     rank: int | None
     outputs: int
     output_rank: int
-    """Which slice of the outputs this process has."""
+    """Which slice of the outputs this process has, where they are divided."""
 
 
 def part_ranks(prefix: str, merged: Mapping[str, Sequence[str]], ranks: Mapping[str, int]) -> list[int | None]:
@@ -73,12 +73,11 @@ class LowRankLinearMethod(compat.LinearMethodBase):  # type: ignore[misc]
                 f"{len(self.ranks)}; kvcompress cannot serve this model class with factored weights"
             )
         columns = slice(None)
-        row_parallel = input_size_per_partition < input_size
-        if row_parallel:
+        if input_size_per_partition < input_size:
             first = compat.layer_parallel(layer)[0] * input_size_per_partition
             columns = slice(first, first + input_size_per_partition)
         self.parts = [
-            Part(rank, outputs, 0 if row_parallel else compat.output_rank(layer, index))
+            Part(rank, outputs, compat.output_rank(layer, index))
             for index, (rank, outputs) in enumerate(zip(self.ranks, output_partition_sizes, strict=True))
         ]
 
@@ -149,4 +148,7 @@ class LowRankLinearMethod(compat.LinearMethodBase):  # type: ignore[misc]
 
 
 def _outputs(stored: Tensor, part: Part) -> Tensor:
+    """This process's rows, where outputs are divided at all."""
+    if stored.shape[0] == part.outputs:
+        return stored
     return stored[part.output_rank * part.outputs : (part.output_rank + 1) * part.outputs]
