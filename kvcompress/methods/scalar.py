@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 from kvcompress.codec.spec import CHANNEL_GROUP, EXPECTED_ERROR, Band, CacheSpec, SideSpec
 from kvcompress.geometry import ModelGeometry
@@ -54,6 +54,13 @@ class TargetPair(_Pair):
     v: Target
 
 
+TargetOrPair = Annotated[
+    Annotated[Target, Tag("model")] | Annotated[TargetPair, Tag("sides")],
+    Discriminator(lambda value: "sides" if isinstance(value, (dict, TargetPair)) else "model"),
+]
+"""Told apart before they are checked, so that a mistake in one is not reported as a mistake in the other."""
+
+
 class OutliersPair(_Pair):
     k: Literal[0, 1, 2]
     v: Literal[0, 1, 2]
@@ -66,7 +73,7 @@ class ScalarConfig(StageConfig):
     bands: BandsPair | None = Field(
         None, description="lists of [bits, channels], most bits first, e.g. [[8, 16], [4, 32]]"
     )
-    target_bits_per_channel: TargetPair | Target | None = Field(
+    target_bits_per_channel: TargetOrPair | None = Field(
         None,
         description="average bits per channel of head_dim: a number for the whole model, spent where they lower the "
         "model's error most, or k and v for every layer apart",
@@ -96,7 +103,7 @@ class ScalarConfig(StageConfig):
 
 class Scalar(EncodingMethod[ScalarConfig]):
     name = "scalar"
-    summary = "Uniform 8/4/2-bit codes with static channel scales and one gain per token and head; 16 for no loss"
+    summary = "8, 4 or 2-bit codes with static scales, a gain and exact outliers per token and head; 16 or 32: floats"
     paper = "Max 1960 (quantizer); reverse water-filling, Cover & Thomas 10.3.3"
     config = ScalarConfig
     forms = ("per_head", "shared")
