@@ -33,6 +33,7 @@ from kvcompress.codec.forms import to_tensors
 from kvcompress.codec.layer import LayerCodec, SideCodec
 from kvcompress.codec.spec import Band, CodecSpec, LayerSpec, SideSpec
 from kvcompress.serving.loading import CONFIG_VERSION
+from kvcompress.serving.transformers import register
 
 ARCHITECTURES = ("Llama", "Qwen2", "Qwen3", "Mistral")
 NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, VOCABULARY = 4, 4, 2, 32, 128
@@ -67,23 +68,19 @@ def save_model(directory: Path, architecture: str = "Llama", seed: int | None = 
 
 
 def load_model(directory: Path) -> Any:
+    register()
     return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
 
 
 def mixed_spec(num_kv_heads: int = NUM_KV_HEADS, head_dim: int = HEAD_DIM) -> CodecSpec:
-    """Another encoding in every layer: bands of 8, 4 and 2 bits, none at all, 16 bits, and keys unlike values."""
-    layers = [
-        ((Band(8, 8), Band(4, 8), Band(2, 8)), (Band(8, 8), Band(4, 16))),
+    """Another encoding in every layer: bands of 8, 4 and 2 bits, none at all, floats, outliers, keys unlike values."""
+    sides = [
+        (SideSpec((Band(8, 8), Band(4, 8), Band(2, 8))), SideSpec((Band(8, 8), Band(4, 16)), 2)),
         None,
-        ((Band(16, head_dim),), (Band(16, head_dim),)),
-        ((Band(8, 16), Band(4, 16)), (Band(4, 16), Band(2, 8))),
+        (SideSpec((Band(16, head_dim),)), SideSpec((Band(32, head_dim),))),
+        (SideSpec((Band(8, 16), Band(4, 16)), 1), SideSpec((Band(4, 16), Band(2, 8)))),
     ]
-    return CodecSpec(
-        tuple(
-            None if sides is None else LayerSpec(num_kv_heads, head_dim, SideSpec(sides[0]), SideSpec(sides[1]))
-            for sides in layers
-        )
-    )
+    return CodecSpec(tuple(None if pair is None else LayerSpec(num_kv_heads, head_dim, *pair) for pair in sides))
 
 
 def uniform_spec(bits: int, num_kv_heads: int = NUM_KV_HEADS, head_dim: int = HEAD_DIM) -> CodecSpec:

@@ -64,19 +64,24 @@ def _show(made: dict[str, Any]) -> None:
 
 
 def show_layers(layers: list[dict[str, Any]]) -> None:
-    """Layer by layer: channels kept, bands, bytes, and the measured error where there is one."""
+    """Layer by layer: channels kept, bands, bytes, and where they were measured, the error and how many tokens clip."""
     rows: list[tuple[str, ...]] = []
     for layer in layers:
         if layer["k"] is None:
-            rows.append((str(layer["index"]), "uncompressed", layer["reason"], str(layer["bytes_per_token"]), ""))
+            rows.append((str(layer["index"]), "uncompressed", layer["reason"], str(layer["bytes_per_token"]), "", ""))
             continue
         error = layer.get("relative_error")
         sides = [_bands(layer[side]) for side in ("k", "v")]
-        rows.append(
-            (str(layer["index"]), *sides, str(layer["bytes_per_token"]), "" if error is None else f"{error:.4f}")
-        )
-    table("Layers", ("layer", "keys", "values", "bytes/token", "output error"), rows)
+        clipped = [layer[side].get("clipped") for side in ("k", "v")]
+        measured = ["" if error is None else f"{error:.4f}", "" if None in clipped else _shares(clipped)]
+        rows.append((str(layer["index"]), *sides, str(layer["bytes_per_token"]), *measured))
+    table("Layers", ("layer", "keys", "values", "bytes/token", "output error", "tokens that clip"), rows)
 
 
 def _bands(side: dict[str, Any]) -> str:
-    return " + ".join(f"{width} ch x {bits} bit" for bits, width in side["bands"])
+    bands = " + ".join(f"{width} ch x {bits} bit" for bits, width in side["bands"])
+    return f"{bands}, {side['outliers']} exact" if side.get("outliers") else bands
+
+
+def _shares(shares: list[float]) -> str:
+    return " / ".join(f"{100 * share:.2f} %" for share in shares)

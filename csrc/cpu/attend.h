@@ -8,6 +8,7 @@
 #include "float_side.h"
 #include "half_side.h"
 #include "integer_side.h"
+#include "outliers.h"
 
 namespace kvcompress::cpu::KVC_LEVEL {
 namespace {
@@ -20,7 +21,7 @@ KVC_INLINE Form form_of([[maybe_unused]] const kvc_side& side) {
     if (side.gain_offset >= 0) return Form::INTEGERS;
 #endif
 #if KVC_LEVEL_NUMBER >= 1
-    if (side.gain_offset < 0) return Form::HALVES;
+    if (side.bits[0] == 16) return Form::HALVES;
 #endif
     return Form::FLOATS;
 }
@@ -39,6 +40,8 @@ struct Scratch {
     float* decay;       // [rows]
     float* poison;      // [rows]: NaN for a query that is not finite, else 0
     void* tile_weights; // TileWeights[rows]
+    float* absorbed;    // [rows][key rank], where keys have outliers
+    float* exact;       // [rows][value rank]: what outliers add to the sums, where values have any
     int key_width;      // positions or quads
     int value_width;
 };
@@ -97,6 +100,8 @@ inline size_t lay_out(const kvc_pages& pages, char* base, Scratch& s) {
             break;
     }
     s.sums = arena.take<float>(static_cast<size_t>(kMaxRows * s.value_width));
+    if (pages.k.outliers) s.absorbed = arena.take<float>(static_cast<size_t>(kMaxRows * pages.k.rank));
+    if (pages.v.outliers) s.exact = arena.take<float>(static_cast<size_t>(kMaxRows * pages.v.rank));
     return arena.used;
 }
 
@@ -135,6 +140,7 @@ inline void absorb_queries(const kvc_attend_args& args, const Item& item, int ro
             const int row = first + i;
             s.poison[row] = 0;
             for (int c = 0; c < side.rank; ++c) s.poison[row] += from[c] * 0.f;
+            if (side.outliers) std::memcpy(s.absorbed + row * side.rank, from, sizeof(float) * static_cast<size_t>(side.rank));
             switch (form_of(side)) {
                 case Form::FLOATS:
                     key_query(side, from, s.query + row * s.key_width);
@@ -182,6 +188,7 @@ struct Tile {
     const uint8_t* v_codes[kTileGroups];
     alignas(kAlign) float k_gain[kTile];
     alignas(kAlign) float v_gain[kTile];
+    Outliers k_outliers, v_outliers;
 
     KVC_INLINE int groups() const { return (tokens + kGroup - 1) / kGroup; }
     KVC_INLINE int tokens_of(int group) const { return min_of(tokens - group * kGroup, kGroup); }
@@ -199,6 +206,8 @@ inline void read_tile(const kvc_attend_args& args, const Item& item, int start, 
         const uint8_t* v_codes = tile.v_codes[group] = record + pages.v.code_offset + offset * pages.v.code_bytes;
         read_gains(pages.k, record, offset, count, tile.k_gain + group * kGroup);
         read_gains(pages.v, record, offset, count, tile.v_gain + group * kGroup);
+        if (pages.k.outliers) read_outliers(pages.k, record, offset, count, tile.k_gain + group * kGroup, group, tile.k_outliers);
+        if (pages.v.outliers) read_outliers(pages.v, record, offset, count, tile.v_gain + group * kGroup, group, tile.v_outliers);
         if (form_of(pages.k) == Form::FLOATS) unpack_keys(pages.k, k_codes, static_cast<float*>(s.keys) + group * kGroup);
         if (form_of(pages.v) == Form::FLOATS)
             for (int i = 0; i < count; ++i)
@@ -288,6 +297,8 @@ inline void attend_tile(const kvc_attend_args& args, const Item& item, int start
 #endif
             break;
     }
+    const int outlier_tokens = tile.groups() * kGroup;
+    if (pages.k.outliers) score_outliers(pages.k, tile.k_outliers, s.absorbed, rows, outlier_tokens, s.scores);
     for (int row = 0; row < rows; ++row) {
         float largest, weight_sum;
         float* scores = s.scores + row * kTile;
@@ -300,6 +311,7 @@ inline void attend_tile(const kvc_attend_args& args, const Item& item, int start
         }
 #endif
     }
+    if (pages.v.outliers) mix_outliers(pages.v, tile.v_outliers, s.scores, s.decay, rows, outlier_tokens, s.exact);
     switch (form_of(pages.v)) {
         case Form::FLOATS:
             mix_tile(s.scores, s.decay, rows, static_cast<float*>(s.values), tile.tokens, s.value_width, s.sums);
@@ -331,6 +343,7 @@ void attend(const kvc_attend_args& args, const Item& item, int start, int stop, 
         partial.sum[row] = 0;
     }
     std::memset(s.sums, 0, sizeof(float) * static_cast<size_t>(rows * s.value_width));
+    if (args.pages.v.outliers) std::memset(s.exact, 0, sizeof(float) * static_cast<size_t>(rows * args.pages.v.rank));
     absorb_queries(args, item, rows, s);
     for (int tile = start; tile < stop; tile += kTile)
         attend_tile(args, item, tile, stop, rows, partial, s);
@@ -352,6 +365,8 @@ void attend(const kvc_attend_args& args, const Item& item, int start, int stop, 
 #endif
                 break;
         }
+        if (args.pages.v.outliers)
+            for (int c = 0; c < args.pages.v.rank; ++c) latent[c] += s.exact[row * args.pages.v.rank + c];
     }
 }
 

@@ -35,18 +35,56 @@ inline Padded padded(const kvc_side& side) {
     return p;
 }
 
-inline float best_gain(const kvc_side& side, const Padded& pad, const float* latent, const float* weight) {
+// Positions of the largest entries, of equal ones the first; they are overwritten by `instead`.
+inline void take_largest(float* x, int total, int count, float instead, int* positions) {
+    for (int n = 0; n < count; ++n) {
+        VecF largest = load(x);
+        for (int i = kLanes; i < total; i += kLanes) largest = max_of(load(x + i), largest);
+        const float value = max_lane(largest);
+        int position = 0;
+        while (position + 1 < total && x[position] != value) ++position;
+        positions[n] = position;
+        x[position] = instead;
+    }
+}
+
+// The gain, and the padded positions of the channels that are stored exactly. `scratch` has two padded arrays.
+inline float best_gain(const kvc_side& side, const Padded& pad, const float* latent, const float* weight, float* scratch, int* outliers) {
+    float *errors = scratch, *kept = scratch + 2 * kMaxHeadDim;
     VecF squares = {};
-    for (int i = 0; i < pad.total; i += kLanes) squares += load(latent + i) * load(latent + i);
+    if (side.outliers) {
+        for (int i = 0; i < pad.total; i += kLanes) store(errors + i, load(latent + i) * load(latent + i));
+        take_largest(errors, pad.total, side.outliers, 0.f, outliers);
+        for (int i = 0; i < pad.total; i += kLanes) squares += load(errors + i);
+    } else {
+        for (int i = 0; i < pad.total; i += kLanes) squares += load(latent + i) * load(latent + i);
+    }
     const float rms = [&] {
-        const float value = __builtin_sqrtf(sum(squares) / static_cast<float>(side.rank));
+        const float value = __builtin_sqrtf(sum(squares) / static_cast<float>(side.rank - side.outliers));
         return value < kSmallestGain ? kSmallestGain : value;
     }();
     float best_error = __builtin_inff(), best = rms;
     for (const float factor : kGainCandidates) {
         const float candidate = rms * factor;
+        int found[KVC_MAX_OUTLIERS] = {};
+        const float* weights = weight;
+        if (side.outliers) {
+            const float *x = latent, *w = weight;
+            float* e = errors;
+            for (int band = 0; band < side.num_bands; ++band) {
+                const float step = side.steps[band], top = static_cast<float>((1 << side.bits[band]) - 1);
+                for (int i = 0; i < pad.width[band]; i += kLanes, x += kLanes, w += kLanes, e += kLanes) {
+                    const VecF miss = load(x) - (nearest_code(load(x), candidate, step, top) - top / 2) * step * candidate;
+                    store(e, load(w) * (miss * miss));
+                }
+            }
+            take_largest(errors, pad.total, side.outliers, -1.f, found);
+            std::memcpy(kept, weight, sizeof(float) * static_cast<size_t>(pad.total));
+            for (int n = 0; n < side.outliers; ++n) kept[found[n]] = 0;
+            weights = kept;
+        }
         VecF energies = {}, products = {};
-        const float *x = latent, *w = weight;
+        const float *x = latent, *w = weights;
         for (int band = 0; band < side.num_bands; ++band) {
             const float step = side.steps[band], top = static_cast<float>((1 << side.bits[band]) - 1);
             for (int i = 0; i < pad.width[band]; i += kLanes, x += kLanes, w += kLanes) {
@@ -57,17 +95,20 @@ inline float best_gain(const kvc_side& side, const Padded& pad, const float* lat
         }
         // Codes fixed, the error is quadratic in the gain: its minimum is one division away.
         const float refined = half_to_float(float_to_half(clamp(sum(products) / sum(energies), kSmallestGain, kLargestGain)));
-        VecF errors = {};
-        x = latent, w = weight;
+        VecF misses = {};
+        x = latent, w = weights;
         for (int band = 0; band < side.num_bands; ++band) {
             const float step = side.steps[band], top = static_cast<float>((1 << side.bits[band]) - 1);
             for (int i = 0; i < pad.width[band]; i += kLanes, x += kLanes, w += kLanes) {
                 const VecF miss = load(x) - (nearest_code(load(x), candidate, step, top) - top / 2) * step * refined;
-                errors += load(w) * (miss * miss);
+                misses += load(w) * (miss * miss);
             }
         }
-        const float error = sum(errors);
-        if (error < best_error) best_error = error, best = refined;
+        const float error = sum(misses);
+        if (error < best_error) {
+            best_error = error, best = refined;
+            for (int n = 0; n < side.outliers; ++n) outliers[n] = found[n];
+        }
     }
     return clamp(best, kSmallestGain, kLargestGain);
 }
@@ -89,7 +130,11 @@ inline void encode_latent(const kvc_side& side, float* latent, const float* weig
         if (__builtin_isinf(latent[c])) latent[c] = latent[c] > 0 ? kHalfMax : -kHalfMax;
     }
     uint8_t* codes = record + side.code_offset + offset * side.code_bytes;
-    if (side.gain_offset < 0) {
+    if (side.bits[0] == 32) {
+        std::memcpy(codes, latent, sizeof(float) * static_cast<size_t>(side.rank));
+        return;
+    }
+    if (side.bits[0] == 16) {
         for (int c = 0; c < side.rank; ++c) {
             const uint16_t half = float_to_half(clamp(latent[c], -kHalfMax, kHalfMax));
             std::memcpy(codes + 2 * c, &half, 2);
@@ -103,14 +148,23 @@ inline void encode_latent(const kvc_side& side, float* latent, const float* weig
         std::memcpy(padded_latent + to, latent + from, sizeof(float) * static_cast<size_t>(side.widths[band]));
         std::memcpy(padded_weight + to, weight + from, sizeof(float) * static_cast<size_t>(side.widths[band]));
     }
-    const uint16_t gain = float_to_half(best_gain(side, pad, padded_latent, padded_weight));
+    int outliers[KVC_MAX_OUTLIERS] = {};
+    const uint16_t gain = float_to_half(best_gain(side, pad, padded_latent, padded_weight, scratch + 4 * kMaxHeadDim, outliers));
     std::memcpy(record + side.gain_offset + 2 * offset, &gain, 2);
     const float rounded = half_to_float(gain);
     const float* band_latent = padded_latent;
-    for (int band = 0; band < side.num_bands; ++band) {
+    for (int band = 0, first = 0; band < side.num_bands; first += side.widths[band], ++band) {
         const float step = side.steps[band], top = static_cast<float>((1 << side.bits[band]) - 1);
         for (int i = 0; i < pad.width[band]; i += kLanes) store(latent + i, nearest_code(load(band_latent + i), rounded, step, top));
         pack_band(latent, side.bits[band], side.widths[band], codes);
+        for (int n = 0; n < side.outliers; ++n) {
+            const int64_t place = outliers[n] - (band_latent - padded_latent);
+            if (place < 0 || place >= pad.width[band]) continue;
+            const float left = band_latent[place] - (latent[place] - top / 2) * step * rounded;
+            const uint16_t half = float_to_half(clamp(left, -kHalfMax, kHalfMax));
+            std::memcpy(record + side.outlier_offset + 2 * (side.outliers * offset + n), &half, 2);
+            record[side.channel_offset + side.outliers * offset + n] = static_cast<uint8_t>(first + place);
+        }
         codes += side.bits[band] * side.widths[band] / 8;
         band_latent += pad.width[band];
     }
@@ -135,7 +189,7 @@ inline void encode_side(const kvc_append_args& args, const kvc_side& side, const
     }
 }
 
-size_t append_scratch_bytes(const kvc_append_args&) { return sizeof(float) * (2 * kAppendTokens + 4) * kMaxHeadDim; }
+size_t append_scratch_bytes(const kvc_append_args&) { return sizeof(float) * (2 * kAppendTokens + 8) * kMaxHeadDim; }
 
 void append(const kvc_append_args& args, int64_t first, int count, int head, void* scratch) {
     auto* floats = static_cast<float*>(scratch);

@@ -11,13 +11,18 @@ namespace kvcompress::cpu::KVC_LEVEL {
 namespace {
 
 KVC_INLINE int words_of(int bits, int width) { return round_up(bits * width / 8, 4) / 4; }
-KVC_INLINE float middle_of(int bits) { return bits == 16 ? 0.f : static_cast<float>((1 << bits) - 1) / 2; }
+KVC_INLINE float middle_of(int bits) { return bits >= 16 ? 0.f : static_cast<float>((1 << bits) - 1) / 2; }
 
 template <int BITS>
 KVC_INLINE VecF field_to_float(VecU word, int field) {
-    const VecU code = word >> static_cast<uint32_t>(BITS * field) & ((1u << BITS) - 1u);
-    if (BITS == 16) return half_to_float(code);
-    return __builtin_convertvector(reinterpret_cast<const VecI&>(code), VecF) - middle_of(BITS);
+    if constexpr (BITS == 32) {
+        (void)field;
+        return bits_to_float(word);
+    } else {
+        const VecU code = word >> static_cast<uint32_t>(BITS * field) & ((1u << BITS) - 1u);
+        if (BITS == 16) return half_to_float(code);
+        return __builtin_convertvector(reinterpret_cast<const VecI&>(code), VecF) - middle_of(BITS);
+    }
 }
 
 // Positions of a side's channels once unpacked, padding included.
@@ -52,7 +57,8 @@ inline float* unpack_key_band(const uint8_t* codes, int64_t code_bytes, int byte
 inline void unpack_keys(const kvc_side& side, const uint8_t* codes, float* out) {
     for (int band = 0; band < side.num_bands; ++band) {
         const int bits = side.bits[band], bytes = bits * side.widths[band] / 8;
-        out = bits == 16  ? unpack_key_band<16>(codes, side.code_bytes, bytes, out)
+        out = bits == 32  ? unpack_key_band<32>(codes, side.code_bytes, bytes, out)
+              : bits == 16 ? unpack_key_band<16>(codes, side.code_bytes, bytes, out)
               : bits == 8 ? unpack_key_band<8>(codes, side.code_bytes, bytes, out)
               : bits == 4 ? unpack_key_band<4>(codes, side.code_bytes, bytes, out)
                           : unpack_key_band<2>(codes, side.code_bytes, bytes, out);
@@ -85,7 +91,8 @@ inline float* unpack_value_band(const uint8_t* codes, int bytes, float* out) {
 inline void unpack_value(const kvc_side& side, const uint8_t* codes, float* out) {
     for (int band = 0; band < side.num_bands; ++band) {
         const int bits = side.bits[band], bytes = bits * side.widths[band] / 8;
-        out = bits == 16  ? unpack_value_band<16>(codes, bytes, out)
+        out = bits == 32  ? unpack_value_band<32>(codes, bytes, out)
+              : bits == 16 ? unpack_value_band<16>(codes, bytes, out)
               : bits == 8 ? unpack_value_band<8>(codes, bytes, out)
               : bits == 4 ? unpack_value_band<4>(codes, bytes, out)
                           : unpack_value_band<2>(codes, bytes, out);

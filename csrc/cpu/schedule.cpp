@@ -81,11 +81,13 @@ bool covered(const kvc_side& side, int head_dim) {
     if (side.num_bands < 1 || side.num_bands > KVC_MAX_BANDS) return false;
     for (int band = 0; band < side.num_bands; ++band) {
         const int bits = side.bits[band], width = side.widths[band];
-        if ((bits != 16 && bits != 8 && bits != 4 && bits != 2) || width <= 0 || width % 8) return false;
-        if ((bits == 16) != (side.gain_offset < 0)) return false;
+        if ((bits != 32 && bits != 16 && bits != 8 && bits != 4 && bits != 2) || width <= 0 || width % 8) return false;
+        if ((bits >= 16) != (side.gain_offset < 0) || (bits >= 16 && side.num_bands > 1)) return false;
         rank += width;
         bytes += bits * width / 8;
     }
+    if (side.outliers < 0 || side.outliers > KVC_MAX_OUTLIERS) return false;
+    if (side.outliers && (side.gain_offset < 0 || side.outlier_offset < 0 || side.channel_offset < 0 || rank > 256)) return false;
     return rank == side.rank && rank <= head_dim && bytes == side.code_bytes;
 }
 

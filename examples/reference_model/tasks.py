@@ -283,9 +283,8 @@ def recall(material: Material, rng: random.Random, length: int) -> Sequence:
 
 
 def listing(material: Material, rng: random.Random, length: int) -> Sequence:
-    """Pairs `key: value.` in which keys return with new values, then each key with all its values in order: the drill
-    for several values of one needle. What follows a value is found by looking for the key's next mention after it, a
-    step that the benchmark's own prompts show three times in a thousand tokens.
+    """Pairs `key: value.` in which keys return with new values, then each key with all its values in order: the
+    drill for several values of one needle, of which the benchmark's own prompts show four in a thousand tokens.
     """
     encode = material.encode
     room, count = length - 1, rng.choice([1, 2, 3, 4])
@@ -304,10 +303,12 @@ def listing(material: Material, rng: random.Random, length: int) -> Sequence:
         facts += fact
         answers[name] = answer
     ids, weights = [BOS_ID, *facts], [0.0] * (1 + len(facts))
-    for name in rng.sample(names, count):
-        asked = len(encode(f" {name}:"))
-        ids += answers[name]
-        weights += ([0.0] * asked + [ANSWER_WEIGHT] * (len(answers[name]) - asked)) if answers[name] else []
+    rng.shuffle(names)
+    for name in names:
+        answer = answers[name]
+        asked = len(encode(f" {name}:")) if answer else 0
+        ids += answer
+        weights += [0.0] * asked + [ANSWER_WEIGHT] * (len(answer) - asked)
     return ids, weights
 
 

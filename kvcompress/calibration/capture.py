@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from kvcompress.calibration.corpus import Calibration
 from kvcompress.checkpoint.reader import Checkpoint
 from kvcompress.checkpoint.rows import read_rows
+from kvcompress.modeling.low_rank import LowRankLinear, ranks_of, replace_linears
 
 Collector = Callable[[Tensor, Tensor, Tensor, float], None]
 """Called with post-RoPE query_BHTD, key_BHTD, value_BHTD and the softmax scale."""
@@ -37,10 +38,13 @@ class LayerRunner:
         self.checkpoint, self.device, self.dtype = checkpoint, torch.device(device), dtype
         config = AutoConfig.from_pretrained(checkpoint.path)
         config._attn_implementation = _ATTENTION
+        self.config = config
         with torch.device("meta"):
-            self.model = AutoModelForCausalLM.from_config(config, dtype=dtype).model
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            replace_linears(model, ranks_of(checkpoint.config))
+        self.model = model.model
         for module in self.model.layers.modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear | LowRankLinear):
                 module.forward = partial(stored_linear, module)  # type: ignore[method-assign]
         # Rotary tables are computed, not stored, so they cannot stay on the meta device.
         self.rotary = type(self.model.rotary_emb)(config).to(self.device)
@@ -72,21 +76,40 @@ class LayerRunner:
                 )
             state[name] = tensor.to(self.device)
         layer.load_state_dict(state, assign=True)
-        layer.eval()
+        layer.eval().requires_grad_(False)
         try:
             yield layer
         finally:
             layer.to("meta")
 
-    def output_projection(self, layer: nn.Module) -> nn.Linear:
+    def output_projection(self, layer: nn.Module) -> nn.Linear | LowRankLinear:
         """The linear map that takes a layer's attention output back to the hidden size."""
         attention: Any = layer.self_attn
-        projection: nn.Linear = attention.o_proj
+        projection: nn.Linear | LowRankLinear = attention.o_proj
         return projection
 
     @torch.no_grad()
     def forward(self, layer: nn.Module, hidden_TC: Tensor, offset: int, collect: Collector | None) -> Tensor:
         """One sample through one layer: hidden states `[length, hidden]` at positions from `offset`."""
+        return self._run(layer, hidden_TC, offset, collect)
+
+    def backward(self, layer: nn.Module, hidden_TC: Tensor, offset: int, gradient_TC: Tensor) -> Tensor:
+        """One sample back through one layer.
+
+        Args:
+            hidden_TC: the layer's input, as for `forward`.
+            gradient_TC: gradient of a loss by the layer's output.
+
+        Returns:
+            Its gradient by the layer's input. Weights get none; hooks on modules and tensors run.
+        """
+        with torch.enable_grad():
+            inputs = hidden_TC.detach().requires_grad_()
+            self._run(layer, inputs, offset, None).backward(gradient_TC)
+        assert inputs.grad is not None
+        return inputs.grad
+
+    def _run(self, layer: nn.Module, hidden_TC: Tensor, offset: int, collect: Collector | None) -> Tensor:
         hidden = hidden_TC[None]
         positions = torch.arange(offset, offset + hidden.shape[1], device=self.device)[None]
         attention: Any = layer.self_attn
@@ -105,21 +128,30 @@ class LayerRunner:
         return output[0] if isinstance(output, Tensor) else output[0][0]
 
 
-def stored_linear(linear: nn.Linear, x: Tensor) -> Tensor:
+def stored_linear(linear: nn.Linear | LowRankLinear, x: Tensor) -> Tensor:
     """`linear(x)` in the dtype of `x`, whatever dtype the weights are stored in.
 
     Args:
         x: `[..., in_features]`.
     """
-    weight_OI, bias_O = linear.weight, linear.bias
+    if isinstance(linear, LowRankLinear):
+        return _stored_product(linear.up_weight, linear.bias, _stored_product(linear.down_weight, None, x))
+    return _stored_product(linear.weight, linear.bias, x)
+
+
+def _stored_product(weight_OI: Tensor, bias_O: Tensor | None, x: Tensor) -> Tensor:
     if weight_OI.dtype == x.dtype:
         return nn.functional.linear(x, weight_OI, bias_O)
-    rows = max(1, _CAST_BYTES // (weight_OI.shape[1] * x.dtype.itemsize))
     output = x.new_empty(*x.shape[:-1], weight_OI.shape[0])
-    for start in range(0, weight_OI.shape[0], rows):
-        chunk = slice(start, start + rows)
-        output[..., chunk] = nn.functional.linear(x, weight_OI[chunk].to(x.dtype))
+    for rows in cast_rows(weight_OI, x.dtype):
+        output[..., rows] = nn.functional.linear(x, weight_OI[rows].to(x.dtype))
     return output if bias_O is None else output.add_(bias_O)
+
+
+def cast_rows(weight_OI: Tensor, dtype: torch.dtype) -> Iterator[slice]:
+    """Slices of rows that take a few MiB once cast to a dtype."""
+    rows = max(1, _CAST_BYTES // (weight_OI.shape[1] * dtype.itemsize))
+    return (slice(start, start + rows) for start in range(0, weight_OI.shape[0], rows))
 
 
 def _register_attention() -> None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvcompress.calibration.sensitivity import SensitivityAccumulator
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -27,6 +29,11 @@ class LayerStatistics:
     """E[q q^T] over tokens and over the query heads of each KV head's group, softmax scale included."""
     output_moment_HDD: Tensor
     """Sum over the group's query heads of W_o,h^T W_o,h: how the layer's output sees an error in the values."""
+    key_sensitivity_H: Tensor
+    """Squared error that one KV head's errors leave in the layer's output, relative to the residual stream, per squared
+    error of its scores (`calibration.sensitivity`)."""
+    value_sensitivity_H: Tensor
+    """The same per squared error of its values, as the output projection sees them."""
     tokens: int
 
     def tensors(self) -> dict[str, Tensor]:
@@ -38,6 +45,8 @@ class LayerStatistics:
             "values.covariance": self.values.covariance_HDD,
             "query_moment": self.query_moment_HDD,
             "output_moment": self.output_moment_HDD,
+            "sensitivity.keys": self.key_sensitivity_H,
+            "sensitivity.values": self.value_sensitivity_H,
             "tokens": torch.tensor([self.tokens]),
         }
 
@@ -49,6 +58,8 @@ class LayerStatistics:
             Moments(tensors["values.mean"], tensors["values.covariance"]),
             tensors["query_moment"],
             tensors["output_moment"],
+            tensors["sensitivity.keys"],
+            tensors["sensitivity.values"],
             int(tensors["tokens"]),
         )
 
@@ -84,14 +95,27 @@ class LayerAccumulator:
 
     def __init__(self) -> None:
         self.keys, self.values, self.queries = MomentAccumulator(), MomentAccumulator(), MomentAccumulator()
+        self.sensitivity = SensitivityAccumulator()
 
-    def add(self, query_BHTD: Tensor, key_BHTD: Tensor, value_BHTD: Tensor, softmax_scale: float) -> None:
-        """One batch of post-RoPE queries `[batch, query heads, tokens, head_dim]`, keys and values."""
+    def add(
+        self,
+        query_BHTD: Tensor,
+        key_BHTD: Tensor,
+        value_BHTD: Tensor,
+        softmax_scale: float,
+        hidden_BTC: Tensor | None = None,
+    ) -> None:
+        """One batch of post-RoPE queries `[batch, query heads, tokens, head_dim]`, keys and values.
+
+        Args:
+            hidden_BTC: the residual stream before attention; without it sensitivities are relative to the output alone.
+        """
         kv_heads = key_BHTD.shape[1]
         self.keys.add(_tokens_first(key_BHTD))
         self.values.add(_tokens_first(value_BHTD))
         grouped = query_BHTD.unflatten(1, (kv_heads, -1)).transpose(1, 2).flatten(0, 1)
         self.queries.add(_tokens_first(grouped) * softmax_scale)
+        self.sensitivity.add(query_BHTD, key_BHTD, value_BHTD, softmax_scale, hidden_BTC)
 
     def finish(self, output_weight: Tensor) -> LayerStatistics:
         """Close the layer.
@@ -103,11 +127,14 @@ class LayerAccumulator:
         # Head by head: in float64 the whole matrix would be the largest thing in memory.
         blocks = output_weight.detach().unflatten(1, (kv_heads, -1, head_dim)).unbind(1)
         output_moment = torch.stack([_gram(block.flatten(0, 1)) for block in blocks])
+        key_sensitivity_H, value_sensitivity_H = self.sensitivity.finish(output_weight, kv_heads)
         return LayerStatistics(
             keys=self.keys.moments(),
             values=self.values.moments(),
             query_moment_HDD=self.queries.second_moment(),
             output_moment_HDD=output_moment.cpu(),
+            key_sensitivity_H=key_sensitivity_H,
+            value_sensitivity_H=value_sensitivity_H,
             tokens=self.keys.count,
         )
 

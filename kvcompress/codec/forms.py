@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -33,14 +33,34 @@ class CacheCodec(Protocol):
     def from_tensors(cls, spec: Any, read: ReadTensor) -> Self:
         """Inverse of `tensors`."""
 
-    def round_trip(self, keys_THD: Tensor, values_THD: Tensor) -> tuple[Tensor, Tensor]:
-        """One sequence's keys and values as attention reads them back from the cache, float32."""
-
     def to(self, device: torch.device | str) -> CacheCodec:
         """The same codec on a device."""
 
     def heads(self, start: int, stop: int) -> CacheCodec:
         """What one tensor-parallel rank needs: the codec of KV heads [start, stop)."""
+
+
+@runtime_checkable
+class LayerwiseCodec(CacheCodec, Protocol):
+    """A codec that reads a layer's cache from that layer's cache alone."""
+
+    def round_trip(self, keys_THD: Tensor, values_THD: Tensor) -> tuple[Tensor, Tensor]:
+        """One sequence's keys and values as attention reads them back from the cache, float32."""
+
+
+@runtime_checkable
+class GroupCodec(CacheCodec, Protocol):
+    """A codec that reads a layer's cache from the caches of a group of layers."""
+
+    @property
+    def group(self) -> tuple[int, ...]:
+        """The group's layers, in order."""
+
+    @staticmethod
+    def round_trip_group(
+        codecs: Sequence[Any], keys_THD: Sequence[Tensor], values_THD: Sequence[Tensor], positions_T: Tensor
+    ) -> list[tuple[Tensor, Tensor]]:
+        """`LayerwiseCodec.round_trip` of every layer of a group: codecs, post-RoPE keys and values in its order."""
 
 
 def to_tensors(codecs: Sequence[CacheCodec | None]) -> dict[str, Tensor]:

@@ -44,18 +44,24 @@ class SideCodec:
         object.__setattr__(self, "decode_HRD", self.inverse_HRD * self.scale_HR[:, :, None])
         object.__setattr__(self, "weight_HR", self.scale_HR.square())
 
-    def encode(self, x_THD: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Keys or values `[tokens, heads, head_dim]` to (gain_TH or None, codes_THB)."""
-        latent_THR = torch.einsum("thd,hdr->thr", x_THD.float() - self.mean_HD, self.encode_HDR)
-        return scalar.encode(latent_THR, self.weight_HR, self.spec)
+    def encode(self, x_THD: Tensor) -> scalar.Encoded:
+        """Keys or values `[tokens, heads, head_dim]` as they are stored."""
+        return scalar.encode(self._latent(x_THD), self.weight_HR, self.spec)
 
-    def decode(self, gain_TH: Tensor | None, codes_THB: Tensor) -> Tensor:
-        """Codes to normalized latents `[tokens, heads, rank]`, float32."""
-        return scalar.decode(gain_TH, codes_THB, self.spec)
+    def decode(self, encoded: scalar.Encoded) -> Tensor:
+        """Stored tokens to normalized latents `[tokens, heads, rank]`, float32."""
+        return scalar.decode(encoded, self.spec)
 
-    def reconstruct(self, gain_TH: Tensor | None, codes_THB: Tensor) -> Tensor:
-        """Codes back to keys or values `[tokens, heads, head_dim]`, float32."""
-        return torch.einsum("thr,hrd->thd", self.decode(gain_TH, codes_THB), self.decode_HRD) + self.mean_HD
+    def reconstruct(self, encoded: scalar.Encoded) -> Tensor:
+        """Stored tokens back to keys or values `[tokens, heads, head_dim]`, float32."""
+        return torch.einsum("thr,hrd->thd", self.decode(encoded), self.decode_HRD) + self.mean_HD
+
+    def clips(self, x_THD: Tensor) -> Tensor:
+        """Which keys or values are beyond their codes' reach (`scalar.clips`), bool `[tokens, heads]`."""
+        return scalar.clips(self.encode(x_THD), self._latent(x_THD), self.weight_HR, self.spec)
+
+    def _latent(self, x_THD: Tensor) -> Tensor:
+        return torch.einsum("thd,hdr->thr", x_THD.float() - self.mean_HD, self.encode_HDR)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"mean": self.mean_HD, "basis": self.basis_HDR, "inverse": self.inverse_HRD, "scale": self.scale_HR}
@@ -105,7 +111,7 @@ class LayerCodec:
 
     def round_trip(self, keys_THD: Tensor, values_THD: Tensor) -> tuple[Tensor, Tensor]:
         """One sequence's keys and values as attention reads them back from the cache, float32."""
-        return self.k.reconstruct(*self.k.encode(keys_THD)), self.v.reconstruct(*self.v.encode(values_THD))
+        return self.k.reconstruct(self.k.encode(keys_THD)), self.v.reconstruct(self.v.encode(values_THD))
 
     def tensors(self) -> dict[str, Tensor]:
         sides = {"k": self.k.tensors(), "v": self.v.tensors()}

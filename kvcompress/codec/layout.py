@@ -3,37 +3,48 @@
 A page holds `block_size` tokens of one layer and one KV head as one contiguous record; the cache of a layer is
 `uint8 [num_blocks, num_kv_heads, record_bytes]`. The `token_major` record is
 
-    k_gain  fp16 [block_size]              (absent when keys are stored in 16 bits)
-    v_gain  fp16 [block_size]              (absent when values are stored in 16 bits)
-    k_codes uint8 [block_size, k_code_bytes]
-    v_codes uint8 [block_size, v_code_bytes]
+    k_gain     fp16  [block_size]              (absent when keys are stored in 16 or 32 bits)
+    v_gain     fp16  [block_size]              (absent when values are stored in 16 or 32 bits)
+    k_outliers fp16  [block_size, k_outliers]  (what the codes leave of them; absent when keys have none)
+    v_outliers fp16  [block_size, v_outliers]  (absent when values have none)
+    k_channels uint8 [block_size, k_outliers]  (which channels they are, counted over all bands)
+    v_channels uint8 [block_size, v_outliers]
+    k_codes    uint8 [block_size, k_code_bytes]
+    v_codes    uint8 [block_size, v_code_bytes]
 
 Within a token's codes the bands follow each other; within a band, channel c of b bits sits in byte c*b//8 at bit
-c*b%8 (little-endian; 16-bit channels are little-endian IEEE halves). Every part starts on a multiple of 16 bytes.
+c*b%8 (little-endian; 16- and 32-bit channels are little-endian IEEE floats). Every part starts on a multiple of 16
+bytes.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from kvcompress.codec.spec import GAIN_BYTES, LayerSpec
+from kvcompress.codec.spec import LayerSpec
 
 PART_ALIGNMENT = 16
 """Bulk copies need parts on 16-byte boundaries; a block of a multiple of 16 tokens gives them without padding."""
 
 
+class SideLayout(NamedTuple):
+    """Where one side's parts begin inside a record, in the order of `SideSpec.part_bytes`; -1 for an absent one."""
+
+    gain_offset: int
+    outlier_offset: int
+    channel_offset: int
+    code_offset: int
+
+
 @dataclass(frozen=True)
 class PageLayout:
-    """Byte offsets inside one record. A gain offset of -1 means that side has no gain."""
+    """Byte offsets inside one record."""
 
     block_size: int
     num_kv_heads: int
-    k_code_bytes: int
-    v_code_bytes: int
-    k_gain_offset: int
-    v_gain_offset: int
-    k_code_offset: int
-    v_code_offset: int
+    k: SideLayout
+    v: SideLayout
     record_bytes: int
 
     @property
@@ -53,27 +64,11 @@ class PageLayout:
                 f"block size is {block_size}; compressed pages need a positive multiple of {PART_ALIGNMENT}"
             )
         offset = 0
-
-        def take(size: int) -> int:
-            nonlocal offset
-            start = offset
-            assert start % PART_ALIGNMENT == 0
-            offset += size
-            return start
-
-        k_gain = take(GAIN_BYTES * block_size) if layer.k.has_gain else -1
-        v_gain = take(GAIN_BYTES * block_size) if layer.v.has_gain else -1
-        k_code = take(layer.k.code_bytes * block_size)
-        v_code = take(layer.v.code_bytes * block_size)
+        starts: tuple[list[int], list[int]] = ([], [])
+        for sizes in zip(layer.k.part_bytes, layer.v.part_bytes, strict=True):
+            for start, size in zip(starts, sizes, strict=True):
+                assert offset % PART_ALIGNMENT == 0
+                start.append(offset if size else -1)
+                offset += size * block_size
         assert offset == block_size * (layer.k.bytes_per_token + layer.v.bytes_per_token)
-        return cls(
-            block_size=block_size,
-            num_kv_heads=layer.num_kv_heads,
-            k_code_bytes=layer.k.code_bytes,
-            v_code_bytes=layer.v.code_bytes,
-            k_gain_offset=k_gain,
-            v_gain_offset=v_gain,
-            k_code_offset=k_code,
-            v_code_offset=v_code,
-            record_bytes=offset,
-        )
+        return cls(block_size, layer.num_kv_heads, SideLayout(*starts[0]), SideLayout(*starts[1]), offset)

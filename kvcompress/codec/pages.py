@@ -6,13 +6,11 @@ the pages of several layers into one block), the record itself is contiguous. A 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import torch
 from torch import Tensor
 
-from kvcompress.codec.layer import LayerCodec, SideCodec
+from kvcompress.codec.layer import LayerCodec
 from kvcompress.codec.layout import PageLayout
+from kvcompress.codec.scalar import Encoded
 
 
 def append(
@@ -23,13 +21,10 @@ def append(
     if not bool(valid.all()):
         keys_THD, values_THD, slots_T = keys_THD[valid], values_THD[valid], slots_T[valid]
     block_T, offset_T = slots_T // layout.block_size, slots_T % layout.block_size
-    for (side, gain_offset, code_offset), x_THD in zip(_sides(layout, codec), (keys_THD, values_THD), strict=True):
-        gain_TH, codes_THB = side.encode(x_THD)
-        if gain_TH is not None:
-            gains_NHSX = _part(pages_NHX, layout, gain_offset, 2)
-            gains_NHSX[block_T, :, offset_T] = gain_TH[..., None].contiguous().view(torch.uint8)
-        codes_NHSB = _part(pages_NHX, layout, code_offset, codes_THB.shape[-1])
-        codes_NHSB[block_T, :, offset_T] = codes_THB
+    for side, place, x_THD in ((codec.k, layout.k, keys_THD), (codec.v, layout.v, values_THD)):
+        for bytes_THX, offset in zip(side.encode(x_THD).to_parts(), place, strict=True):
+            if bytes_THX is not None:
+                _part(pages_NHX, layout, offset, bytes_THX.shape[-1])[block_T, :, offset_T] = bytes_THX
 
 
 def read(
@@ -37,20 +32,13 @@ def read(
 ) -> tuple[Tensor, Tensor]:
     """Normalized latents (k_THR, v_THR) in float32 of the first `length` tokens of a block table."""
     latents = []
-    for side, gain_offset, code_offset in _sides(layout, codec):
-        codes_THB = _gather(_part(pages_NHX, layout, code_offset, side.spec.code_bytes), blocks_N, length)
-        gain_TH = None
-        if side.spec.has_gain:
-            gain_TH2 = _gather(_part(pages_NHX, layout, gain_offset, 2), blocks_N, length)
-            gain_TH = gain_TH2.contiguous().view(torch.float16).squeeze(-1)
-        latents.append(side.decode(gain_TH, codes_THB))
+    for side, place in ((codec.k, layout.k), (codec.v, layout.v)):
+        parts = [
+            _gather(_part(pages_NHX, layout, offset, width), blocks_N, length) if width else None
+            for offset, width in zip(place, side.spec.part_bytes, strict=True)
+        ]
+        latents.append(side.decode(Encoded.from_parts(parts)))
     return latents[0], latents[1]
-
-
-def _sides(layout: PageLayout, codec: LayerCodec) -> Iterator[tuple[SideCodec, int, int]]:
-    """Keys, then values: codec, offset of the gains, offset of the codes."""
-    yield codec.k, layout.k_gain_offset, layout.k_code_offset
-    yield codec.v, layout.v_gain_offset, layout.v_code_offset
 
 
 def _part(pages_NHX: Tensor, layout: PageLayout, offset: int, width: int) -> Tensor:

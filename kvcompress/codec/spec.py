@@ -11,13 +11,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
-CODE_BITS = (16, 8, 4, 2)
-"""Code widths a channel can be stored in. 16 is an IEEE half; the others are uniform quantizer codes."""
+CODE_BITS = (32, 16, 8, 4, 2)
+"""Code widths a channel can be stored in. 32 and 16 are IEEE floats; the others are uniform quantizer codes."""
+
+FLOAT_BITS = (32, 16)
+"""Widths that are numbers, not codes: they have no step and need no gain."""
 
 CHANNEL_GROUP = 8
 """Channels are kept and packed in groups of this size, so that every band is a whole number of bytes."""
 
-EXPECTED_ERROR = {16: 0.0, 8: 8.73e-5, 4: 0.0115, 2: 0.1188, 0: 1.0}
+EXPECTED_ERROR = {32: 0.0, 16: 0.0, 8: 8.73e-5, 4: 0.0115, 2: 0.1188, 0: 1.0}
 """Mean squared error of a unit-variance Gaussian channel at each code width; 0 bits drops the channel."""
 
 STEP = {8: 0.0308, 4: 0.3352, 2: 0.9957}
@@ -26,8 +29,18 @@ STEP = {8: 0.0308, 4: 0.3352, 2: 0.9957}
 GAIN_BYTES = 2
 """One IEEE half per token, head and side, where any band is quantized."""
 
+MAX_OUTLIERS = 2
+"""Channels per token, head and side that can be stored exactly beside the codes."""
 
-FORMS = {"per_head": ("kvcompress.codec.spec", "LayerSpec", "kvcompress.codec.layer", "LayerCodec")}
+OUTLIER_VALUE_BYTES, OUTLIER_CHANNEL_BYTES = 2, 1
+"""An exact channel: what its code leaves of it, as an IEEE half in units of the static scale, and its number."""
+
+
+FORMS = {
+    "per_head": ("kvcompress.codec.spec", "LayerSpec", "kvcompress.codec.layer", "LayerCodec"),
+    "shared": ("kvcompress.codec.shared_spec", "SharedSpec", "kvcompress.codec.shared", "SharedCodec"),
+    "prompt": ("kvcompress.codec.shared_spec", "PromptSpec", "kvcompress.codec.prompt", "PromptCodec"),
+}
 """The forms a layer's cache can take, by the name config.json has for them: where the spec class is (plain data, no
 torch), and where the codec class is. Serving has one module per form (`serving.transformers.cache`, `serving.vllm`)."""
 
@@ -41,9 +54,13 @@ class Band(NamedTuple):
 
 @dataclass(frozen=True)
 class SideSpec:
-    """Keys or values of one layer: bands over the kept channels, most bits first."""
+    """Keys or values of one layer: bands over the kept channels, most bits first.
+
+    `outliers` channels of every token and head are stored exactly: what their codes leave of them is stored, too.
+    """
 
     bands: tuple[Band, ...]
+    outliers: int = 0
 
     def __post_init__(self) -> None:
         if not self.bands:
@@ -56,8 +73,15 @@ class SideSpec:
         widths = [band.bits for band in self.bands]
         if sorted(widths, reverse=True) != widths:
             raise ValueError(f"bands must go from most to fewest bits, because channels do; found {widths}")
-        if 16 in widths and len(widths) > 1:
-            raise ValueError("a 16-bit band stands alone: it has no gain to share with quantized bands")
+        alone = next((bits for bits in FLOAT_BITS if bits in widths), None)
+        if alone and len(widths) > 1:
+            raise ValueError(f"a {alone}-bit band stands alone: it has no gain to share with quantized bands")
+        if not 0 <= self.outliers <= MAX_OUTLIERS:
+            raise ValueError(f"found {self.outliers} outliers per token and head; expected 0 to {MAX_OUTLIERS}")
+        if self.outliers and alone:
+            raise ValueError(f"{alone}-bit channels are exact; found {self.outliers} outliers beside them, expected 0")
+        if self.outliers and self.rank > 256:
+            raise ValueError(f"an outlier's channel number is one byte; found {self.rank} channels, expected up to 256")
 
     @property
     def rank(self) -> int:
@@ -72,11 +96,11 @@ class SideSpec:
             if left > 0:
                 bands.append(Band(bits, min(width, left)))
             left -= width
-        return SideSpec(tuple(bands))
+        return SideSpec(tuple(bands), self.outliers)
 
     @property
     def has_gain(self) -> bool:
-        return self.bands[0].bits != 16
+        return self.bands[0].bits not in FLOAT_BITS
 
     @property
     def code_bytes(self) -> int:
@@ -84,9 +108,31 @@ class SideSpec:
         return sum(band.bits * band.width for band in self.bands) // 8
 
     @property
+    def part_bytes(self) -> tuple[int, int, int, int]:
+        """Bytes per token and head of gain, outliers, their channel numbers and codes, which are stored in this order.
+
+        0 for a part that is absent.
+        """
+        return (
+            GAIN_BYTES if self.has_gain else 0,
+            OUTLIER_VALUE_BYTES * self.outliers,
+            OUTLIER_CHANNEL_BYTES * self.outliers,
+            self.code_bytes,
+        )
+
+    @property
     def bytes_per_token(self) -> int:
-        """Bytes per token and head, gain included."""
-        return self.code_bytes + (GAIN_BYTES if self.has_gain else 0)
+        """Bytes per token and head, gain and outliers included."""
+        return sum(self.part_bytes)
+
+    def to_json(self) -> dict[str, Any]:
+        bands = [list(band) for band in self.bands]
+        return {"bands": bands, "outliers": self.outliers} if self.outliers else {"bands": bands}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        bands = tuple(Band(int(bits), int(width)) for bits, width in data["bands"])
+        return cls(bands, int(data.get("outliers", 0)))
 
 
 class CacheSpec(Protocol):
@@ -135,7 +181,7 @@ class LayerSpec:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes per token of this layer, all heads, keys and values, gains included."""
+        """Bytes per token of this layer, all heads, keys and values, gains and outliers included."""
         return self.num_kv_heads * (self.k.bytes_per_token + self.v.bytes_per_token)
 
     def summary(self) -> dict[str, Any]:
@@ -146,6 +192,7 @@ class LayerSpec:
             "rank": side.rank,
             "bits": round(8 * side.code_bytes / self.head_dim, 4),
             "bands": [list(band) for band in side.bands],
+            "outliers": side.outliers,
         }
 
     def cut(self, share: float) -> LayerSpec:
@@ -156,15 +203,13 @@ class LayerSpec:
         return {
             "num_kv_heads": self.num_kv_heads,
             "head_dim": self.head_dim,
-            "k": {"bands": [list(band) for band in self.k.bands]},
-            "v": {"bands": [list(band) for band in self.v.bands]},
+            "k": self.k.to_json(),
+            "v": self.v.to_json(),
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        sides = (
-            SideSpec(tuple(Band(int(bits), int(width)) for bits, width in data[name]["bands"])) for name in ("k", "v")
-        )
+        sides = (SideSpec.from_json(data[name]) for name in ("k", "v"))
         return cls(int(data["num_kv_heads"]), int(data["head_dim"]), *sides)
 
 

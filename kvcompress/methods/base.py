@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 from pydantic import Field
 
-from kvcompress.codec.spec import CHANNEL_GROUP, CacheSpec
+from kvcompress.checkpoint.safetensors_file import DTYPE_BITS
+from kvcompress.codec.spec import CHANNEL_GROUP, CacheSpec, LayerSpec, SideSpec
 from kvcompress.geometry import ModelGeometry
 from kvcompress.recipe import Kind, StageConfig
 from kvcompress.training import MICRO_TOKENS
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from kvcompress.calibration.statistics import LayerStatistics
     from kvcompress.checkpoint.writer import Transform
     from kvcompress.codec.forms import CacheCodec
+    from kvcompress.codec.layer import SideCodec
+    from kvcompress.codec.shared import SharedSide
     from kvcompress.methods.context import Context
 
 C = TypeVar("C", bound=StageConfig)
@@ -64,6 +68,29 @@ class LatentBasis:
             self.variance_HR[:, :rank].contiguous(),
         )
 
+    def mean_variance(self) -> list[float]:
+        """Variance of each channel, mean over heads."""
+        variance_R: list[float] = self.variance_HR.mean(0).tolist()
+        return variance_R
+
+    def weight(self, moment_HDD: Tensor, sensitivity_H: Tensor) -> float:
+        """Squared error in the layer's output, relative to the residual stream, per unit of latent variance lost.
+
+        An error d of a key or a value costs d^T M d, with M the moment of what it is multiplied by; an error of latent
+        channel r is row r of `inverse`. In attention's metric that cost is 1 for every channel.
+        """
+        inverse_HRD, variance_HR = self.inverse_HRD.double(), self.variance_HR.double()
+        cost_HR = ((inverse_HRD @ moment_HDD) * inverse_HRD).sum(-1)
+        lost = float((sensitivity_H[:, None] * cost_HR * variance_HR).sum())
+        return lost / max(float(variance_HR.mean(0).sum()), 1e-30)
+
+    def side_codec(self, spec: SideSpec, scale_HR: Tensor) -> SideCodec | SharedSide:
+        """The codec of the channels that `spec` keeps, stored in units of `scale_HR`."""
+        from kvcompress.codec.layer import SideCodec
+
+        kept = self.cut(spec.rank)
+        return SideCodec(spec, kept.mean_HD, kept.basis_HDR, kept.inverse_HRD, scale_HR)
+
 
 @dataclass(frozen=True)
 class LayerBases:
@@ -72,15 +99,51 @@ class LayerBases:
     k: LatentBasis
     v: LatentBasis
 
+    def profile(self, statistics: LayerStatistics) -> Profile:
+        """The layer as an encoding sees it."""
+        k_variance_R, v_variance_R = self.k.mean_variance(), self.v.mean_variance()
+        return Profile(
+            len(k_variance_R),
+            len(v_variance_R),
+            k_variance_R,
+            v_variance_R,
+            self.k.weight(statistics.query_moment_HDD, statistics.key_sensitivity_H),
+            self.v.weight(statistics.output_moment_HDD, statistics.value_sensitivity_H),
+        )
+
+    def codec(self, spec: Any, k: Any, v: Any) -> CacheCodec:
+        """The layer's codec from its spec and its sides' codecs, which `LatentBasis.side_codec` has made."""
+        from kvcompress.codec.layer import LayerCodec
+
+        return LayerCodec(k, v)
+
 
 @dataclass(frozen=True)
 class Profile:
-    """One compressed layer as an encoding sees it: channels per head, and their variances (descending) once known."""
+    """One compressed layer as an encoding sees it: channels per head, and their variances (descending) once known.
+
+    The variances of one side are comparable with each other. Multiplied by the side's weight they are comparable
+    between sides and layers: their sum is the squared error that dropping all channels would leave in the layer's
+    attention output, relative to the residual stream, to first order.
+    """
+
+    form: ClassVar[str] = "per_head"
+    """Of the layer's cache, as in `codec.spec.FORMS`."""
 
     k_rank: int
     v_rank: int
     k_variance_R: Sequence[float] | None = None
     v_variance_R: Sequence[float] | None = None
+    k_weight: float = 1.0
+    v_weight: float = 1.0
+
+    def width(self, side: str, geometry: ModelGeometry) -> int:
+        """Channels of the uncompressed cache that one latent of keys ("k") or values ("v") stands for."""
+        return geometry.head_dim
+
+    def spec(self, geometry: ModelGeometry, k: SideSpec, v: SideSpec) -> CacheSpec:
+        """The layer's spec, from the bands that an encoding has chosen."""
+        return LayerSpec(geometry.num_kv_heads, geometry.head_dim, k, v)
 
 
 @dataclass(frozen=True)
@@ -89,6 +152,11 @@ class Outline:
 
     config: dict[str, Any]
     tensors: dict[str, tuple[str, tuple[int, ...]]]
+
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of all tensors together."""
+        return sum(math.prod(shape) * DTYPE_BITS[dtype] // 8 for dtype, shape in self.tensors.values())
 
 
 class Method(ABC, Generic[C]):
@@ -109,7 +177,10 @@ class TransformMethod(Method[C]):
 
     @abstractmethod
     def outline(self, config: C, before: Outline) -> Outline:
-        """Config and tensors after the stage, from those before it. Sizes are exact, whatever the data.
+        """Config and tensors after the stage, from those before it.
+
+        The bytes of all tensors together are exact, whatever the data; where single shapes depend on the data, these
+        are nominal ones and `final_config` has the true ones.
 
         Raises:
             ValueError: the stage does not fit this model.
@@ -119,9 +190,54 @@ class TransformMethod(Method[C]):
     def transform(self, config: C, context: Context) -> Transform:
         """Do the work on `context.checkpoint`; what comes back replaces tensors while shards are copied."""
 
+    def final_config(self, config: C, before: Outline, context: Context) -> dict[str, Any]:
+        """config.json of the result, asked for after `transform`. Override where it depends on the data."""
+        return self.outline(config, before).config
 
-class BasisMethod(Method[C]):
-    """Keys and values become latents."""
+
+Needs = Literal["nothing", "statistics", "values", "states"]
+"""What a basis is fitted to: nothing, moments, or besides them the values themselves, or keys (before RoPE) as well."""
+
+
+class ModelBasis(Method[C]):
+    """Keys and values become latents, by bases found for the whole model at once."""
+
+    def needs(self, config: C) -> Needs:
+        """What the pipeline has to capture before `fit_model`."""
+        return "statistics"
+
+    @abstractmethod
+    def profiles(self, config: C, geometry: ModelGeometry, layers: Sequence[int]) -> Sequence[Profile]:
+        """The layers that get a codec as an encoding sees them before any calibration.
+
+        Their bytes are exact, or where only data can tell, the most it will be.
+
+        Raises:
+            ValueError: ranks or layers that the method cannot do.
+        """
+
+    @abstractmethod
+    def fit_model(self, config: C, context: Context) -> dict[int, LayerBases]:
+        """Bases of every layer that gets a codec."""
+
+    def own_specs(self, config: C, geometry: ModelGeometry, layers: Sequence[int]) -> Sequence[CacheSpec] | None:
+        """Specs of a method that stores its latents itself, so that no encoding follows; None for all others."""
+        return None
+
+    def own_codecs(self, config: C, context: Context) -> Sequence[CacheCodec]:
+        """Codecs of a method that has specs of its own."""
+        raise ValueError(f"{self.name} leaves its latents to an encoding")
+
+    def fit_bytes(self, config: C, geometry: ModelGeometry, tokens: int) -> tuple[int, int]:
+        """(memory, disk space) that a fit on this many calibration tokens takes at most, in bytes."""
+        return 8 * 8 * geometry.num_kv_heads * geometry.head_dim**2, 0
+
+
+class BasisMethod(ModelBasis[C]):
+    """A basis per head, after RoPE, found layer by layer."""
+
+    def profiles(self, config: C, geometry: ModelGeometry, layers: Sequence[int]) -> Sequence[Profile]:
+        return [Profile(*self.ranks(config, geometry))] * len(layers)
 
     @abstractmethod
     def ranks(self, config: C, geometry: ModelGeometry) -> tuple[int, int]:
@@ -144,6 +260,23 @@ class BasisMethod(Method[C]):
 
 class EncodingMethod(Method[C]):
     """Latents become bytes."""
+
+    forms: ClassVar[tuple[str, ...]] = ("per_head",)
+    """Forms of cache it can write."""
+
+    def specs(self, config: C, geometry: ModelGeometry, profiles: Sequence[Profile]) -> Sequence[CacheSpec]:
+        """`layers` for profiles it can encode.
+
+        Raises:
+            ValueError: a basis whose latents it cannot encode, or bytes that do not fit the ranks.
+        """
+        for profile in profiles:
+            if profile.form not in self.forms:
+                raise ValueError(
+                    f"{self.name} does not encode latents of form {profile.form}, which this recipe's basis makes; "
+                    "use scalar"
+                )
+        return self.layers(config, geometry, profiles)
 
     @abstractmethod
     def layers(self, config: C, geometry: ModelGeometry, profiles: Sequence[Profile]) -> Sequence[CacheSpec]:

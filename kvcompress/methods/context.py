@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvcompress.calibration.corpus import Calibration
 from kvcompress.checkpoint.reader import Checkpoint
@@ -14,6 +14,7 @@ from kvcompress.geometry import ModelGeometry
 
 if TYPE_CHECKING:
     from kvcompress.calibration.capture import LayerRunner
+    from kvcompress.calibration.states import LayerStates
     from kvcompress.calibration.statistics import LayerStatistics
 
 Progress = Callable[[str, int, int], None]
@@ -51,6 +52,12 @@ class Context:
 
         return LayerRunner(self.checkpoint, self.device, getattr(torch, self.dtype))
 
+    def model_config(self) -> Any:
+        """The model's transformers config."""
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(self.checkpoint.path)
+
     def scratch(self, name: str) -> Path:
         """A file of this stage that is kept until the run is over."""
         return self.work.scratch(f"{self.unit}-{name}")
@@ -62,7 +69,19 @@ class Context:
 
         return LayerStatistics.from_tensors(load_tensors(self.work.scratch(statistics_file(index))))
 
+    def states(self, index: int) -> LayerStates:
+        """States of one compressed layer on the calibration tokens, for a basis that has said it needs them."""
+        from kvcompress.calibration.states import LayerStates
+        from kvcompress.checkpoint.safetensors_file import load_tensors
+
+        return LayerStates.from_tensors(load_tensors(self.work.scratch(states_file(index))))
+
 
 def statistics_file(index: int) -> str:
     """Scratch name of one layer's statistics."""
     return f"layer-{index:04d}-statistics.safetensors"
+
+
+def states_file(index: int) -> str:
+    """Scratch name of one layer's states."""
+    return f"layer-{index:04d}-states.safetensors"

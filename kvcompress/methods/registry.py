@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvcompress.methods.base import BasisMethod, EncodingMethod, Method
+from kvcompress.methods.base import EncodingMethod, Method, ModelBasis
+from kvcompress.methods.fwsvd import Fwsvd
 from kvcompress.methods.heal import Heal
 from kvcompress.methods.matryoshka import Matryoshka
 from kvcompress.methods.pca import Pca
 from kvcompress.methods.scalar import Scalar
+from kvcompress.methods.xkv import Xkv
 from kvcompress.recipe import Recipe, StageConfig
 
-METHODS: dict[str, Method[Any]] = {method.name: method for method in (Heal(), Matryoshka(), Pca(), Scalar())}
+METHODS: dict[str, Method[Any]] = {
+    method.name: method for method in (Fwsvd(), Heal(), Matryoshka(), Pca(), Xkv(), Scalar())
+}
 
 
 def schemas() -> dict[str, type[StageConfig]]:
@@ -33,11 +37,11 @@ def describe() -> list[dict[str, Any]]:
     ]
 
 
-def basis_of(recipe: Recipe) -> tuple[BasisMethod[Any], StageConfig]:
+def basis_of(recipe: Recipe) -> tuple[ModelBasis[Any], StageConfig]:
     """The recipe's basis. Without one, every channel is kept on plain principal axes."""
     stage = recipe.stage("basis") or Pca.config(method="pca")
     method = METHODS[stage.method]
-    assert isinstance(method, BasisMethod)
+    assert isinstance(method, ModelBasis)
     return method, stage
 
 

@@ -1,29 +1,30 @@
-"""Scalar encoding: latent channels in 16, 8, 4 or 2 bits, dropped where they are worth none.
+"""Scalar encoding: latent channels in 32, 16, 8, 4 or 2 bits, dropped where they are worth none.
 
 Three ways to say how many: `bits` (one width for every kept channel), `bands` (explicit), or
 `target_bits_per_channel`, which spends an exact budget by reverse water-filling over groups of 8 channels (Cover &
-Thomas, 10.3.3) with the measured error of the quantizer at each width. `codec.scalar` has the quantizer itself.
+Thomas, 10.3.3) with the measured error of the quantizer at each width: for keys and values of every layer apart, or one
+budget for the whole model, where the error that counts is that of the residual stream (`Profile`).
+`outliers` channels of every token and head are stored exactly beside their codes. `codec.scalar` has the quantizer.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from kvcompress.codec.spec import CHANNEL_GROUP, EXPECTED_ERROR, Band, LayerSpec, SideSpec
+from kvcompress.codec.spec import CHANNEL_GROUP, EXPECTED_ERROR, Band, CacheSpec, SideSpec
 from kvcompress.geometry import ModelGeometry
-from kvcompress.methods.base import EncodingMethod, LatentBasis, LayerBases, Profile
+from kvcompress.methods.base import EncodingMethod, LayerBases, Profile
 from kvcompress.recipe import Kind, StageConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from kvcompress.codec.layer import LayerCodec, SideCodec
+    from kvcompress.codec.forms import CacheCodec
 
-Bits = Literal[16, 8, 4, 2]
+Bits = Literal[32, 16, 8, 4, 2]
 BandList = list[tuple[Literal[8, 4, 2], Annotated[int, Field(gt=0, multiple_of=CHANNEL_GROUP)]]]
 Target = Annotated[float, Field(gt=0.0, le=8.0)]
 
@@ -53,18 +54,28 @@ class TargetPair(_Pair):
     v: Target
 
 
+class OutliersPair(_Pair):
+    k: Literal[0, 1, 2]
+    v: Literal[0, 1, 2]
+
+
 class ScalarConfig(StageConfig):
     kind: ClassVar[Kind] = "encoding"
     method: Literal["scalar"] = "scalar"
-    bits: BitsPair | None = Field(None, description="one code width for every kept channel: 16, 8, 4 or 2")
+    bits: BitsPair | None = Field(None, description="one code width for every kept channel: 32, 16, 8, 4 or 2")
     bands: BandsPair | None = Field(
         None, description="lists of [bits, channels], most bits first, e.g. [[8, 16], [4, 32]]"
     )
-    target_bits_per_channel: TargetPair | None = Field(
-        None, description="average bits per channel of head_dim, spent where the variance is"
+    target_bits_per_channel: TargetPair | Target | None = Field(
+        None,
+        description="average bits per channel of head_dim: a number for the whole model, spent where they lower the "
+        "model's error most, or k and v for every layer apart",
+    )
+    outliers: OutliersPair = Field(
+        OutliersPair(k=0, v=0), description="channels per token and head stored exactly: 0, 1 or 2, 3 bytes each"
     )
 
-    @field_validator("bits", "target_bits_per_channel", mode="before")
+    @field_validator("bits", "outliers", mode="before")
     @classmethod
     def _same_for_both(cls, value: Any) -> Any:
         return {"k": value, "v": value} if isinstance(value, (int, float)) else value
@@ -75,9 +86,11 @@ class ScalarConfig(StageConfig):
         if len(given) != 1:
             found = " and ".join(given) or "none"
             raise ValueError(f"give exactly one of bits, bands, target_bits_per_channel; found {found}")
-        if self.bands is not None:
-            for bands in (self.bands.k, self.bands.v):
-                SideSpec(tuple(Band(*band) for band in bands))
+        for side in ("k", "v"):
+            if self.bands is not None:
+                SideSpec(tuple(Band(*band) for band in getattr(self.bands, side)))
+            if self.bits is not None:
+                SideSpec((Band(getattr(self.bits, side), CHANNEL_GROUP),), getattr(self.outliers, side))
         return self
 
 
@@ -86,80 +99,142 @@ class Scalar(EncodingMethod[ScalarConfig]):
     summary = "Uniform 8/4/2-bit codes with static channel scales and one gain per token and head; 16 for no loss"
     paper = "Max 1960 (quantizer); reverse water-filling, Cover & Thomas 10.3.3"
     config = ScalarConfig
+    forms = ("per_head", "shared")
 
-    def layers(self, config: ScalarConfig, geometry: ModelGeometry, profiles: Sequence[Profile]) -> list[LayerSpec]:
-        head_dim = geometry.head_dim
+    def layers(self, config: ScalarConfig, geometry: ModelGeometry, profiles: Sequence[Profile]) -> list[CacheSpec]:
+        if isinstance(config.target_bits_per_channel, float):
+            if any(layer.form != "per_head" for layer in profiles):
+                raise ValueError(
+                    "scalar: one target_bits_per_channel for the whole model needs a basis per layer and head; give "
+                    "target_bits_per_channel for k and v"
+                )
+            bands = iter(_joint_bands(config.target_bits_per_channel, geometry.head_dim, profiles))
+            return [
+                layer.spec(geometry, SideSpec(next(bands), config.outliers.k), SideSpec(next(bands), config.outliers.v))
+                for layer in profiles
+            ]
         return [
-            LayerSpec(
-                geometry.num_kv_heads,
-                head_dim,
-                side_spec(config, "k", layer.k_rank, head_dim, layer.k_variance_R),
-                side_spec(config, "v", layer.v_rank, head_dim, layer.v_variance_R),
+            layer.spec(
+                geometry,
+                side_spec(config, "k", layer.k_rank, layer.width("k", geometry), layer.k_variance_R),
+                side_spec(config, "v", layer.v_rank, layer.width("v", geometry), layer.v_variance_R),
             )
             for layer in profiles
         ]
 
-    def codec(self, config: ScalarConfig, spec: LayerSpec, bases: LayerBases) -> LayerCodec:
-        from kvcompress.codec.layer import LayerCodec
-
-        return LayerCodec(_side_codec(spec.k, bases.k), _side_codec(spec.v, bases.v))
+    def codec(self, config: ScalarConfig, spec: Any, bases: LayerBases) -> CacheCodec:
+        k, v = (
+            basis.side_codec(side, _scale(basis.variance_HR)[:, : side.rank].contiguous())
+            for side, basis in ((spec.k, bases.k), (spec.v, bases.v))
+        )
+        return bases.codec(spec, k, v)
 
 
 def side_spec(
     config: ScalarConfig, side: str, rank: int, head_dim: int, variance_R: Sequence[float] | None = None
 ) -> SideSpec:
-    """Bands for keys ("k") or values ("v") over at most `rank` channels; without variances, a nominal choice."""
+    """Bands for keys ("k") or values ("v") over at most `rank` channels; without variances, a nominal choice.
+
+    Args:
+        head_dim: channels of the uncompressed cache that they stand for.
+    """
+    outliers = getattr(config.outliers, side)
     if config.bits is not None:
-        return SideSpec((Band(getattr(config.bits, side), rank),))
+        return SideSpec((Band(getattr(config.bits, side), rank),), outliers)
     if config.bands is not None:
-        spec = SideSpec(tuple(Band(*band) for band in getattr(config.bands, side)))
+        spec = SideSpec(tuple(Band(*band) for band in getattr(config.bands, side)), outliers)
         if spec.rank > rank:
             raise ValueError(
                 f"scalar: bands.{side} cover {spec.rank} channels, but the basis keeps {rank} of {head_dim}; "
                 "shorten the bands or raise the rank"
             )
         return spec
-    assert config.target_bits_per_channel is not None
-    return _water_fill(getattr(config.target_bits_per_channel, side), rank, head_dim, variance_R)
+    assert isinstance(config.target_bits_per_channel, TargetPair)
+    target = getattr(config.target_bits_per_channel, side)
+    units = _units(target, head_dim, [rank // CHANNEL_GROUP])
+    bands, _ = _splits(rank, variance_R)[units]
+    return SideSpec(bands, outliers)
 
 
-def _water_fill(target: float, rank: int, head_dim: int, variance_R: Sequence[float] | None) -> SideSpec:
-    """Bands with the least expected squared error that spend exactly the budget."""
-    groups = rank // CHANNEL_GROUP
-    units = round(target * head_dim / _UNIT)
-    if not 1 <= units <= 4 * groups:
-        low, high = _UNIT / head_dim, 8.0 * rank / head_dim
+def _units(target: float, head_dim: int, groups: Sequence[int]) -> int:
+    """The budget of sides with so many channel groups each, in units of `_UNIT` bits.
+
+    Raises:
+        ValueError: less than 2 bits for a group of every side, or more than 8 bits for all groups.
+    """
+    units, largest = round(target * head_dim * len(groups) / _UNIT), 4 * sum(groups)
+    if not len(groups) <= units <= largest:
+        kept, all_channels = CHANNEL_GROUP * sum(groups), head_dim * len(groups)
         raise ValueError(
-            f"scalar: target_bits_per_channel {target} cannot be met with {rank} of {head_dim} channels; "
-            f"expected {low:g} to {high:g}"
+            f"scalar: target_bits_per_channel {target} cannot be met with {kept} of {all_channels} channels; "
+            f"expected {_UNIT / head_dim:g} to {8.0 * kept / all_channels:g}"
         )
-    if units == 4 * groups - 1:
-        units -= 1  # three units have no code width, so one below the top cannot be spent
+    # Three units have no code width, so one below the top cannot be spent.
+    return units - 1 if units == largest - 1 else units
+
+
+def _splits(rank: int, variance_R: Sequence[float] | None) -> dict[int, tuple[tuple[Band, ...], float]]:
+    """For every number of units that can be spent, the bands with the least expected squared error, and that error."""
+    import numpy as np
+
+    groups = rank // CHANNEL_GROUP
     # Nominal profile for planning: any strictly falling one gives a split of the same size.
-    variances = variance_R or [0.9**channel for channel in range(rank)]
-    energy = [sum(variances[g * CHANNEL_GROUP : (g + 1) * CHANNEL_GROUP]) for g in range(groups)]
-    prefix = [0.0, *itertools.accumulate(energy)]
+    variances = np.asarray(variance_R or [0.9**channel for channel in range(rank)], np.float64)
+    energy = np.concatenate([[0.0], variances.reshape(groups, CHANNEL_GROUP).sum(1).cumsum()])
+    # Few enough to try them all: how many groups get 8, 4 and 2 bits.
+    n8, n4, n2 = (count.ravel() for count in np.indices((groups + 1,) * 3))
+    fits = n8 + n4 + n2 <= groups
+    n8, n4, n2 = n8[fits], n4[fits], n2[fits]
+    ends = [np.zeros_like(n8), n8, n8 + n4, n8 + n4 + n2]
+    error = energy[-1] - energy[ends[3]]
+    for bits, start, stop in zip((8, 4, 2), ends[:-1], ends[1:], strict=True):
+        error = error + EXPECTED_ERROR[bits] * (energy[stop] - energy[start])
+    units = 4 * n8 + 2 * n4 + n2
+    best = {}
+    for chosen in np.lexsort((error, units)).tolist():
+        counts = (int(n8[chosen]), int(n4[chosen]), int(n2[chosen]))
+        if units[chosen] and int(units[chosen]) not in best:
+            bands = tuple(Band(bits, n * CHANNEL_GROUP) for bits, n in zip((8, 4, 2), counts, strict=True) if n)
+            best[int(units[chosen])] = (bands, float(error[chosen]))
+    return best
 
-    def error(n8: int, n4: int, n2: int) -> float:
-        ends = (n8, n8 + n4, n8 + n4 + n2)
-        parts = (prefix[ends[0]], prefix[ends[1]] - prefix[ends[0]], prefix[ends[2]] - prefix[ends[1]])
-        kept = sum(EXPECTED_ERROR[bits] * part for bits, part in zip((8, 4, 2), parts, strict=True))
-        return kept + prefix[-1] - prefix[ends[2]]
 
-    # Few enough to try them all: how many groups get 8 and 4 bits fixes how many get 2.
-    splits = (
-        (n8, n4, units - 4 * n8 - 2 * n4) for n8 in range(units // 4 + 1) for n4 in range((units - 4 * n8) // 2 + 1)
-    )
-    counts = min((split for split in splits if sum(split) <= groups), key=lambda split: error(*split))
-    return SideSpec(tuple(Band(bits, n * CHANNEL_GROUP) for bits, n in zip((8, 4, 2), counts, strict=True) if n))
+def _joint_bands(target: float, head_dim: int, profiles: Sequence[Profile]) -> list[tuple[Band, ...]]:
+    """Bands of every layer's keys and values, in turn, that spend one budget with the least error altogether.
 
+    Each side's least error at every size is known (`_splits`), in parts of the residual stream; sizes that add
+    up to the budget are found by dynamic programming over the sides, which is exact.
+    """
+    import numpy as np
 
-def _side_codec(spec: SideSpec, basis: LatentBasis) -> SideCodec:
-    from kvcompress.codec.layer import SideCodec
-
-    kept = basis.cut(spec.rank)
-    scale_HR = _scale(basis.variance_HR)[:, : spec.rank].contiguous()
-    return SideCodec(spec, kept.mean_HD, kept.basis_HDR, kept.inverse_HRD, scale_HR)
+    sides = [
+        (rank, variance_R, weight)
+        for layer in profiles
+        for rank, variance_R, weight in (
+            (layer.k_rank, layer.k_variance_R, layer.k_weight),
+            (layer.v_rank, layer.v_variance_R, layer.v_weight),
+        )
+    ]
+    budget = _units(target, head_dim, [rank // CHANNEL_GROUP for rank, _, _ in sides])
+    tables = [_splits(rank, variance_R) for rank, variance_R, _ in sides]
+    least = np.full(budget + 1, np.inf)  # error of the sides so far, by units spent
+    least[0] = 0.0
+    choices = []
+    for table, (_, _, weight) in zip(tables, sides, strict=True):
+        cost = np.full(max(table) + 1, np.inf)
+        for units, (_, error) in table.items():
+            cost[units] = weight * error
+        before = np.concatenate([np.full(len(cost) - 1, np.inf), least])
+        # Row b: the errors of spending b - u so far and u here, for u = 0, 1, ...
+        total = np.lib.stride_tricks.sliding_window_view(before, len(cost))[:, ::-1] + cost
+        choices.append(total.argmin(1))
+        least = total.min(1)
+    assert np.isfinite(least[budget])
+    spent = []
+    for choice in reversed(choices):
+        spent.append(int(choice[budget]))
+        budget -= spent[-1]
+    return [table[units][0] for table, units in zip(tables, reversed(spent), strict=True)]
 
 
 def _scale(variance_HR: Tensor) -> Tensor:

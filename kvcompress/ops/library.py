@@ -9,7 +9,7 @@ import sysconfig
 import warnings
 from pathlib import Path
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 MAX_BANDS = 4
 MAX_HEAD_DIM = 512
 LEVELS = ("portable", "avx2", "avx512", "avx512vnni")
@@ -28,10 +28,13 @@ class Side(ctypes.Structure):
     _fields_ = (
         ("rank", ctypes.c_int32),
         ("num_bands", ctypes.c_int32),
+        ("outliers", ctypes.c_int32),
         ("bits", ctypes.c_int32 * MAX_BANDS),
         ("widths", ctypes.c_int32 * MAX_BANDS),
         ("steps", ctypes.c_float * MAX_BANDS),
         ("gain_offset", ctypes.c_int64),
+        ("outlier_offset", ctypes.c_int64),
+        ("channel_offset", ctypes.c_int64),
         ("code_offset", ctypes.c_int64),
         ("code_bytes", ctypes.c_int64),
     )

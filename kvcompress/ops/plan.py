@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kvcompress.codec.layout import PageLayout
+from kvcompress.codec.layout import PageLayout, SideLayout
 from kvcompress.codec.spec import STEP, Band, LayerSpec, SideSpec
 from kvcompress.ops import library
 
@@ -98,8 +98,8 @@ class LayerPlan:
             struct = library.Pages()
             struct.block_size = layout.block_size
             struct.num_kv_heads, struct.head_dim = self.k.mean_HD.shape
-            struct.k = _side_struct(self.k.spec, layout.k_gain_offset, layout.k_code_offset)
-            struct.v = _side_struct(self.v.spec, layout.v_gain_offset, layout.v_code_offset)
+            struct.k = _side_struct(self.k.spec, layout.k)
+            struct.v = _side_struct(self.v.spec, layout.v)
             self._pages[layout] = struct
         struct = library.Pages.from_buffer_copy(self._pages[layout])
         struct.data = pages_NHX.data_ptr()
@@ -113,7 +113,7 @@ class LayerPlan:
         numbers: list[int] = []
         for side in (self.k, self.v):
             tensors += [side.mean_HD, side.encode_HDR, side.decode_HRD, side.weight_HR]
-            numbers.append(len(side.spec.bands))
+            numbers += [side.spec.outliers, len(side.spec.bands)]
             for band in side.spec.bands:
                 numbers += band
         return tensors, numbers
@@ -123,11 +123,11 @@ class LayerPlan:
         """Inverse of `flatten`."""
         sides, position = [], 0
         for start in (0, 4):
-            count = numbers[position]
-            flat = numbers[position + 1 : position + 1 + 2 * count]
-            position += 1 + 2 * count
+            outliers, count = numbers[position : position + 2]
+            flat = numbers[position + 2 : position + 2 + 2 * count]
+            position += 2 + 2 * count
             bands = tuple(Band(bits, width) for bits, width in zip(flat[::2], flat[1::2], strict=True))
-            sides.append(SidePlan(SideSpec(bands), *tensors[start : start + 4]))
+            sides.append(SidePlan(SideSpec(bands, outliers), *tensors[start : start + 4]))
         return cls(*sides)
 
 
@@ -143,7 +143,7 @@ def rows_struct(rows_THD: Tensor) -> library.Rows:
     return library.Rows(rows_THD.data_ptr(), rows_THD.stride(0), rows_THD.stride(1), _DTYPES[rows_THD.dtype])
 
 
-def _side_struct(spec: SideSpec, gain_offset: int, code_offset: int) -> library.Side:
+def _side_struct(spec: SideSpec, place: SideLayout) -> library.Side:
     struct = library.Side()
     bands: list[Band] = []
     for band in spec.bands:
@@ -152,13 +152,14 @@ def _side_struct(spec: SideSpec, gain_offset: int, code_offset: int) -> library.
             bands[-1] = Band(band.bits, bands[-1].width + band.width)
         else:
             bands.append(band)
-    struct.rank, struct.num_bands = spec.rank, len(bands)
+    struct.rank, struct.num_bands, struct.outliers = spec.rank, len(bands), spec.outliers
     for index, band in enumerate(bands):
         struct.bits[index], struct.widths[index], struct.steps[index] = band.bits, band.width, step(band.bits)
-    struct.gain_offset, struct.code_offset, struct.code_bytes = gain_offset, code_offset, spec.code_bytes
+    struct.gain_offset, struct.outlier_offset, struct.channel_offset, struct.code_offset = place
+    struct.code_bytes = spec.code_bytes
     return struct
 
 
 def step(bits: int) -> float:
-    """The quantizer's step in units of the channel's static scale; 16-bit channels are stored as they are."""
+    """The quantizer's step in units of the channel's static scale; floats are stored as they are."""
     return STEP.get(bits, 1.0)

@@ -14,6 +14,7 @@ from kvcompress.ops.plan import LayerPlan, SidePlan
 
 if TYPE_CHECKING:
     from kvcompress.codec.layer import LayerCodec
+    from kvcompress.codec.scalar import Encoded
     from kvcompress.codec.spec import SideSpec
 
 SCORE_BYTES = 64 * 2**20
@@ -38,16 +39,16 @@ class _Side:
     def decode_HRD(self) -> Tensor:
         return self.plan.decode_HRD
 
-    def encode(self, x_THD: Tensor) -> tuple[Tensor | None, Tensor]:
+    def encode(self, x_THD: Tensor) -> Encoded:
         from kvcompress.codec import scalar
 
         latent_THR = torch.einsum("thd,hdr->thr", x_THD.float() - self.plan.mean_HD, self.plan.encode_HDR)
         return scalar.encode(latent_THR, self.plan.weight_HR, self.plan.spec)
 
-    def decode(self, gain_TH: Tensor | None, codes_THB: Tensor) -> Tensor:
+    def decode(self, encoded: Encoded) -> Tensor:
         from kvcompress.codec import scalar
 
-        return scalar.decode(gain_TH, codes_THB, self.plan.spec)
+        return scalar.decode(encoded, self.plan.spec)
 
 
 @dataclass(frozen=True)

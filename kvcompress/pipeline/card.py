@@ -8,7 +8,7 @@ from kvcompress.recipe import Recipe
 
 def model_card(manifest: Manifest, recipe: Recipe) -> str:
     """Markdown: what was done, what it saves, how to serve it. Quality is added by whoever measures it."""
-    size = manifest.bytes_per_token
+    size, weights = manifest.bytes_per_token, manifest.weights_bytes
     calibration = manifest.calibration
     errors = [layer["relative_error"] for layer in manifest.layers if "relative_error" in layer]
     plain = [layer["index"] for layer in manifest.layers if layer["k"] is None]
@@ -17,19 +17,19 @@ def model_card(manifest: Manifest, recipe: Recipe) -> str:
         "library_name: transformers",
         "tags: [kvcompress, kv-cache, long-context]",
         "---",
-        f"# {manifest.parent.source}, KV cache compressed {size.ratio:.2f}x",
+        f"# {manifest.parent.source}, {_title(manifest)}",
         "",
-        f"Made with kvcompress {manifest.kvcompress_version} from `{manifest.parent.source}`. The weights",
-        "are unchanged; the key-value cache is stored in fewer bytes.",
+        f"Made with kvcompress {manifest.kvcompress_version} from `{manifest.parent.source}`. {_what(manifest)}",
         "",
         "| | base | compressed |",
         "| --- | --- | --- |",
         f"| KV cache, bytes per token | {size.base:,} | {size.compressed:,} |",
+        f"| weights, bytes | {weights.base:,} | {weights.compressed:,} |",
         "",
-        f"Error of the attention output on calibration text, mean over layers: {sum(errors) / max(1, len(errors)):.4f}",
-        f"(largest {max(errors, default=0.0):.4f}). Calibrated on {calibration.tokens if calibration else 0:,} tokens "
+        *_errors(errors),
+        f"Calibrated on {calibration.tokens if calibration else 0:,} tokens "
         f"of `{calibration.name if calibration else 'nothing'}`.",
-        *([f"Layers left uncompressed (sliding window): {', '.join(map(str, plain))}."] if plain else []),
+        *([f"Layers left uncompressed (sliding window): {', '.join(map(str, plain))}."] if plain and errors else []),
         "",
         "## Use",
         "",
@@ -38,7 +38,7 @@ def model_card(manifest: Manifest, recipe: Recipe) -> str:
         "kvcompress verify THIS_FOLDER",
         "```",
         "",
-        "Without the plug-in the checkpoint loads as the base model, with an uncompressed cache.",
+        *_without_plug_in(manifest),
         "",
         "## Recipe",
         "",
@@ -47,3 +47,49 @@ def model_card(manifest: Manifest, recipe: Recipe) -> str:
         "```",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _kinds(manifest: Manifest) -> set[str]:
+    return {stage["kind"] for stage in manifest.stages}
+
+
+def _title(manifest: Manifest) -> str:
+    parts = []
+    if _kinds(manifest) & {"attention", "basis", "encoding"}:
+        parts.append(f"KV cache compressed {manifest.bytes_per_token.ratio:.2f}x")
+    if "weights" in _kinds(manifest):
+        sizes = manifest.weights_bytes
+        parts.append(f"weights {100 * (1 - sizes.compressed / sizes.base):.1f} % smaller")
+    return ", ".join(parts)
+
+
+def _what(manifest: Manifest) -> str:
+    kinds = _kinds(manifest)
+    weights = {
+        "weights": "linear layers are stored as low-rank factors",
+        "attention": "the attention layers were converted",
+    }
+    changed = [text for kind, text in weights.items() if kind in kinds] or ["the weights are unchanged"]
+    if kinds & {"basis", "encoding"}:
+        changed.append("the key-value cache is stored in fewer bytes")
+    text = "; ".join(changed)
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def _errors(errors: list[float]) -> list[str]:
+    if not errors:
+        return []
+    return [
+        f"Error of the attention output on calibration text, mean over layers: {sum(errors) / len(errors):.4f}",
+        f"(largest {max(errors):.4f}).",
+    ]
+
+
+def _without_plug_in(manifest: Manifest) -> list[str]:
+    if "weights" in _kinds(manifest):
+        return [
+            "In transformers, call `kvcompress.serving.transformers.register()` before `from_pretrained`: without it",
+            "the factored layers are not loaded, and transformers warns that their weights are newly initialized.",
+            "`kvcompress decompress` writes a plain checkpoint, as large as the base model.",
+        ]
+    return ["Without the plug-in the checkpoint loads as the base model, with an uncompressed cache."]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from kvcompress.checkpoint.workdir import WorkDir, check_output, remove_publishe
 from kvcompress.codec.spec import CodecSpec
 from kvcompress.geometry import ModelGeometry
 from kvcompress.methods.context import Context, Progress
+from kvcompress.methods.registry import basis_of
 from kvcompress.pipeline import plan as planning
 from kvcompress.pipeline import stages
 from kvcompress.pipeline.card import model_card
@@ -123,7 +124,7 @@ def compress(model: str, recipe: Recipe, out: str | Path, options: Options, prog
         manifest.files, manifest.headers, manifest.tensors = digests.files, digests.headers, digests.tensors
         writer.write_file(work, MANIFEST_FILE, manifest.to_bytes())
         work.publish()
-    return plan
+    return replace(plan, spec=spec)
 
 
 def _config_section(final: Checkpoint, spec: CodecSpec) -> dict[str, Any]:
@@ -195,7 +196,8 @@ def _cache_codec(plan: Plan, context: Context) -> tuple[CodecSpec, dict[str, Ten
 
     if not context.compressed_layers:
         return plan.spec, {}, [_summary(plan, index, plan.spec, {}) for index in range(plan.geometry.num_layers)]
-    capture(context)
+    basis, basis_stage = basis_of(plan.recipe)
+    capture(context, basis.needs(basis_stage))
     codecs = fit(plan.recipe, context)
     errors = measure(codecs, context)
     spec = spec_of(codecs)
@@ -208,11 +210,20 @@ def _summary(plan: Plan, index: int, spec: CodecSpec, errors: dict[str, float]) 
         summary["relative_error"] = round(errors["both"], 6)
         summary["k"]["relative_error"] = round(errors["k"], 6)
         summary["v"]["relative_error"] = round(errors["v"], 6)
+    for side in ("k", "v"):
+        if f"{side}_clipped" in errors:
+            summary[side]["clipped"] = round(errors[f"{side}_clipped"], 6)
     return summary
 
 
 def _bytes_to_write(checkpoint: Checkpoint, plan: Plan, tokens: int) -> int:
-    """Shards, the codec twice (scratch and final), and the hidden states of two layers."""
+    """Shards, once more for every stage that changes them, the codec twice (scratch and final), the hidden states of
+    two layers, and what a fit keeps on disk.
+    """
     geometry = plan.geometry
-    codec = 2 * geometry.num_layers * geometry.num_kv_heads * (2 * geometry.head_dim**2 + 2 * geometry.head_dim) * 4
-    return plan.weights_bytes + 2 * codec + 2 * tokens * geometry.hidden_size * 4 + (1 << 20)
+    per_head = geometry.num_kv_heads * (2 * geometry.head_dim**2 + 2 * geometry.head_dim) * 4 * 2
+    codec = sum(getattr(layer, "tensor_bytes", per_head) for layer in plan.spec.layers)
+    basis, basis_stage = basis_of(plan.recipe)
+    _, fit = basis.fit_bytes(basis_stage, geometry, tokens)
+    copies = 1 + sum(1 for _ in stages.transforms(plan.recipe))
+    return copies * plan.weights_bytes + 2 * codec + fit + 2 * tokens * geometry.hidden_size * 4 + (1 << 20)

@@ -9,7 +9,6 @@ from kvcompress.checkpoint.hashing import sha256_file
 from kvcompress.checkpoint.safetensors_file import load_tensors, save_tensors
 from kvcompress.codec.forms import CacheCodec, from_tensors, to_tensors
 from kvcompress.codec.spec import CodecSpec
-from kvcompress.methods.base import LayerBases, Profile
 from kvcompress.methods.context import Context
 from kvcompress.methods.registry import basis_of, encoding_of
 
@@ -39,18 +38,25 @@ def spec_of(codecs: Sequence[CacheCodec | None]) -> CodecSpec:
 
 def _fit(recipe: Recipe, context: Context) -> list[CacheCodec | None]:
     basis, basis_stage = basis_of(recipe)
-    encoding, encoding_stage = encoding_of(recipe)
-    bases = basis.fit_model(basis_stage, context)
+    codecs: list[CacheCodec | None] = [None] * context.geometry.num_layers
     try:
-        specs = encoding.layers(encoding_stage, context.geometry, [_profile(bases[i]) for i in sorted(bases)])
+        if basis.own_specs(basis_stage, context.geometry, context.compressed_layers) is not None:
+            own = basis.own_codecs(basis_stage, context)
+            for index, codec in zip(context.compressed_layers, own, strict=True):
+                codecs[index] = codec
+            return codecs
+        bases = basis.fit_model(basis_stage, context)
+    except ValueError as error:
+        raise recipe.locate(basis_stage, error) from None
+    encoding, encoding_stage = encoding_of(recipe)
+    try:
+        specs = encoding.specs(
+            encoding_stage,
+            context.geometry,
+            [bases[index].profile(context.statistics(index)) for index in sorted(bases)],
+        )
     except ValueError as error:
         raise recipe.locate(encoding_stage, error) from None
-    codecs: list[CacheCodec | None] = [None] * context.geometry.num_layers
     for index, spec in zip(sorted(bases), specs, strict=True):
         codecs[index] = encoding.codec(encoding_stage, spec, bases[index])
     return codecs
-
-
-def _profile(bases: LayerBases) -> Profile:
-    k_variance_R, v_variance_R = (side.variance_HR.mean(0).tolist() for side in (bases.k, bases.v))
-    return Profile(len(k_variance_R), len(v_variance_R), k_variance_R, v_variance_R)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
-from kvcompress.calibration.capture import exact_attention, stored_linear
-from kvcompress.codec.forms import CacheCodec
+from kvcompress.calibration.capture import Collector, exact_attention, stored_linear
+from kvcompress.codec.forms import CacheCodec, GroupCodec, LayerwiseCodec
+from kvcompress.codec.layer import LayerCodec
 from kvcompress.methods.context import Context
+from kvcompress.modeling.low_rank import LowRankLinear
 
 if TYPE_CHECKING:
     from kvcompress.calibration.corpus import Calibration
@@ -21,7 +25,10 @@ PROBES = 2
 UNIT = "measure"
 
 Errors = dict[str, float]
-"""Relative error of the attention output after o_proj: of keys alone ("k"), of values alone ("v"), and "both"."""
+"""Relative error of the attention output after o_proj: of keys alone ("k"), of values alone ("v"), and "both".
+
+For scalar codes also the share of tokens and heads that clip (`codec.scalar.CLIP_THRESHOLD`): "k_clipped", "v_clipped".
+"""
 
 
 def measure(codecs: Sequence[CacheCodec | None], context: Context) -> list[Errors]:
@@ -35,17 +42,24 @@ def measure(codecs: Sequence[CacheCodec | None], context: Context) -> list[Error
 def _measure(codecs: Sequence[CacheCodec | None], context: Context) -> list[Errors]:
     runner, probes = context.runner(), _probes(context.calibration)
     hidden_NTC = runner.embed(probes)
-    errors: list[Errors] = []
+    errors: list[Errors] = [{} for _ in codecs]
+    waiting: dict[int, _Recorder] = {}
     for index, codec in enumerate(codecs):
         context.progress("measuring layers", index, len(codecs))
         with runner.layer(index) as layer:
-            meter = None
-            if codec is not None:
-                meter = _ErrorMeter(codec.to(runner.device), runner.output_projection(layer))
+            recorder = None if codec is None else _Recorder(runner.output_projection(layer))
             for sample, offset in enumerate(probes.offsets_N.tolist()):
-                collect = None if meter is None else meter.add
+                collect = None if recorder is None else recorder.of_sample(offset)
                 hidden_NTC[sample] = runner.forward(layer, hidden_NTC[sample], offset, collect)
-        errors.append({} if meter is None else meter.relative())
+        if codec is None or recorder is None:
+            continue
+        waiting[index] = recorder
+        # Layers that share a latent wait for the last of their group.
+        group = codec.group if isinstance(codec, GroupCodec) else (index,)
+        if index == group[-1]:
+            together = [codecs[member].to(runner.device) for member in group]  # type: ignore[union-attr]
+            for member, found in zip(group, _group_errors(together, [waiting.pop(i) for i in group]), strict=True):
+                errors[member] = found
     context.progress("measuring layers", len(codecs), len(codecs))
     return errors
 
@@ -54,35 +68,96 @@ def _probes(calibration: Calibration) -> Calibration:
     return replace(calibration, tokens_NT=calibration.tokens_NT[-PROBES:], offsets_N=calibration.offsets_N[-PROBES:])
 
 
+@dataclass(frozen=True)
+class _Sample:
+    """One sample as an attention layer got it, and the position it starts at."""
+
+    query_BHTD: Tensor
+    key_BHTD: Tensor
+    value_BHTD: Tensor
+    softmax_scale: float
+    offset: int
+
+
+class _Recorder:
+    """Keeps one layer's samples and its output projection."""
+
+    def __init__(self, output: nn.Linear | LowRankLinear) -> None:
+        self.samples: list[_Sample] = []
+        # The layer lets go of its weights before its group is complete.
+        self.output = copy.copy(output)
+        self.output._parameters = {
+            name: None if parameter is None else nn.Parameter(parameter.detach(), requires_grad=False)
+            for name, parameter in output._parameters.items()
+        }
+
+    def of_sample(self, offset: int) -> Collector:
+        """A collector for one sample."""
+
+        def collect(query: Tensor, key: Tensor, value: Tensor, softmax_scale: float) -> None:
+            self.samples.append(_Sample(query, key, value, softmax_scale, offset))
+
+        return collect
+
+
+def _group_errors(codecs: Sequence[CacheCodec], recorders: Sequence[_Recorder]) -> list[Errors]:
+    """Errors of layers that are decoded together, in their order."""
+    meters = [_ErrorMeter(codec, recorder.output) for codec, recorder in zip(codecs, recorders, strict=True)]
+    for samples in zip(*(recorder.samples for recorder in recorders), strict=True):
+        for meter, sample, decoded in zip(meters, samples, _through(codecs, samples), strict=True):
+            meter.add(sample, *decoded)
+    return [meter.relative() for meter in meters]
+
+
+def _through(codecs: Sequence[CacheCodec], samples: Sequence[_Sample]) -> list[tuple[Tensor, Tensor]]:
+    """Every layer's keys and values of one sample as attention would read them back, all tokens from the cache."""
+    keys, values = (
+        [states_BHTD[0].transpose(0, 1) for states_BHTD in sides]
+        for sides in zip(*((sample.key_BHTD, sample.value_BHTD) for sample in samples), strict=True)
+    )
+    leader = codecs[0]
+    if isinstance(leader, GroupCodec):
+        positions_T = torch.arange(keys[0].shape[0], device=keys[0].device) + samples[0].offset
+        decoded = leader.round_trip_group(codecs, keys, values, positions_T)
+    else:
+        assert isinstance(leader, LayerwiseCodec)
+        decoded = [leader.round_trip(keys[0], values[0])]
+    return [
+        (k_THD.transpose(0, 1)[None].to(sample.key_BHTD.dtype), v_THD.transpose(0, 1)[None].to(sample.value_BHTD.dtype))
+        for (k_THD, v_THD), sample in zip(decoded, samples, strict=True)
+    ]
+
+
 class _ErrorMeter:
     """Accumulates squared errors of the attention output, as the layer's output projection sees them."""
 
-    def __init__(self, codec: CacheCodec, output: nn.Linear) -> None:
+    def __init__(self, codec: CacheCodec, output: nn.Linear | LowRankLinear) -> None:
         self.codec, self.output = codec, output
         self.energy = 0.0
         self.errors = {"k": 0.0, "v": 0.0, "both": 0.0}
+        self.clipped = {"k": 0, "v": 0}
+        self.seen = 0
 
-    def add(self, query: Tensor, key: Tensor, value: Tensor, softmax_scale: float) -> None:
-        decoded_key, decoded_value = _through(self.codec, key, value)
-        exact = self._project(exact_attention(query, key, value, softmax_scale))
+    def add(self, sample: _Sample, decoded_key: Tensor, decoded_value: Tensor) -> None:
+        query, scale = sample.query_BHTD, sample.softmax_scale
+        exact = self._project(exact_attention(query, sample.key_BHTD, sample.value_BHTD, scale))
         self.energy += float(exact.square().sum())
         for name in self.errors:
-            keys = key if name == "v" else decoded_key
-            values = value if name == "k" else decoded_value
-            approximate = self._project(exact_attention(query, keys, values, softmax_scale))
+            keys = sample.key_BHTD if name == "v" else decoded_key
+            values = sample.value_BHTD if name == "k" else decoded_value
+            approximate = self._project(exact_attention(query, keys, values, scale))
             self.errors[name] += float((approximate - exact).square().sum())
+        if isinstance(self.codec, LayerCodec):
+            self.seen += sample.key_BHTD[..., 0].numel()
+            for name, side, states_BHTD in (
+                ("k", self.codec.k, sample.key_BHTD),
+                ("v", self.codec.v, sample.value_BHTD),
+            ):
+                self.clipped[name] += int(side.clips(states_BHTD.transpose(1, 2).flatten(0, 1)).sum())
 
     def relative(self) -> Errors:
-        return {name: (error / max(self.energy, 1e-30)) ** 0.5 for name, error in self.errors.items()}
+        errors = {name: (error / max(self.energy, 1e-30)) ** 0.5 for name, error in self.errors.items()}
+        return errors | {f"{name}_clipped": count / self.seen for name, count in self.clipped.items() if self.seen}
 
     def _project(self, attention_BHTD: Tensor) -> Tensor:
         return stored_linear(self.output, attention_BHTD.transpose(1, 2).flatten(2))
-
-
-def _through(codec: CacheCodec, key_BHTD: Tensor, value_BHTD: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values as attention would read them back."""
-    batch = key_BHTD.shape[0]
-    states = [states_BHTD.transpose(1, 2).flatten(0, 1) for states_BHTD in (key_BHTD, value_BHTD)]
-    decoded = (side_THD.unflatten(0, (batch, -1)).transpose(1, 2) for side_THD in codec.round_trip(*states))
-    keys, values = decoded
-    return keys.to(key_BHTD.dtype), values.to(value_BHTD.dtype)

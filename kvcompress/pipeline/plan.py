@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvcompress.checkpoint.reader import Checkpoint, refuse_compressed
-from kvcompress.checkpoint.safetensors_file import DTYPE_BITS
-from kvcompress.codec.spec import CodecSpec
+from kvcompress.codec.spec import CacheSpec, CodecSpec
 from kvcompress.geometry import ModelGeometry
-from kvcompress.methods.base import Outline, Profile, TrainedConfig
+from kvcompress.methods.base import TrainedConfig
 from kvcompress.methods.registry import basis_of, encoding_of
 from kvcompress.pipeline import stages
 from kvcompress.recipe import Recipe
@@ -45,6 +44,11 @@ class Plan:
         return bytes_per_token(self.spec, self.geometry)
 
     @property
+    def bytes_per_request(self) -> int:
+        """Bytes a request takes besides its tokens: factors and exact tokens of caches that have some."""
+        return sum(getattr(layer, "bytes_per_request", 0) for layer in self.spec.layers)
+
+    @property
     def ratio(self) -> float:
         return self.base_bytes_per_token / self.bytes_per_token
 
@@ -68,7 +72,7 @@ class Plan:
             "context": {
                 "tokens": self.context,
                 "base_bytes": self.context * self.base_bytes_per_token,
-                "compressed_bytes": self.context * self.bytes_per_token,
+                "compressed_bytes": self.context * self.bytes_per_token + self.bytes_per_request,
             },
             "layers": [layer_summary(index, self.spec, self.geometry) for index in range(self.geometry.num_layers)],
         }
@@ -111,9 +115,11 @@ def make(
         geometry=geometry,
         spec=spec,
         weights_bytes=checkpoint.weights_bytes,
-        compressed_weights_bytes=_weights_bytes(after),
+        compressed_weights_bytes=after.weights_bytes,
         base_bytes_per_token=base.kv_bytes_per_token(),
-        peak_rss_bytes=max(_peak_rss(checkpoint, geometry, calibration_tokens), _training_rss(checkpoint, recipe)),
+        peak_rss_bytes=max(
+            _peak_rss(checkpoint, recipe, geometry, calibration_tokens), _training_rss(checkpoint, recipe)
+        ),
         context=context,
         memory_bytes=memory_bytes,
     )
@@ -148,23 +154,24 @@ def _codec_spec(recipe: Recipe, geometry: ModelGeometry) -> CodecSpec:
     basis, basis_stage = basis_of(recipe)
     encoding, encoding_stage = encoding_of(recipe)
     try:
-        ranks = basis.ranks(basis_stage, geometry)
+        specs = basis.own_specs(basis_stage, geometry, compressed)
+        profiles = basis.profiles(basis_stage, geometry, compressed) if specs is None else []
     except ValueError as error:
         raise recipe.locate(basis_stage, error) from None
+    if specs is not None and (stage := recipe.stage("encoding")) is not None:
+        raise recipe.locate(
+            stage, ValueError(f"{basis.name} stores its latents itself in this form; remove {stage.method}")
+        )
     try:
-        specs = encoding.layers(encoding_stage, geometry, [Profile(*ranks)] * len(compressed))
+        specs = encoding.specs(encoding_stage, geometry, profiles) if specs is None else specs
     except ValueError as error:
         raise recipe.locate(encoding_stage, error) from None
-    layers = dict(zip(compressed, specs, strict=True))
+    layers: dict[int, CacheSpec] = dict(zip(compressed, specs, strict=True))
     return CodecSpec(tuple(layers.get(index) for index in range(geometry.num_layers)))
 
 
-def _weights_bytes(outline: Outline) -> int:
-    return sum(math.prod(shape) * DTYPE_BITS[dtype] // 8 for dtype, shape in outline.tensors.values())
-
-
-def _peak_rss(checkpoint: Checkpoint, geometry: ModelGeometry, calibration_tokens: int) -> int:
-    """Runtime, the largest layer as stored, the hidden states (in and out) and one layer's statistics."""
+def _peak_rss(checkpoint: Checkpoint, recipe: Recipe, geometry: ModelGeometry, calibration_tokens: int) -> int:
+    """Runtime, the largest layer as stored, the hidden states (in and out) and what the basis is fitted to."""
     layers: dict[str, int] = {}
     for name, info in checkpoint.tensors.items():
         parts = name.split(".")
@@ -172,8 +179,9 @@ def _peak_rss(checkpoint: Checkpoint, geometry: ModelGeometry, calibration_token
             key = parts[parts.index("layers") + 1]
             layers[key] = layers.get(key, 0) + info.nbytes
     hidden = 2 * calibration_tokens * geometry.hidden_size * _COMPUTE_BYTES
-    statistics = 8 * 8 * geometry.num_kv_heads * geometry.head_dim**2
-    return _RUNTIME_BYTES + max(layers.values(), default=0) + hidden + statistics
+    basis, basis_stage = basis_of(recipe)
+    fit, _ = basis.fit_bytes(basis_stage, geometry, calibration_tokens)
+    return _RUNTIME_BYTES + max(layers.values(), default=0) + hidden + fit
 
 
 def _training_rss(checkpoint: Checkpoint, recipe: Recipe) -> int:

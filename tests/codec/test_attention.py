@@ -13,20 +13,22 @@ from kvcompress.codec.layout import PageLayout
 from kvcompress.codec.spec import Band, CodecSpec, SideSpec
 
 HEADS, GROUP, HEAD_DIM = 2, 3, 32
-BANDS = {
-    "16": (Band(16, 32),),
-    "8": (Band(8, 32),),
-    "4": (Band(4, 24),),
-    "2": (Band(2, 32),),
-    "banded": (Band(8, 8), Band(4, 8), Band(2, 8)),
+SIDES = {
+    "32": SideSpec((Band(32, 32),)),
+    "16": SideSpec((Band(16, 32),)),
+    "8": SideSpec((Band(8, 32),)),
+    "4": SideSpec((Band(4, 24),)),
+    "2": SideSpec((Band(2, 32),)),
+    "banded": SideSpec((Band(8, 8), Band(4, 8), Band(2, 8))),
+    "4, one exact": SideSpec((Band(4, 32),), 1),
+    "banded, two exact": SideSpec((Band(8, 8), Band(4, 8), Band(2, 8)), 2),
 }
 
 
-def side_codec(bands: tuple[Band, ...], seed: int) -> SideCodec:
+def side_codec(spec: SideSpec, seed: int) -> SideCodec:
     """A random well-conditioned basis that is not orthogonal, as the attention metric gives."""
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.eye(HEAD_DIM) + 0.1 * torch.randn(HEADS, HEAD_DIM, HEAD_DIM, generator=generator)
-    spec = SideSpec(bands)
     return SideCodec(
         spec,
         torch.randn(HEADS, HEAD_DIM, generator=generator),
@@ -37,7 +39,7 @@ def side_codec(bands: tuple[Band, ...], seed: int) -> SideCodec:
 
 
 def layer_codec(k: str, v: str) -> LayerCodec:
-    return LayerCodec(side_codec(BANDS[k], 1), side_codec(BANDS[v], 2))
+    return LayerCodec(side_codec(SIDES[k], 1), side_codec(SIDES[v], 2))
 
 
 def exact(query_QHGD: Tensor, keys_THD: Tensor, values_THD: Tensor, scale: float) -> Tensor:
@@ -49,7 +51,19 @@ def exact(query_QHGD: Tensor, keys_THD: Tensor, values_THD: Tensor, scale: float
 
 
 @pytest.mark.parametrize(
-    ("k", "v"), [("16", "16"), ("8", "4"), ("4", "2"), ("2", "8"), ("banded", "banded"), ("16", "4")]
+    ("k", "v"),
+    [
+        ("16", "16"),
+        ("8", "4"),
+        ("4", "2"),
+        ("2", "8"),
+        ("banded", "banded"),
+        ("16", "4"),
+        ("32", "32"),
+        ("4, one exact", "banded, two exact"),
+        ("banded, two exact", "8"),
+        ("32", "4, one exact"),
+    ],
 )
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 70])
 def test_paged_attention_equals_exact_attention_on_the_stored_tokens(k: str, v: str, tokens: int) -> None:
@@ -67,7 +81,7 @@ def test_paged_attention_equals_exact_attention_on_the_stored_tokens(k: str, v: 
     queries = min(tokens, 5)
     query = torch.randn(queries, HEADS, GROUP, HEAD_DIM, generator=generator)
     found = attention.attend(query, k_latent, v_latent, codec, HEAD_DIM**-0.5)
-    stored = [side.reconstruct(*side.encode(x)) for side, x in ((codec.k, keys), (codec.v, values))]
+    stored = [side.reconstruct(side.encode(x)) for side, x in ((codec.k, keys), (codec.v, values))]
     torch.testing.assert_close(found.double(), exact(query, stored[0], stored[1], HEAD_DIM**-0.5), rtol=1e-4, atol=1e-4)
 
 
@@ -76,7 +90,7 @@ def test_full_rank_sixteen_bits_equals_plain_attention() -> None:
     generator = torch.Generator().manual_seed(0)
     keys, values = (torch.randn(200, HEADS, HEAD_DIM, generator=generator) for _ in range(2))
     query = torch.randn(9, HEADS, GROUP, HEAD_DIM, generator=generator)
-    latents = [side.decode(*side.encode(x)) for side, x in ((codec.k, keys), (codec.v, values))]
+    latents = [side.decode(side.encode(x)) for side, x in ((codec.k, keys), (codec.v, values))]
     found = attention.attend(query, latents[0], latents[1], codec, HEAD_DIM**-0.5)
     torch.testing.assert_close(found.double(), exact(query, keys, values, HEAD_DIM**-0.5), rtol=2e-3, atol=2e-3)
 

@@ -11,10 +11,12 @@ from kvcompress.codec.spec import Band, CodecSpec, LayerSpec, SideSpec
 
 widths = st.integers(0, 6).map(lambda groups: groups * 8)
 sides = st.one_of(
-    st.integers(1, 16).map(lambda groups: SideSpec((Band(16, groups * 8),))),
-    st.tuples(widths, widths, widths)
-    .filter(any)
-    .map(lambda each: SideSpec(tuple(Band(b, w) for b, w in zip((8, 4, 2), each, strict=True) if w))),
+    st.builds(lambda bits, groups: SideSpec((Band(bits, groups * 8),)), st.sampled_from([32, 16]), st.integers(1, 16)),
+    st.builds(
+        lambda each, outliers: SideSpec(tuple(Band(b, w) for b, w in zip((8, 4, 2), each, strict=True) if w), outliers),
+        st.tuples(widths, widths, widths).filter(any),
+        st.integers(0, 2),
+    ),
 )
 layers = st.builds(LayerSpec, num_kv_heads=st.integers(1, 8), head_dim=st.just(144), k=sides, v=sides)
 
@@ -30,11 +32,11 @@ def test_pages_hold_exactly_the_stated_bytes_without_overlap(layer: LayerSpec, b
     layout = PageLayout.of(layer, block_size)
     assert layout.page_bytes == block_size * layer.bytes_per_token
     parts = [
-        (layout.k_gain_offset, 2 * block_size if layer.k.has_gain else 0),
-        (layout.v_gain_offset, 2 * block_size if layer.v.has_gain else 0),
-        (layout.k_code_offset, layout.k_code_bytes * block_size),
-        (layout.v_code_offset, layout.v_code_bytes * block_size),
+        (offset, size * block_size)
+        for place, side in ((layout.k, layer.k), (layout.v, layer.v))
+        for offset, size in zip(place, side.part_bytes, strict=True)
     ]
+    assert all((offset == -1) == (size == 0) for offset, size in parts)
     taken = sorted((start, size) for start, size in parts if size)
     assert all(start % PART_ALIGNMENT == 0 for start, _ in taken)
     position = 0
@@ -49,6 +51,8 @@ def test_known_sizes() -> None:
     layer = LayerSpec(2, 64, side, SideSpec((Band(16, 64),)))
     assert side.bytes_per_token == 34
     assert layer.bytes_per_token == 2 * (34 + 128)
+    assert SideSpec((Band(4, 64),), 2).bytes_per_token == 34 + 2 * 3
+    assert SideSpec((Band(32, 64),)).bytes_per_token == 256
 
 
 @pytest.mark.parametrize(
@@ -64,6 +68,27 @@ def test_known_sizes() -> None:
 def test_impossible_bands(bands: list[tuple[int, int]], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         SideSpec(tuple(Band(*band) for band in bands))
+
+
+@pytest.mark.parametrize(
+    ("bands", "outliers", "words"),
+    [
+        (((4, 8),), 3, "found 3 outliers per token and head; expected 0 to 2"),
+        (((4, 8),), -1, "found -1 outliers"),
+        (((16, 8),), 1, "16-bit channels are exact"),
+        (((32, 8),), 2, "32-bit channels are exact"),
+        (((4, 264),), 1, "found 264 channels, expected up to 256"),
+    ],
+)
+def test_impossible_outliers(bands: tuple[tuple[int, int], ...], outliers: int, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        SideSpec(tuple(Band(*band) for band in bands), outliers)
+
+
+def test_a_codec_written_before_there_were_outliers_reads_as_having_none() -> None:
+    side = {"bands": [[4, 8]]}
+    read = LayerSpec.from_json({"num_kv_heads": 1, "head_dim": 8, "k": side, "v": side})
+    assert (read.k.outliers, read.to_json()["k"]) == (0, side)
 
 
 def test_rank_above_head_dim() -> None:

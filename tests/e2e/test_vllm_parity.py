@@ -105,9 +105,11 @@ def test_tensor_parallel(num_kv_heads: int, tmp_path: Path) -> None:
     assert "on tensor-parallel rank 1 of 2" in result["log"]
 
 
-@pytest.mark.parametrize("hybrid", [False, True], ids=["full attention", "one sliding window"])
-def test_sixteen_bits_at_full_rank_change_nothing(hybrid: bool, tmp_path: Path) -> None:
-    layers = list(tiny.uniform_spec(16).layers)
+@pytest.mark.parametrize(
+    ("bits", "hybrid"), [(16, False), (16, True), (32, False)], ids=["16", "16, one sliding window", "32"]
+)
+def test_floats_at_full_rank_change_nothing(bits: int, hybrid: bool, tmp_path: Path) -> None:
+    layers = list(tiny.uniform_spec(bits).layers)
     config: dict[str, Any] = {}
     if hybrid:
         # vLLM's Llama honours layer types; it then puts the layers into several cache groups of one page size.

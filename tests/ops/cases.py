@@ -18,8 +18,8 @@ POISON = 0xFF
 """As halves: NaN; as block numbers: -1."""
 
 
-def bands(*pairs: tuple[int, int]) -> SideSpec:
-    return SideSpec(tuple(Band(bits, width) for bits, width in pairs))
+def bands(*pairs: tuple[int, int], outliers: int = 0) -> SideSpec:
+    return SideSpec(tuple(Band(bits, width) for bits, width in pairs), outliers)
 
 
 def random_codec(heads: int, head_dim: int, k: SideSpec, v: SideSpec, seed: int = 0) -> LayerCodec:

@@ -15,6 +15,7 @@ from kvcompress.ops.plan import LayerPlan
 from tests.ops.cases import POISON, bands, random_codec
 
 SPECS = [
+    bands((32, 40)),
     bands((16, 64)),
     bands((16, 40)),
     bands((8, 64)),
@@ -22,7 +23,13 @@ SPECS = [
     bands((2, 64)),
     bands((8, 8), (4, 24), (2, 8)),
     bands((4, 8), (4, 16), (2, 24)),
+    bands((4, 64), outliers=1),
+    bands((8, 8), (4, 24), (2, 8), outliers=2),
+    bands((2, 8), outliers=2),
 ]
+
+MIXED = bands((8, 16), (4, 16), (2, 32))
+MIXED_EXACT = bands((8, 16), (4, 16), (2, 32), outliers=2)
 
 
 def both(codec: LayerCodec, keys_THD: Tensor, values_THD: Tensor, slots_T: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,8 +58,9 @@ def test_bytes_without_projection_rounding(level: str, spec: SideSpec) -> None:
     keys_THD, values_THD = torch.randn(2, 128, 2, 64, generator=generator)
     compiled, reference = both(plain_codec(spec), keys_THD, values_THD, torch.randperm(144, generator=generator)[:128])
     if spec.has_gain:
-        # The gain's sums add up in another order; a tie between two candidates may fall the other way.
-        assert float((compiled != reference).float().mean()) < 1e-4
+        # The gain's sums add up in another order; a tie between two candidates may fall the other way. Then what the
+        # codes leave of the outliers changes with the gain: most bytes of the smallest record here.
+        assert float((compiled != reference).float().mean()) < (2e-3 if spec.outliers else 1e-4)
     else:
         assert torch.equal(compiled, reference)
 
@@ -61,12 +69,14 @@ def test_bytes_without_projection_rounding(level: str, spec: SideSpec) -> None:
 @pytest.mark.parametrize("spec", SPECS)
 def test_bytes_with_a_projection(level: str, spec: SideSpec, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(2)
-    keys_THD, values_THD = torch.randn(2, 128, 2, 64, generator=generator).to(dtype)
+    keys_THD, values_THD = torch.randn(2, 144, 2, 64, generator=generator).to(dtype)
     codec = random_codec(2, 64, spec, spec)
-    slots_T = torch.randperm(144, generator=generator)[:128]
+    slots_T = torch.randperm(144, generator=generator)
     compiled, reference = both(codec, keys_THD, values_THD, slots_T)
-    # Float32 sums in another order move a latent by one part in 10^6 or so across a rounding boundary now and then.
-    assert float((compiled != reference).float().mean()) < (5e-3 if not spec.has_gain else 2e-4)
+    # Float32 sums in another order move a latent by one part in 10^6 or so across a rounding boundary now and then;
+    # of a float in 32 bits they change the last byte.
+    different = 0.5 if spec.bands[0].bits == 32 else 5e-3 if spec.bands[0].bits == 16 or spec.outliers else 2e-4
+    assert float((compiled != reference).float().mean()) < different
     layout = PageLayout.of(codec.spec, 16)
     decoded = [
         torch.cat(pages.read(written, layout, codec, torch.arange(9), 144), dim=-1)[slots_T]
@@ -77,7 +87,7 @@ def test_bytes_with_a_projection(level: str, spec: SideSpec, dtype: torch.dtype)
 
 
 @pytest.mark.parametrize("case", ["zeros", "constant", "outlier", "huge", "tiny", "infinite", "nan"])
-@pytest.mark.parametrize("spec", [bands((16, 64)), bands((8, 16), (4, 16), (2, 32))])
+@pytest.mark.parametrize("spec", [bands((32, 64)), bands((16, 64)), MIXED, MIXED_EXACT])
 def test_adversarial_tokens(level: str, spec: SideSpec, case: str) -> None:
     x_THD = torch.randn(16, 2, 64, generator=torch.Generator().manual_seed(4))
     if case == "zeros":
@@ -100,7 +110,8 @@ def test_adversarial_tokens(level: str, spec: SideSpec, case: str) -> None:
         compiled, reference = (written[0].clone() for written in (compiled, reference))
         layout = PageLayout.of(plain_codec(spec).spec, 16)
         other = [token for token in range(16) if token != 3]
-        for offset, width in ((layout.k_code_offset, layout.k_code_bytes), (layout.v_code_offset, layout.v_code_bytes)):
+        places = [*zip(layout.k, spec.part_bytes, strict=True), *zip(layout.v, spec.part_bytes, strict=True)]
+        for offset, width in ((offset, width) for offset, width in places if width):
             parts = [
                 written[:, offset : offset + 16 * width].unflatten(1, (16, width)) for written in (compiled, reference)
             ]

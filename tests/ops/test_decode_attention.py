@@ -27,6 +27,12 @@ SIDES = [
     (128, bands((2, 128)), bands((2, 128))),
     (128, bands((4, 72), (2, 24)), bands((8, 8), (4, 56), (2, 64))),
     (128, bands((16, 128)), bands((16, 88))),
+    (64, bands((32, 64)), bands((32, 40))),
+    (64, bands((4, 64), outliers=1), bands((4, 64), outliers=1)),
+    (64, bands((8, 24), (4, 16), (2, 8), outliers=2), bands((8, 8), (4, 8), (2, 40), outliers=2)),
+    (128, bands((4, 128), outliers=2), bands((16, 128))),
+    (32, bands((32, 32)), bands((2, 8), outliers=1)),
+    (256, bands((2, 256), outliers=1), bands((4, 256), outliers=2)),
 ]
 
 
@@ -71,12 +77,13 @@ def test_ragged_batch_of_prefill_and_decode(level: str, head_dim: int, k: SideSp
 @pytest.mark.parametrize("block_size", [16, 48, 64, 128])
 def test_block_sizes_and_boundaries(level: str, block_size: int) -> None:
     lengths = [block_size - 1, block_size, block_size + 1, 2 * block_size, 3 * block_size + 1]
-    cache = random_cache(random_codec(2, 64, MIXED_K, MIXED_V), lengths, block_size)
+    exact_v = bands(*MIXED_V.bands, outliers=2)
+    cache = random_cache(random_codec(2, 64, bands(*MIXED_K.bands, outliers=1), exact_v), lengths, block_size)
     assert_exact(cache, random_query(len(lengths), 6, 64), [1] * len(lengths))
 
 
 @pytest.mark.parametrize(("dtype", "bar"), [(torch.bfloat16, 3e-3), (torch.float16, 5e-4), (torch.float32, BAR)])
-@pytest.mark.parametrize("bits", [16, 8, 4, 2])
+@pytest.mark.parametrize("bits", [32, 16, 8, 4, 2])
 def test_query_dtypes(level: str, dtype: torch.dtype, bar: float, bits: int) -> None:
     cache = random_cache(random_codec(2, 64, bands((bits, 64)), bands((bits, 64))), [200, 31])
     assert_exact(cache, random_query(5, 8, 64, dtype), [3, 2], bar)
@@ -111,9 +118,9 @@ def test_strided_queries_and_outputs(level: str) -> None:
     assert not output_THD[:, 6:].any()
 
 
-@pytest.mark.parametrize("bits", [16, 4])
-def test_results_depend_on_neither_threads_nor_batch(level: str, bits: int) -> None:
-    cache = random_cache(random_codec(2, 64, bands((bits, 64)), bands((bits, 64))), [700, 300, 129])
+@pytest.mark.parametrize("side", [bands((16, 64)), bands((4, 64)), bands((4, 64), outliers=2)])
+def test_results_depend_on_neither_threads_nor_batch(level: str, side: SideSpec) -> None:
+    cache = random_cache(random_codec(2, 64, side, side), [700, 300, 129])
     query_lens = [1, 40, 1]
     query_THD = random_query(sum(query_lens), 8, 64)
     results = []
@@ -129,8 +136,9 @@ def test_results_depend_on_neither_threads_nor_batch(level: str, bits: int) -> N
 
 
 @pytest.mark.parametrize("split_tokens", [128, 512])
-def test_splits_agree(level: str, split_tokens: int) -> None:
-    cache = random_cache(random_codec(2, 64, MIXED_K, bands((16, 64))), [513, 64, 65])
+@pytest.mark.parametrize("v", [bands((16, 64)), bands((4, 64), outliers=2)])
+def test_splits_agree(level: str, v: SideSpec, split_tokens: int) -> None:
+    cache = random_cache(random_codec(2, 64, MIXED_K, v), [513, 64, 65])
     query_THD = random_query(4, 8, 64)
     whole_THD, whole_TH = attend(cache, query_THD, [2, 1, 1], split_tokens=4096)
     split_THD, split_TH = attend(cache, query_THD, [2, 1, 1], split_tokens=split_tokens)
@@ -139,9 +147,11 @@ def test_splits_agree(level: str, split_tokens: int) -> None:
     torch.testing.assert_close(split_TH, whole_TH, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("bits", [16, 8, 4, 2])
+@pytest.mark.parametrize(
+    ("bits", "outliers"), [(32, 0), (16, 0), (8, 0), (4, 0), (2, 0), (8, 1), (4, 1), (4, 2), (2, 2)]
+)
 @pytest.mark.parametrize("case", ["outlier channels", "constant tokens", "zeros", "huge", "dominant token", "sink"])
-def test_adversarial_values(level: str, bits: int, case: str) -> None:
+def test_adversarial_values(level: str, bits: int, outliers: int, case: str) -> None:
     generator = torch.Generator().manual_seed(3)
     keys_THD, values_THD = torch.randn(2, 180, 2, 64, generator=generator)
     query_THD = random_query(3, 8, 64)
@@ -163,7 +173,8 @@ def test_adversarial_values(level: str, bits: int, case: str) -> None:
     else:
         keys_THD[0, :, 3] = 500
         values_THD[0] *= 1e-3
-    cache = fill(random_codec(2, 64, bands((bits, 64)), bands((bits, 64))), [keys_THD], [values_THD])
+    side = bands((bits, 64), outliers=outliers)
+    cache = fill(random_codec(2, 64, side, side), [keys_THD], [values_THD])
     # Scores in the thousands carry float32's error into the exponent.
     bar = 1e-3 if case in ("outlier channels", "huge", "dominant token", "sink") else BAR
     output_THD, _ = attend(cache, query_THD, [3])
@@ -173,15 +184,31 @@ def test_adversarial_values(level: str, bits: int, case: str) -> None:
     assert float((output_THD.double() - expected_THD).norm()) < bar * size
 
 
-@pytest.mark.parametrize("bits", [16, 4])
-def test_a_query_that_is_not_finite_stays_visible(level: str, bits: int) -> None:
-    cache = random_cache(random_codec(1, 32, bands((bits, 32)), bands((bits, 32))), [70])
+@pytest.mark.parametrize("side", [bands((16, 32)), bands((4, 32)), bands((4, 32), outliers=1)])
+def test_a_query_that_is_not_finite_stays_visible(level: str, side: SideSpec) -> None:
+    cache = random_cache(random_codec(1, 32, side, side), [70])
     query_THD = random_query(2, 2, 32)
     query_THD[0, 1, 5] = torch.nan
     output_THD, _ = attend(cache, query_THD, [2])
     assert output_THD[0, 1].isnan().all()
     assert output_THD[:, 0].isfinite().all()
     assert output_THD[1].isfinite().all()
+
+
+def test_a_damaged_channel_number_changes_nothing_else(level: str) -> None:
+    """Numbers beyond the kept channels are ignored: no write outside the sums."""
+    side = bands((4, 32), outliers=2)
+    cache = random_cache(random_codec(1, 64, side, side), [70])
+    query_THD = random_query(2, 2, 64)
+    first = int(cache.block_table_RN[0, 0])
+    for place in (cache.layout.k, cache.layout.v):
+        cache.pages_NHX[first, :, place.channel_offset : place.channel_offset + 2] = 200
+        cache.pages_NHX[first, :, place.outlier_offset : place.outlier_offset + 4] = 0
+    found_THD, _ = attend(cache, query_THD, [2])
+    for place in (cache.layout.k, cache.layout.v):
+        cache.pages_NHX[first, :, place.channel_offset : place.channel_offset + 2] = torch.tensor([0, 1]).byte()
+    expected_THD, _ = attend(cache, query_THD, [2])
+    assert torch.equal(found_THD, expected_THD)
 
 
 def test_requests_without_queries_are_skipped(level: str) -> None:

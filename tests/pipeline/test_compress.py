@@ -90,6 +90,44 @@ def test_lossless_recipe_reproduces_the_base_model(base_model: Path, tmp_path: P
     assert (base - ours).abs().max() < 5e-3 * base.abs().max()
 
 
+@pytest.mark.parametrize("metric", ["none", "attention"])
+def test_thirty_two_bits_at_full_rank_are_the_base_model(metric: str, base_model: Path, tmp_path: Path) -> None:
+    compress(base_model, tmp_path / "out", f"  - method: pca\n    metric: {metric}\n  - method: scalar\n    bits: 32\n")
+    model = tiny.load_model(base_model)
+    tokens = torch.tensor(tiny.prompts([200]))
+    with torch.no_grad():
+        base = model(tokens).logits
+        ours = model(tokens, past_key_values=CompressedCache.from_pretrained(tmp_path / "out")).logits
+    assert (base - ours).abs().max() <= 1e-3
+
+
+@pytest.mark.parametrize(
+    "parameters", ["target_bits_per_channel: 3.3", "target_bits_per_channel: 2.5\n    outliers: {k: 2, v: 1}"]
+)
+def test_one_budget_for_the_model_is_planned_exactly(parameters: str, base_model: Path, tmp_path: Path) -> None:
+    text = f"  - method: pca\n  - method: scalar\n    {parameters}\n"
+    compress(base_model, tmp_path / "out", text)
+    manifest = Manifest.load(tmp_path / "out")
+    planned = planning.make(Checkpoint.open(base_model), recipe(text), str(base_model)).bytes_per_token
+    assert manifest.bytes_per_token.compressed == planned
+    assert sum(layer["bytes_per_token"] for layer in manifest.layers) == planned
+    sizes = {(layer["k"]["bits"], layer["v"]["bits"]) for layer in manifest.layers}
+    assert len(sizes) > 1, "layers of this model differ, so their shares should"
+    model, cache = tiny.load_model(tmp_path / "out"), CompressedCache.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        model(torch.tensor(tiny.prompts([50])), past_key_values=cache)
+    assert cache.nbytes == 50 * planned
+
+
+def test_manifest_says_how_many_tokens_clip(compressed: Path, base_model: Path, tmp_path: Path) -> None:
+    compress(base_model, tmp_path / "out", "  - method: pca\n  - method: scalar\n    bits: 16\n")
+    for layer in Manifest.load(tmp_path / "out").layers:
+        assert (layer["k"]["clipped"], layer["v"]["clipped"]) == (0, 0)
+    shares = [layer[side]["clipped"] for layer in Manifest.load(compressed).layers for side in ("k", "v")]
+    assert all(0 <= share <= 1 for share in shares)
+    assert any(shares), "two bits clip now and then"
+
+
 def test_more_bits_less_error(base_model: Path, tmp_path: Path) -> None:
     errors = []
     for bits in (2, 4, 8, 16):

@@ -111,7 +111,7 @@ class Engine:
     def expected(self, request: int, query: Tensor) -> Tensor:
         """float64 attention of the newest queries over the request's tokens, each encoded and decoded once."""
         key, value = (
-            part.reconstruct(*part.encode(x)).double().repeat_interleave(HEADS // KV_HEADS, 1)
+            part.reconstruct(part.encode(x)).double().repeat_interleave(HEADS // KV_HEADS, 1)
             for part, x in zip((self.codec.k, self.codec.v), self.history[request], strict=True)
         )
         scores = torch.einsum("qhd,thd->hqt", query.double(), key) * SCALE

@@ -13,9 +13,10 @@ extern "C" {
 #define KVC_EXPORT __attribute__((visibility("default")))
 
 // Raised whenever a struct below or the meaning of an argument changes.
-#define KVC_ABI_VERSION 1
+#define KVC_ABI_VERSION 2
 
 #define KVC_MAX_BANDS 4
+#define KVC_MAX_OUTLIERS 2
 
 enum kvc_dtype { KVC_FLOAT32 = 0, KVC_BFLOAT16 = 1, KVC_FLOAT16 = 2 };
 
@@ -29,14 +30,18 @@ enum kvc_status {
     KVC_NO_MEMORY = 4,
 };
 
-// Keys or values of one layer. gain_offset is -1 for 16-bit channels.
+// Keys or values of one layer. Offsets within a record; -1 for a part that is absent: the gain of 16- and 32-bit
+// channels, outliers (halves, what the codes leave of them) and their channel numbers (bytes) where there are none.
 typedef struct {
     int32_t rank;
     int32_t num_bands;
+    int32_t outliers;
     int32_t bits[KVC_MAX_BANDS];
     int32_t widths[KVC_MAX_BANDS];
     float steps[KVC_MAX_BANDS];  // quantizer step of each band in units of the channel's static scale
     int64_t gain_offset;
+    int64_t outlier_offset;
+    int64_t channel_offset;
     int64_t code_offset;
     int64_t code_bytes;
 } kvc_side;

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvcompress_eval.engines.base import Generation, Scores, contains_all
-from kvcompress_eval.models import is_compressed
+from kvcompress_eval.models import is_compressed, read_config
 from kvcompress_eval.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 PREFILL_CHUNK = 2048
-"""Tokens per forward pass of a prompt. Bounds memory; results do not depend on it."""
+"""Tokens per forward pass of a prompt. Bounds memory; results do not depend on it, unless layers share latents."""
 
 
 class TransformersEngine:
@@ -29,6 +29,7 @@ class TransformersEngine:
             slow in bfloat16.
         device: torch device, or auto.
         kv_rank: share of a compressed model's stored channels to use.
+        cache: a cache of `baseline_caches` for a plain model, to compare with.
     """
 
     name = "transformers"
@@ -43,16 +44,20 @@ class TransformersEngine:
         dtype: str = "auto",
         device: str = "auto",
         kv_rank: float = 1.0,
+        cache: str | None = None,
     ) -> None:
         import torch
         from transformers import AutoModelForCausalLM
 
+        from kvcompress.serving.transformers import register
+
+        register()
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if dtype == "auto" and device == "cpu":
             dtype = "float32"
         self._tokenizer = tokenizer
-        self._new_cache = cache_factory(model, kv_rank)
+        self._new_cache = cache_factory(model, cache, kv_rank)
         self._model: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, trust_remote_code=False)
         self._model.to(device).eval()
         ends = self._model.generation_config.eos_token_id
@@ -90,8 +95,9 @@ class TransformersEngine:
 
         log_probs, top1, distributions = [], [], []
         cache = self._new_cache()
-        for start in range(0, len(tokens) - 1, PREFILL_CHUNK):
-            chunk = tokens[start : min(start + PREFILL_CHUNK, len(tokens) - 1)]
+        start = 0
+        for size in _scoring_steps(cache, len(tokens) - 1):
+            chunk = tokens[start : start + size]
             logits_TV = self._forward(chunk, cache).float()
             follow_T = torch.tensor(tokens[start + 1 : start + 1 + len(chunk)], device=logits_TV.device)
             log_probs_TV = logits_TV.log_softmax(-1)
@@ -99,6 +105,7 @@ class TransformersEngine:
             top1.append(logits_TV.argmax(-1).cpu().numpy())
             if distribution:
                 distributions.append(log_probs_TV.cpu().numpy())
+            start += size
         return Scores(
             np.concatenate(log_probs), np.concatenate(top1), np.concatenate(distributions) if distribution else None
         )
@@ -130,8 +137,26 @@ class TransformersEngine:
             torch.cuda.empty_cache()
 
 
-def cache_factory(model: Path, kv_rank: float = 1.0) -> Callable[[], Any]:
-    """A function that makes an empty cache for one sequence."""
+def _scoring_steps(cache: Any, tokens: int) -> list[int]:
+    """Sizes of the forward passes in which to score a text, such that the cache's loss shows in every score."""
+    if hasattr(cache, "scoring_steps"):
+        steps: list[int] = cache.scoring_steps(tokens, PREFILL_CHUNK)
+        return steps
+    return [min(PREFILL_CHUNK, tokens - start) for start in range(0, tokens, PREFILL_CHUNK)]
+
+
+def cache_factory(model: Path, baseline: str | None = None, kv_rank: float = 1.0) -> Callable[[], Any]:
+    """A function that makes an empty cache for one sequence.
+
+    Raises:
+        ValueError: an unknown baseline cache, or one for a model that has a codec.
+    """
+    if baseline is not None:
+        if is_compressed(model):
+            raise ValueError(f"{model} has a codec of its own; cache {baseline} is for plain models")
+        from kvcompress_eval.engines import baseline_caches
+
+        return baseline_caches.cache_factory(baseline, int(read_config(model)["num_hidden_layers"]))
     if not is_compressed(model):
         from transformers import DynamicCache
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from kvcompress.codec.shared_spec import GroupSpec
 from kvcompress_eval.engines.base import Generation, Scores, contains_all
-from kvcompress_eval.models import end_tokens, is_compressed
+from kvcompress_eval.models import codec_spec, end_tokens, is_compressed, read_config
 from kvcompress_eval.tokenizer import TextTokenizer
 
 # Set only where the caller has not: one process starts in seconds, one GiB holds any prompt of a small model, and
@@ -64,6 +65,8 @@ class VllmEngine:
             register()
         if dtype == "auto" and not torch.cuda.is_available():
             dtype = "float32"
+        spec = codec_spec(read_config(model))
+        self._exact_steps = spec is not None and any(isinstance(layer, GroupSpec) for layer in spec.layers)
         self._tokenizer = tokenizer
         self._ends = end_tokens(model)
         arguments = {
@@ -121,6 +124,11 @@ class VllmEngine:
     def score(self, tokens: Sequence[int], *, distribution: bool = False) -> Scores:
         if distribution:
             raise ValueError("vLLM gives no whole distributions; use engine transformers for the KL divergence")
+        if self._exact_steps:
+            raise ValueError(
+                "layers of this model share latents, so vLLM scores a prompt with an exact cache and would hide the "
+                "loss; use engine transformers for perplexity and agreement"
+            )
         from vllm import SamplingParams
 
         params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1, detokenize=False)

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from kvcompress.checkpoint.source import resolve
-from kvcompress.codec.forms import CacheCodec
-from kvcompress.codec.layer import LayerCodec, SideCodec
-from kvcompress.codec.spec import GAIN_BYTES
+from kvcompress.codec.forms import CacheCodec, GroupCodec
+from kvcompress.codec.layer import LayerCodec
+from kvcompress.codec.prompt import PromptCodec
+from kvcompress.codec.shared import SharedCodec
+from kvcompress.codec.shared_spec import check_groups
 from kvcompress.serving.loading import load_codec
+from kvcompress.serving.transformers.groups import GroupLayer, PromptLayer, SharedLayer
+from kvcompress.serving.transformers.records import from_records, to_records
 
 
 class CompressedLayer(DynamicLayer):  # type: ignore[misc]
-    """One layer's cache. `keys` and `values` hold records `uint8 [batch, heads, tokens, bytes]`, gain first.
+    """One layer's cache. `keys` and `values` hold records `uint8 [batch, heads, tokens, bytes]`, codes last.
 
     Tokens stay on dimension -2, so cropping, beam reordering and batch selection are the dynamic layer's own. Every
     token, the newest included, is attended in its stored form: results do not depend on how a prompt is cut up.
@@ -43,9 +48,9 @@ class CompressedLayer(DynamicLayer):  # type: ignore[misc]
         """Append post-RoPE states `[batch, heads, tokens, head_dim]`; return every token's decoded states."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys = torch.cat([self.keys, _to_records(self.codec.k, key_states)], dim=-2)
-        self.values = torch.cat([self.values, _to_records(self.codec.v, value_states)], dim=-2)
-        keys, values = _from_records(self.codec.k, self.keys), _from_records(self.codec.v, self.values)
+        self.keys = torch.cat([self.keys, to_records(self.codec.k, key_states)], dim=-2)
+        self.values = torch.cat([self.values, to_records(self.codec.v, value_states)], dim=-2)
+        keys, values = from_records(self.codec.k, self.keys), from_records(self.codec.v, self.values)
         return keys.to(self.dtype), values.to(self.dtype)
 
 
@@ -53,7 +58,8 @@ class CompressedCache(Cache):  # type: ignore[misc]
     """A whole model's cache: compressed layers where the checkpoint has a codec, ordinary ones elsewhere."""
 
     def __init__(self, codecs: Sequence[CacheCodec | None]) -> None:
-        super().__init__(layers=[_layer(codec) for codec in codecs])
+        check_groups([None if codec is None else codec.spec for codec in codecs])
+        super().__init__(layers=_layers(codecs))
 
     @classmethod
     def from_pretrained(cls, model: str | Path, kv_rank: float = 1.0) -> CompressedCache:
@@ -69,31 +75,44 @@ class CompressedCache(Cache):  # type: ignore[misc]
 
     @property
     def nbytes(self) -> int:
-        """Bytes the cached tokens take now."""
-        return sum(t.nbytes for layer in self.layers if layer.is_initialized for t in (layer.keys, layer.values))
+        """Bytes the cached tokens take now; what layers have in common counts once."""
+        tensors: dict[int, Tensor] = {}
+        for layer in self.layers:
+            if layer.is_initialized:
+                kept = layer.kept() if isinstance(layer, GroupLayer) else [layer.keys, layer.values]
+                tensors |= {id(tensor): tensor for tensor in kept}
+        return sum(tensor.nbytes for tensor in tensors.values())
+
+    def scoring_steps(self, tokens: int, longest: int) -> list[int]:
+        """Steps of up to `longest` tokens in which to feed a text so that its scores show what the cache costs.
+
+        Caches that attend a step's own tokens as they are need short ones; one that factors the first step as the
+        prompt is scored on what follows a prompt of half the text.
+        """
+        first, step = 0, longest
+        for layer in self.layers:
+            if isinstance(layer, GroupLayer):
+                first, step = max(first, layer.scoring_prompt(tokens)), min(step, layer.scoring_step)
+        sizes = [first] if first else []
+        while (left := tokens - sum(sizes)) > 0:
+            sizes.append(min(step, left))
+        return sizes
 
 
-def _layer(codec: CacheCodec | None) -> DynamicLayer:
-    if codec is None:
-        return DynamicLayer()
-    assert isinstance(codec, LayerCodec), f"no transformers cache for form {codec.spec.form}"
-    return CompressedLayer(codec)
-
-
-def _to_records(side: SideCodec, states_BHTD: Tensor) -> Tensor:
-    batch, heads, tokens, head_dim = states_BHTD.shape
-    gain, codes = side.encode(states_BHTD.transpose(1, 2).reshape(batch * tokens, heads, head_dim))
-    record = codes if gain is None else torch.cat([gain[..., None].view(torch.uint8), codes], dim=-1)
-    records_BTHX: Tensor = record.unflatten(0, (batch, tokens))
-    return records_BTHX.transpose(1, 2)
-
-
-def _from_records(side: SideCodec, records_BHTX: Tensor) -> Tensor:
-    batch = records_BHTX.shape[0]
-    record = records_BHTX.transpose(1, 2).flatten(0, 1)
-    gain = None
-    if side.spec.has_gain:
-        gain = record[..., :GAIN_BYTES].contiguous().view(torch.float16).squeeze(-1)
-        record = record[..., GAIN_BYTES:]
-    states_BTHD: Tensor = side.reconstruct(gain, record).unflatten(0, (batch, -1))
-    return states_BTHD.transpose(1, 2)
+def _layers(codecs: Sequence[CacheCodec | None]) -> list[DynamicLayer]:
+    layers: list[DynamicLayer] = []
+    groups: dict[tuple[int, ...], list[Any]] = {}
+    for codec in codecs:
+        if codec is None:
+            layers.append(DynamicLayer())
+        elif isinstance(codec, GroupCodec):
+            members = groups.setdefault(codec.group, [])
+            if isinstance(codec, SharedCodec):
+                layers.append(SharedLayer(codec, members))
+            else:
+                assert isinstance(codec, PromptCodec), f"no transformers cache for form {codec.spec.form}"
+                layers.append(PromptLayer(codec, members))
+        else:
+            assert isinstance(codec, LayerCodec), f"no transformers cache for form {codec.spec.form}"
+            layers.append(CompressedLayer(codec))
+    return layers

@@ -17,6 +17,7 @@ def register() -> None:
     from kvcompress.serving.vllm import compat
 
     compat.register_backend(compat.BACKEND_NAME, "kvcompress.serving.vllm.backend.CompressedAttentionBackend")
+    compat.register_backend(compat.SHARED_BACKEND_NAME, "kvcompress.serving.vllm.shared_backend.SharedAttentionBackend")
     # Importing the module registers its class under the quantization method's name.
     from kvcompress.serving.vllm import quantization
 

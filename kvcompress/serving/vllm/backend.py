@@ -126,8 +126,9 @@ class CompressedAttentionImpl(compat.AttentionImpl):  # type: ignore[misc]
         self._layout: PageLayout | None = None
         self._workspace_bytes = 0
 
-    def use_codec(self, codec: LayerCodec, longest: int) -> None:
+    def use_codec(self, codec: Any, longest: int) -> None:
         """Set the codec of this rank's KV heads, on the layer's device, for requests of up to `longest` tokens."""
+        assert isinstance(codec, LayerCodec)
         assert (codec.spec.num_kv_heads, codec.spec.head_dim) == (self.num_kv_heads, self.head_size)
         self._plan = LayerPlan.of(codec)
         self._workspace_bytes = workspace_bytes(codec.spec, self.num_heads, longest)

@@ -15,6 +15,7 @@ SUPPORTED_VLLM = ((0, 32), (0, 33))
 """First supported and first unsupported (major, minor)."""
 
 BACKEND_NAME = "KVCOMPRESS"
+SHARED_BACKEND_NAME = "KVCOMPRESS_SHARED"
 
 
 def check_version(found: str) -> None:
@@ -41,9 +42,15 @@ from vllm.distributed import (  # noqa: E402
     get_tensor_model_parallel_world_size,
 )
 from vllm.distributed.parallel_state import get_world_group  # noqa: E402
+from vllm.forward_context import get_forward_context  # noqa: E402
 from vllm.logger import init_logger  # noqa: E402
 from vllm.model_executor.layers.attention import Attention, MLAAttention  # noqa: E402
-from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod  # noqa: E402
+from vllm.model_executor.layers.linear import (  # noqa: E402
+    LinearBase,
+    LinearMethodBase,
+    QKVParallelLinear,
+    UnquantizedLinearMethod,
+)
 from vllm.model_executor.layers.quantization import (  # noqa: E402
     QUANTIZATION_METHODS,
     register_quantization_config,
@@ -54,6 +61,7 @@ from vllm.model_executor.layers.quantization.base_config import (  # noqa: E402
 )
 from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod  # noqa: E402
 from vllm.model_executor.models.utils import extract_layer_index  # noqa: E402
+from vllm.model_executor.utils import set_weight_attrs  # noqa: E402
 from vllm.v1.attention.backend import (  # noqa: E402
     AttentionBackend,
     AttentionCGSupport,
@@ -71,6 +79,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCache
 __all__ = [
     "BACKEND_NAME",
     "QUANTIZATION_METHODS",
+    "SHARED_BACKEND_NAME",
     "SUPPORTED_VLLM",
     "Attention",
     "AttentionBackend",
@@ -85,6 +94,7 @@ __all__ = [
     "FullAttentionSpec",
     "KVCacheLayout",
     "LinearBase",
+    "LinearMethodBase",
     "MLAAttention",
     "MultipleOf",
     "QuantizationConfig",
@@ -97,10 +107,14 @@ __all__ = [
     "get_current_vllm_config",
     "is_first_rank_of_machine",
     "layer_device",
+    "layer_metadata",
+    "layer_parallel",
     "logger",
     "num_decoder_layers",
+    "output_rank",
     "register_backend",
     "register_quantization_config",
+    "set_weight_loader",
     "tensor_parallel",
     "total_num_kv_heads",
     "vllm_version",
@@ -144,7 +158,32 @@ def is_first_rank_of_machine() -> bool:
     return int(get_world_group().local_rank) == 0
 
 
+def layer_metadata(name: str) -> Any:
+    """The running step's attention metadata of the layer of a name."""
+    metadata = get_forward_context().attn_metadata
+    assert isinstance(metadata, dict), "limits refuses split batches"
+    return metadata[name]
+
+
 def layer_device(layer: Any) -> torch.device:
     """Where vLLM has placed a layer that owns no weights."""
     device: torch.device = layer._k_scale.device
     return device
+
+
+def layer_parallel(layer: Any) -> tuple[int, int]:
+    """(rank, world size) over which a linear layer is divided; (0, 1) where it is not."""
+    return int(getattr(layer, "tp_rank", 0)), int(getattr(layer, "tp_size", 1))
+
+
+def output_rank(layer: Any, part: int) -> int:
+    """Which slice of a merged layer's part this process has; with fewer KV heads than ranks, ranks share heads."""
+    rank, _ = layer_parallel(layer)
+    if isinstance(layer, QKVParallelLinear) and part > 0:
+        return rank // int(layer.num_kv_head_replicas)
+    return rank
+
+
+def set_weight_loader(parameter: torch.nn.Parameter, load: Any) -> None:
+    """Have vLLM fill a parameter by `load(parameter, stored tensor)`, with the shard's name or number for parts."""
+    set_weight_attrs(parameter, {"weight_loader": load})

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from kvcompress.codec.forms import CacheCodec
 from kvcompress.codec.layout import PART_ALIGNMENT
+from kvcompress.codec.rope import Rope
+from kvcompress.codec.shared import SharedCodec
+from kvcompress.codec.shared_spec import GroupSpec, PromptSpec, SharedSpec, check_groups
 from kvcompress.codec.spec import CacheSpec, CodecSpec
 from kvcompress.serving.vllm import compat
 
@@ -21,6 +26,8 @@ def check_engine(config: compat.VllmConfig, codec: CodecSpec) -> None:
             f"the codec has {len(codec.layers)} layers and the model {layers}; config.json and the codec do not belong "
             "together; compress the model again"
         )
+    if not any(codec.layers):
+        return  # factored weights alone leave the cache to vLLM
     if config.model_config.use_mla:
         raise ValueError("the model uses multi-head latent attention (MLA); kvcompress does not serve such models yet")
     if config.cache_config.cache_dtype != "auto":
@@ -35,11 +42,57 @@ def check_engine(config: compat.VllmConfig, codec: CodecSpec) -> None:
             f"{-(-block_size // PART_ALIGNMENT) * PART_ALIGNMENT}"
         )
     parallel = config.parallel_config
+    if any(isinstance(layer, GroupSpec) for layer in codec.layers):
+        _check_shared(config, codec)
     for option in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         size = getattr(parallel, option)
         if size > 1:
             flag = "--" + option.replace("_", "-")
             raise ValueError(f"found {flag} {size}; a compressed cache is not split over context; leave it at 1")
+
+
+def _check_shared(config: compat.VllmConfig, codec: CodecSpec) -> None:
+    """Refuse what layers that share a latent cannot do here."""
+    check_groups(codec.layers)
+    for layer in codec.layers:
+        if isinstance(layer, PromptSpec):
+            raise ValueError(
+                "the codec finds its basis in each prompt (xkv with basis: prompt), so no two requests could share "
+                "pages and a prompt would need its whole cache first; serve it through transformers, or compress "
+                "the model with basis: calibrated"
+            )
+        if isinstance(layer, SharedSpec) and (layer.sink or layer.recent):
+            raise ValueError(
+                f"the codec keeps the first {layer.sink} and the newest {layer.recent} tokens as they are, which pages "
+                "of one size per token cannot; serve it through transformers, or compress with sink: 0 and recent: 0"
+            )
+    parallel = config.parallel_config
+    for option, reason in (
+        ("tensor_parallel_size", "the latent that layers share is of all KV heads and is not divided over ranks"),
+        ("pipeline_parallel_size", "layers that share a latent must run in one process"),
+    ):
+        size = getattr(parallel, option)
+        if size > 1:
+            raise ValueError(f"found --{option.replace('_', '-')} {size}; {reason}; use 1, or more replicas")
+    if getattr(parallel, "use_ubatching", False):
+        raise ValueError("found --enable-dbo; layers that share a latent run a step in one piece; leave it off")
+
+
+def check_rope(config: compat.VllmConfig, codecs: Sequence[CacheCodec | None]) -> None:
+    """Refuse a model whose keys are rotated otherwise than when its codec was made, as by --hf-overrides.
+
+    Raises:
+        ValueError: naming the first layer.
+    """
+    served: Rope | None = None
+    for index, codec in enumerate(codecs):
+        if isinstance(codec, SharedCodec) and codec.rope is not None:
+            served = served or Rope.of(config.model_config.hf_text_config)
+            if not codec.rope.same(served):
+                raise ValueError(
+                    f"layer {index}'s codec was made for another rotary embedding (RoPE) than the engine is asked to "
+                    "use; leave rope parameters as they are in config.json, or compress the model again with them"
+                )
 
 
 def check_layer(layer: Any, name: str, codec: CacheSpec, config: compat.VllmConfig) -> None:

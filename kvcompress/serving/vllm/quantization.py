@@ -1,7 +1,8 @@
 """The quantization method `kvcompress`: vLLM asks it about every layer of every model class.
 
-`config.json` says `quantization_config: {"quant_method": "kvcompress", "version": 1, "codec": ...}`. Linear layers
-keep their ordinary weights. An attention layer with a codec gets the compressed cache, before vLLM sizes its cache.
+`config.json` says `quantization_config: {"quant_method": "kvcompress", "version": 1, "codec": ..., "weights": ...}`. An
+attention layer with a codec gets the compressed cache, before vLLM sizes its cache. Linear layers that `weights` lists
+are served from their factors; all others keep their ordinary weights.
 """
 
 from __future__ import annotations
@@ -11,13 +12,16 @@ from typing import Any
 import torch
 
 from kvcompress.checkpoint.reader import QUANT_METHOD
-from kvcompress.codec.layer import LayerCodec
 from kvcompress.codec.nested import cut_spec
-from kvcompress.codec.spec import LayerSpec
+from kvcompress.codec.shared_spec import SharedSpec
+from kvcompress.codec.spec import CacheSpec, LayerSpec
+from kvcompress.modeling.low_rank import ranks_of
 from kvcompress.serving.loading import kv_rank, read_spec
-from kvcompress.serving.vllm import compat, limits
+from kvcompress.serving.vllm import compat, limits, shared_backend
 from kvcompress.serving.vllm.backend import CompressedAttentionBackend, CompressedAttentionImpl
 from kvcompress.serving.vllm.cache_spec import cache_spec
+from kvcompress.serving.vllm.low_rank import LowRankLinearMethod, part_ranks
+from kvcompress.serving.vllm.shared_backend import SharedAttentionBackend, SharedAttentionImpl
 from kvcompress.serving.vllm.startup import Startup
 
 
@@ -29,6 +33,7 @@ class KVCompressConfig(compat.QuantizationConfig):  # type: ignore[misc]
         super().__init__()
         self.stored_spec = read_spec({"quantization_config": section})
         self.codec_spec = cut_spec(self.stored_spec, kv_rank())
+        self.ranks = ranks_of({"quantization_config": section})
         self._startup: Startup | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -61,7 +66,8 @@ class KVCompressConfig(compat.QuantizationConfig):  # type: ignore[misc]
             ValueError: the checkpoint fails verification, or a layer cannot be served compressed.
         """
         if isinstance(layer, compat.LinearBase):
-            return compat.UnquantizedLinearMethod()
+            ranks = part_ranks(prefix, self.packed_modules_mapping, self.ranks)
+            return LowRankLinearMethod(prefix, ranks) if any(ranks) else compat.UnquantizedLinearMethod()
         if not isinstance(layer, compat.Attention | compat.MLAAttention):
             return None
         known = getattr(layer, "quant_method", None)
@@ -94,19 +100,31 @@ class CompressedCacheMethod(compat.BaseKVCacheMethod):  # type: ignore[misc]
         spec = self.quant_config.codec_spec.layers[self._index]
         limits.check_layer(layer, self._name, spec, self._startup.vllm_config)
         local = self._startup.codec_of(self._index).spec
-        assert isinstance(local, LayerSpec), f"no vLLM backend for form {local.form}"
-        impl = CompressedAttentionImpl(layer.num_heads, layer.head_size, layer.impl.scale, layer.num_kv_heads)
-        # The block size may change between now and the call.
+        sizes = (layer.num_heads, layer.head_size, layer.impl.scale, layer.num_kv_heads)
+        impl: CompressedAttentionImpl
+        if isinstance(local, SharedSpec):
+            impl = SharedAttentionImpl(*sizes)
+            impl.use_group(self._startup.join_group(local, layer, self._name), local)
+        else:
+            assert isinstance(local, LayerSpec), f"no vLLM backend for form {local.form}"
+            impl = CompressedAttentionImpl(*sizes)
         compat.attach(
             layer,
-            CompressedAttentionBackend,
+            SharedAttentionBackend if isinstance(local, SharedSpec) else CompressedAttentionBackend,
             impl,
-            lambda vllm_config: cache_spec(local, vllm_config.cache_config.block_size),
+            # The block size may change between now and the call.
+            lambda vllm_config: _cache_spec(local, vllm_config.cache_config.block_size),
         )
         self._startup.note_compressed(self._index, local)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         codec = self._startup.codec_of(self._index).to(compat.layer_device(layer))
-        assert isinstance(codec, LayerCodec)
         layer.impl.use_codec(codec, longest=self._startup.vllm_config.model_config.max_model_len)
         self._startup.report()
+
+
+def _cache_spec(layer: CacheSpec, block_size: int) -> compat.FullAttentionSpec:
+    if isinstance(layer, SharedSpec):
+        return shared_backend.cache_spec(layer, block_size)
+    assert isinstance(layer, LayerSpec)
+    return cache_spec(layer, block_size)

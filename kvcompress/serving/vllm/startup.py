@@ -17,10 +17,12 @@ import torch
 from kvcompress.checkpoint.verify import require_verified, verify_codec
 from kvcompress.codec.forms import CacheCodec
 from kvcompress.codec.nested import cut_codecs
+from kvcompress.codec.shared_spec import SharedSpec
 from kvcompress.codec.spec import CacheSpec, CodecSpec
 from kvcompress.serving.loading import load_codec
 from kvcompress.serving.vllm import compat, limits
 from kvcompress.serving.vllm.report import LayerReport, describe
+from kvcompress.serving.vllm.shared_backend import LayerGroup
 
 SKIP_VERIFY = "KVCOMPRESS_SKIP_VERIFY"
 """Set to 1 to leave out the hashing of model weights; the codec and the manifest are checked in any case."""
@@ -32,6 +34,7 @@ class Startup:
 
     vllm_config: compat.VllmConfig
     codecs: list[CacheCodec | None]
+    groups: dict[tuple[int, ...], LayerGroup] = field(default_factory=dict)
     _layers: dict[int, LayerReport] = field(default_factory=dict)
     _reported: bool = False
 
@@ -52,13 +55,21 @@ class Startup:
             check_files(directory)
         # vLLM builds models under a default device; a codec waits on the CPU until the weights are there.
         with torch.device("cpu"):
-            return cls(vllm_config, cut_codecs(load_codec(directory, stored), spec))
+            codecs = cut_codecs(load_codec(directory, stored), spec)
+            limits.check_rope(vllm_config, codecs)
+        return cls(vllm_config, codecs)
 
     def codec_of(self, index: int) -> CacheCodec:
         """The codec of the KV heads of this tensor-parallel rank, on the CPU."""
         codec = self.codecs[index]
         assert codec is not None
         return codec.heads(*heads_of_rank(codec.spec.num_kv_heads, *compat.tensor_parallel()))
+
+    def join_group(self, spec: SharedSpec, layer: Any, name: str) -> LayerGroup:
+        """The group of layers that share a latent, with one more of them in it; layers come in the model's order."""
+        group = self.groups.setdefault(spec.group, LayerGroup(len(spec.group)))
+        group.join(layer, name, spec)
+        return group
 
     def note_compressed(self, index: int, spec: CacheSpec) -> None:
         self._layers[index] = LayerReport(spec.bytes_per_token, self._full_bytes(spec.num_kv_heads, spec.head_dim))

@@ -1,0 +1,188 @@
+"""Quality at equal bytes: every method on the bundled reference model, at 2, 4 and 8 times fewer cache bytes.
+
+    python benchmarks/method_quality.py --work build/quality [--samples 20] [--only xkv,gear]
+
+Per row: bytes of cache per token, score on the retrieval tasks (RULER's prompts at 1,024 tokens), perplexity and
+KL(base || row) on held-out text. Tasks run through vLLM where it serves the row, else through transformers; text runs
+through transformers in float32. Rows are kept in --work and not measured again; the table goes to benchmarks/results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import kvcompress_eval
+from kvcompress_eval.engines import baseline_caches, open_engine
+from kvcompress_eval.environment import environment
+from kvcompress_eval.suite import SUITES, Suite
+from kvcompress_eval.tasks.agreement import kl_sum
+from kvcompress_eval.tasks.text import BUNDLED, read_text
+from kvcompress_eval.tokenizer import TextTokenizer
+from rich.console import Console
+from rich.table import Table
+
+from kvcompress import recipe as recipes
+from kvcompress.geometry import ModelGeometry
+from kvcompress.methods import registry
+from kvcompress.pipeline.compress import Options, compress
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = ROOT / "assets" / "reference-model"
+TEXT = Suite(summary="", perplexity_tokens=16384, agreement_windows=8)
+KL_WINDOWS, KL_TOKENS = 8, 1024
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a recipe's stages, or the name of an integer cache."""
+
+    label: str
+    times: int
+    stages: str = ""
+    cache: str | None = None
+    vllm: bool = True
+
+    @property
+    def name(self) -> str:
+        return f"{self.label.replace(' ', '-').replace('(', '').replace(')', '').replace('+', '-')}-{self.times}x"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and rows")
+    parser.add_argument("--samples", type=int, default=20, help="per task")
+    parser.add_argument("--only", default="", help="labels that contain one of these words, separated by commas")
+    parser.add_argument("--machine", default="cpu", help="short name of the machine for the file's name")
+    args = parser.parse_args()
+    wanted = [word for word in args.only.split(",") if word]
+    rows = [row for row in table() if not wanted or any(word in row.label for word in wanted)]
+    measured = [measure(Row("base", 1), args.work, args.samples)]
+    measured += [measure(row, args.work, args.samples) for row in rows]
+    show(measured)
+    path = ROOT / "benchmarks" / "results" / f"{datetime.date.today()}-{args.machine}-methods.json"
+    content = {"samples_per_task": args.samples, "environment": environment(), "rows": measured}
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    print(path)
+
+
+def table() -> list[Row]:
+    """What is compared. The model has 8 layers of 2 KV heads of 64 channels: 128 bytes per token, head and side."""
+    rows = [Row("int4 per token", 4, cache="int4"), Row("int2 per token", 8, cache="int2")]
+    for times, rank, bits in ((2, 32, 7.75), (4, 16, 3.75), (8, 8, 1.75)):
+        cut = f"rank: {rank}"
+        rows += [
+            Row(
+                "uniform low rank",
+                times,
+                f"- method: pca\n    metric: none\n    {cut}\n  - method: scalar\n    bits: 16",
+            ),
+            Row("pca", times, f"- method: pca\n    {cut}\n  - method: scalar\n    bits: 16"),
+            Row(
+                "scalar",
+                times,
+                f"- method: pca\n  - method: scalar\n    target_bits_per_channel: {{k: {bits}, v: {bits}}}",
+            ),
+        ]
+    return rows
+
+
+def measure(row: Row, work: Path, samples: int) -> dict[str, Any]:
+    """One row, from disk if it was measured before."""
+    kept = work / f"{row.name}-{samples}.json"
+    if kept.is_file():
+        done: dict[str, Any] = json.loads(kept.read_text())
+        return done
+    print(f"== {row.name}", flush=True)
+    folder = MODEL if not row.stages else compressed(row, work / "models")
+    options: dict[str, Any] = {} if row.cache is None else {"cache": row.cache}
+    served = row.vllm and row.cache is None
+    tasks = kvcompress_eval.run(
+        folder,
+        suite=SUITES["needle-ref"],
+        samples=samples,
+        engine="vllm" if served else "transformers",
+        engine_options={} if served else options,
+        dtype="float32",
+        out=work / "tasks" / row.name,
+    )
+    text = kvcompress_eval.run(
+        folder, suite=TEXT, engine="transformers", engine_options=options, out=work / "text" / row.name
+    )
+    [overall] = tasks["overall"]
+    found = {
+        "label": row.label,
+        "times": row.times,
+        "stages": row.stages,
+        "bytes_per_token": bytes_per_token(row, tasks),
+        "engine": "vllm" if served else "transformers",
+        "score": overall["score"],
+        "score_ci95": overall["ci95"],
+        "tasks": {task["task"]: task["score"] for task in tasks["tasks"]},
+        "perplexity": text["perplexity"]["models"][0]["perplexity"],
+        "kl": 0.0 if row.name == "base-1x" else divergence(folder, options),
+    }
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def compressed(row: Row, models: Path) -> Path:
+    """The checkpoint of a row, made once."""
+    out = models / row.name
+    if not out.is_dir():
+        models.mkdir(parents=True, exist_ok=True)
+        recipe = recipes.parse(f"version: 1\nstages:\n  {row.stages}\n", registry.schemas())
+        compress(str(MODEL), recipe, out, Options(resume=True), lambda *_: None)
+    return out
+
+
+def bytes_per_token(row: Row, results: dict[str, Any]) -> float:
+    if row.cache is None:
+        return float(results["models"][0]["bytes_per_token"])
+    geometry = ModelGeometry.from_config(json.loads((MODEL / "config.json").read_text()))
+    return baseline_caches.bytes_per_token(row.cache, geometry.num_layers, geometry.num_kv_heads, geometry.head_dim)
+
+
+def divergence(folder: Path, options: dict[str, Any]) -> float:
+    """Mean KL(base || row) in nats per token over windows of held-out text."""
+    tokenizer = TextTokenizer(MODEL)
+    tokens = read_text(MODEL / BUNDLED, tokenizer, KL_WINDOWS * KL_TOKENS).tokens
+    windows = [tokens[start : start + KL_TOKENS] for start in range(0, KL_WINDOWS * KL_TOKENS, KL_TOKENS)]
+    total, count = 0.0, 0
+    engines = [
+        open_engine("transformers", path, tokenizer, max_context=KL_TOKENS, **extra)
+        for path, extra in ((MODEL, {}), (folder, options))
+    ]
+    for window in windows:
+        base, ours = (engine.score(window, distribution=True).distribution_TV for engine in engines)
+        assert base is not None
+        assert ours is not None
+        total, count = total + kl_sum(base, ours), count + len(base)
+    for engine in engines:
+        engine.close()
+    return total / count
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print the table, grouped by compression."""
+    base = rows[0]["bytes_per_token"]
+    shown = Table("cache", "bytes/token", "ratio", "tasks", "perplexity", "KL")
+    for row in sorted(rows, key=lambda row: (row["times"], -row["score"])):
+        shown.add_row(
+            row["label"],
+            f"{row['bytes_per_token']:,.0f}",
+            f"{base / row['bytes_per_token']:.2f}x",
+            f"{row['score']:.1f}",
+            f"{row['perplexity']:.2f}",
+            f"{row['kl']:.4f}",
+        )
+    Console(width=100).print(shown)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""Massive activations: the reference model's attention with a first token whose keys and values are extreme.
+
+Large models have such tokens (Sun et al., 2024, arXiv 2402.17762), the reference model has none, so they are planted in
+what its layers really see: two channels of K and of V, a hundred times their size, at the first position. Calibration
+sees them, because every calibration sample starts where a prompt starts.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from kvcompress.calibration import corpus
+from kvcompress.calibration.capture import LayerRunner, exact_attention
+from kvcompress.calibration.statistics import LayerAccumulator
+from kvcompress.checkpoint.reader import Checkpoint
+from kvcompress.codec.layer import LayerCodec
+from kvcompress.geometry import ModelGeometry
+from kvcompress.methods.base import LayerBases, Profile
+from kvcompress.methods.pca import Pca, PcaConfig
+from kvcompress.methods.scalar import Scalar, ScalarConfig
+
+MODEL = Path(__file__).parents[2] / "assets" / "reference-model"
+SAMPLES, LENGTH, PROBES, CHANNELS, FACTOR = 8, 256, 2, [3, 40], 100
+
+
+class Sample(NamedTuple):
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scale: float
+
+
+class Layer(NamedTuple):
+    samples: list[Sample]
+    weight: Tensor
+
+
+class Fitted(NamedTuple):
+    """A layer with the basis and the variances that calibration on it gives."""
+
+    layer: Layer
+    bases: LayerBases
+    profile: Profile
+
+
+class Errors(NamedTuple):
+    """Relative errors of the attention output and of the attention that the first token gets."""
+
+    output: float
+    sink: float
+
+
+@pytest.fixture(scope="module")
+def geometry() -> ModelGeometry:
+    return ModelGeometry.from_config(Checkpoint.open(MODEL).config)
+
+
+@pytest.fixture(scope="module")
+def layers(geometry: ModelGeometry) -> list[tuple[Fitted, Fitted]]:
+    """Every layer as it is, and with the massive token."""
+    torch.set_num_threads(1)
+    checkpoint = Checkpoint.open(MODEL)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    vocabulary = int(checkpoint.config["vocab_size"])
+    calibration = corpus.build(
+        corpus.BUILTIN, tokenizer, SAMPLES, LENGTH, geometry.max_position_embeddings, 0, vocabulary
+    )
+    runner, captured = LayerRunner(checkpoint, "cpu", torch.float32), []
+    hidden_NTC = runner.embed(calibration)
+    for index in range(geometry.num_layers):
+        samples: list[Sample] = []
+        with runner.layer(index) as layer:
+            for sample, offset in enumerate(calibration.offsets_N.tolist()):
+                hidden_NTC[sample] = runner.forward(
+                    layer, hidden_NTC[sample], offset, lambda q, k, v, s, to=samples: to.append(Sample(q, k, v, s))
+                )
+            captured.append(Layer(samples, runner.output_projection(layer).weight.detach().float().clone()))
+    return [(fit(layer), fit(planted(layer))) for layer in captured]
+
+
+def fit(layer: Layer) -> Fitted:
+    accumulator = LayerAccumulator()
+    for sample in layer.samples:
+        accumulator.add(*sample)
+    bases = LayerBases(*Pca().fit(PcaConfig(), accumulator.finish(layer.weight)))
+    variances = (side.variance_HR.mean(0).tolist() for side in (bases.k, bases.v))
+    return Fitted(layer, bases, Profile(64, 64, *variances))
+
+
+def planted(layer: Layer) -> Layer:
+    samples = []
+    for sample in layer.samples:
+        key, value = sample.key.clone(), sample.value.clone()
+        key[:, :, 0, CHANNELS] *= FACTOR
+        value[:, :, 0, CHANNELS] *= FACTOR
+        samples.append(Sample(sample.query, key, value, sample.scale))
+    return Layer(samples, layer.weight)
+
+
+def errors(fitted: Fitted, geometry: ModelGeometry, **parameters: Any) -> Errors:
+    method, config = Scalar(), ScalarConfig.model_validate({"method": "scalar", **parameters})
+    spec = method.layers(config, geometry, [fitted.profile])[0]
+    return measured(method.codec(config, spec, fitted.bases), fitted.layer)
+
+
+def measured(codec: LayerCodec, layer: Layer) -> Errors:
+    sums = torch.zeros(4, dtype=torch.float64)
+    for sample in layer.samples[-PROBES:]:
+        states = (sample.key[0].transpose(0, 1), sample.value[0].transpose(0, 1))
+        key, value = (side_THD.transpose(0, 1)[None] for side_THD in codec.round_trip(*states))
+        found = sample._replace(key=key, value=value)
+        for place, part in ((0, outputs), (2, sink_attention)):
+            exact = part(sample, layer).double()
+            sums[place] += (part(found, layer).double() - exact).square().sum()
+            sums[place + 1] += exact.square().sum()
+    return Errors(float((sums[0] / sums[1]).sqrt()), float((sums[2] / sums[3]).sqrt()))
+
+
+def outputs(sample: Sample, layer: Layer) -> Tensor:
+    return exact_attention(*sample).transpose(1, 2).flatten(2) @ layer.weight.mT
+
+
+def sink_attention(sample: Sample, layer: Layer) -> Tensor:
+    key = sample.key.repeat_interleave(sample.query.shape[1] // sample.key.shape[1], 1)
+    scores = sample.query @ key.mT * sample.scale
+    visible = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+    return scores.masked_fill(~visible, -torch.inf).softmax(-1)[..., 1:, 0]
+
+
+def growth(
+    layers: list[tuple[Fitted, Fitted]], geometry: ModelGeometry, **parameters: Any
+) -> list[tuple[Errors, Errors]]:
+    return [(errors(plain, geometry, **parameters), errors(sink, geometry, **parameters)) for plain, sink in layers]
+
+
+def mean_growth(pairs: list[tuple[Errors, Errors]], name: str) -> float:
+    before, after = (sum(getattr(pair[i], name) for pair in pairs) for i in (0, 1))
+    return after / before
+
+
+BOTH = {"k": 4.0, "v": 4.0}
+
+
+@pytest.mark.parametrize("outliers", [1, 2])
+@pytest.mark.parametrize("size", [{"bits": 4}, {"target_bits_per_channel": BOTH}], ids=["4 bits", "bands"])
+def test_four_bits_with_outliers_bear_a_massive_first_token(
+    layers: list[tuple[Fitted, Fitted]], geometry: ModelGeometry, size: dict[str, Any], outliers: int
+) -> None:
+    pairs = growth(layers, geometry, **size, outliers=outliers)
+    # One exact channel is a little short of the aim of 1.2 for plain 4-bit codes: there are two massive ones.
+    assert mean_growth(pairs, "output") <= (1.25 if (size, outliers) == ({"bits": 4}, 1) else 1.2)
+    assert mean_growth(pairs, "sink") <= 1.2
+
+
+@pytest.mark.xfail(strict=True, reason="the mean over layers stays within 1.2, one layer of the bundled model does not")
+def test_two_outliers_bear_it_in_every_layer(layers: list[tuple[Fitted, Fitted]], geometry: ModelGeometry) -> None:
+    for before, after in growth(layers, geometry, bits=4, outliers=2):
+        assert after.output <= 1.2 * before.output
+        assert after.sink <= 1.2 * before.sink
+
+
+def test_outliers_are_what_it_takes(layers: list[tuple[Fitted, Fitted]], geometry: ModelGeometry) -> None:
+    """Without them the same activations do show: the tests above would notice."""
+    assert mean_growth(growth(layers, geometry, bits=4), "output") > 1.3
