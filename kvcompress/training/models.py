@@ -18,7 +18,7 @@ RoundTrip = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 ATTENTION = "kvcompress_round_trip"
 
-_REGISTER = ("kvcompress.modeling.low_rank", "kvcompress.modeling.mla", "kvcompress.serving.transformers")
+_REGISTER = ("kvcompress.modeling", "kvcompress.serving.transformers")
 """Modules whose `register()` makes our own checkpoints loadable by transformers."""
 
 
