@@ -12,7 +12,8 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +44,13 @@ class Row:
 
     label: str
     times: int
-    stages: str = ""
+    stages: list[str] = field(default_factory=list)
     cache: str | None = None
     vllm: bool = True
 
     @property
     def name(self) -> str:
-        return f"{self.label.replace(' ', '-').replace('(', '').replace(')', '').replace('+', '-')}-{self.times}x"
+        return "-".join([*re.findall(r"\w+", self.label), f"{self.times}x"])
 
 
 def main() -> None:
@@ -70,25 +71,57 @@ def main() -> None:
     print(path)
 
 
+SHARES = {2: 0.5, 4: 0.25, 8: 0.125}
+"""Share of the channels that 16-bit codes may keep."""
+
+TARGETS = {2: 7.75, 4: 3.75, 8: 1.75}
+"""Bits per channel of the scalar codec beside its gain (16 bits per token, head and side of 64 channels)."""
+
+GEAR = {2: "bits: {k: 8, v: 4}, outliers: 0.015", 4: "bits: 2, outliers: 0.015"}
+"""Alone it ends at 4x: its codes have 2 bits at least."""
+
+CUT_GEAR = {
+    2: ("0.75", "bits: 8"),
+    4: ("0.625", "bits: 4, outliers: 0.01"),
+    8: ("0.5", "bits: 2, outliers: 0.01, rank: 1"),
+}
+"""Channels kept by a basis before GEAR, and GEAR's options."""
+
+
 def table() -> list[Row]:
-    """What is compared. The model has 8 layers of 2 KV heads of 64 channels: 128 bytes per token, head and side."""
-    rows = [Row("int4 per token", 4, cache="int4"), Row("int2 per token", 8, cache="int2")]
-    for times, rank, bits in ((2, 32, 7.75), (4, 16, 3.75), (8, 8, 1.75)):
-        cut = f"rank: {rank}"
+    """What is compared: first what a user has today, then methods alone, then combinations."""
+    rows = []
+    for times, share in SHARES.items():
+        channels = round(64 * share)
+        sixteen = "{method: scalar, bits: 16}"
+        codes = f"{{method: scalar, target_bits_per_channel: {TARGETS[times]}}}"
+        per_layer = f"{{k: {TARGETS[times]}, v: {TARGETS[times]}}}"
+        rank, gear = CUT_GEAR[times]
+        transmla = f"{{method: transmla, target_ratio: {times}.0}}"
         rows += [
+            Row("uniform low rank", times, [f"{{method: pca, metric: none, rank: {channels}}}", sixteen]),
+            Row("pca", times, [f"{{method: pca, rank: {channels}}}", sixteen]),
+            Row("matryoshka", times, [f"{{method: matryoshka, rank: {channels}}}", sixteen]),
+            Row("xkv", times, [f"{{method: xkv, group: 4, rank: {share}}}", sixteen]),
+            Row("xkv (prompt)", times, [f"{{method: xkv, basis: prompt, group: 4, rank: {share}}}"], vllm=False),
+            Row("scalar", times, [f"{{method: scalar, target_bits_per_channel: {per_layer}}}"]),
+            Row("transmla", times, [transmla]),
+            Row("transmla, healed", times, [transmla, "{method: heal}"]),
+            Row("pca + scalar", times, ["{method: pca}", codes]),
+            Row("matryoshka + scalar", times, [f"{{method: matryoshka, rank: {min(1.0, 4 * share)}}}", codes]),
             Row(
-                "uniform low rank",
+                "xkv (v) + scalar",
                 times,
-                f"- method: pca\n    metric: none\n    {cut}\n  - method: scalar\n    bits: 16",
+                [
+                    "{method: xkv, share: v, group: 4, rank: 1.0}",
+                    f"{{method: scalar, target_bits_per_channel: {per_layer}}}",
+                ],
             ),
-            Row("pca", times, f"- method: pca\n    {cut}\n  - method: scalar\n    bits: 16"),
-            Row(
-                "scalar",
-                times,
-                f"- method: pca\n  - method: scalar\n    target_bits_per_channel: {{k: {bits}, v: {bits}}}",
-            ),
+            Row("matryoshka + gear", times, [f"{{method: matryoshka, rank: {rank}}}", f"{{method: gear, {gear}}}"]),
         ]
-    return rows
+        if times in GEAR:
+            rows.append(Row("gear", times, [f"{{method: gear, {GEAR[times]}}}"]))
+    return [Row("int4 per token", 4, cache="int4"), Row("int2 per token", 8, cache="int2"), *rows]
 
 
 def measure(row: Row, work: Path, samples: int) -> dict[str, Any]:
@@ -136,7 +169,7 @@ def compressed(row: Row, models: Path) -> Path:
     out = models / row.name
     if not out.is_dir():
         models.mkdir(parents=True, exist_ok=True)
-        recipe = recipes.parse(f"version: 1\nstages:\n  {row.stages}\n", registry.schemas())
+        recipe = recipes.parse(f"version: 1\nstages: [{', '.join(row.stages)}]\n", registry.schemas())
         compress(str(MODEL), recipe, out, Options(resume=True), lambda *_: None)
     return out
 

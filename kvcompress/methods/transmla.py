@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from kvcompress.methods.context import Context
 
 ROPE_CANDIDATES = (64, 128)
-"""RoPE dims tried by `rope_dim: auto`, beside head_dim and twice head_dim."""
+"""RoPE dims tried by `rope_dim: auto`, beside head_dim and twice head_dim; where none has room, head_dim / 2 and / 4."""
 
 _PROJECTION = re.compile(r"(model\.layers\.(\d+)\.self_attn\.)(q|k|v)_proj\.(weight|bias)")
 _LATENT = re.compile(r"(model\.layers\.(\d+)\.self_attn\.)(kv_a_proj|q_a_proj|q_b_proj|k_up|v_up)(?:\.(weight|bias))?")
@@ -137,7 +137,10 @@ def candidates(config: TransMlaConfig, geometry: ModelGeometry) -> list[Choice]:
             "data; give rope_dim as a number of channels"
         )
     if config.rope_dim == "auto":
-        ropes = sorted({*ROPE_CANDIDATES, geometry.head_dim, 2 * geometry.head_dim})
+        head = geometry.head_dim
+        ropes = sorted({*ROPE_CANDIDATES, head, 2 * head})
+        if _rank(config, keys, ropes[0]) <= 0:  # a small model or a high ratio: less than one head keeps RoPE
+            ropes = [rope for rope in (head // 4, head // 2) if rope < ropes[0]]
     else:
         ropes = [config.rope_dim]
     found = []
