@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from kvcompress.methods.context import Context
 
 ROPE_CANDIDATES = (64, 128)
-"""RoPE dims tried by `rope_dim: auto`, beside head_dim and twice head_dim; where none has room, a half and a quarter."""
+"""RoPE dims tried by `rope_dim: auto`, with head_dim and twice head_dim; a half and a quarter where none has room."""
 
 _PROJECTION = re.compile(r"(model\.layers\.(\d+)\.self_attn\.)(q|k|v)_proj\.(weight|bias)")
 _LATENT = re.compile(r"(model\.layers\.(\d+)\.self_attn\.)(kv_a_proj|q_a_proj|q_b_proj|k_up|v_up)(?:\.(weight|bias))?")

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer
 
+from kvcompress.calibration import corpus
 from kvcompress.checkpoint.manifest import Manifest
 from kvcompress.checkpoint.reader import Checkpoint
 from kvcompress.checkpoint.verify import verify
@@ -111,8 +113,10 @@ def test_activation_weighting_minimises_the_outputs_error(base_model: Path, tmp_
     model = tiny.load_model(base_model)
     module = model.model.layers[0].self_attn.q_proj
     module.register_forward_pre_hook(lambda _, args: given.append(args[0].flatten(0, 1)))
-    plan = planning.make(Checkpoint.open(base_model), recipe(), str(base_model))
-    calibration = compressing._calibration(Checkpoint.open(base_model), plan, compressing.Options(**more), 64)
+    checkpoint = Checkpoint.open(base_model)
+    longest, vocabulary = checkpoint.config["max_position_embeddings"], checkpoint.config["vocab_size"]
+    tokenizer = AutoTokenizer.from_pretrained(base_model)
+    calibration = corpus.build("builtin", tokenizer, 8, 64, longest, 0, vocabulary)
     with torch.no_grad():
         model(torch.from_numpy(calibration.tokens_NT))
     inputs_TI, weight = given[0].double(), module.weight.detach().double()
