@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import transformers
 from cpu_decode import RESULTS, machine, machine_name
+from publish import weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvcompress import recipe as recipes
@@ -71,7 +72,7 @@ def main() -> None:
     path = RESULTS / f"{datetime.date.today()}-{machine_name()}-weights.json"
     RESULTS.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
-    print(table(rows, base))
+    print(weights(result))
     print(path)
 
 
@@ -110,18 +111,6 @@ def line(row: dict[str, Any]) -> str:
         f"{row['removed']:.0%} removed, {row['weighting']}, {row['ranks']} ranks: {row['perplexity']:.3f}, "
         f"{sizes['compressed'] / sizes['base']:.3f} of the bytes, {row['cpu_seconds']:.1f} s of CPU"
     )
-
-
-def table(rows: list[dict[str, Any]], base: float) -> str:
-    """Markdown: weightings down, ranks and shares across."""
-    shares = sorted({row["removed"] for row in rows})
-    found = {(row["removed"], row["weighting"], row["ranks"]): row["perplexity"] for row in rows}
-    heads = [f"{share:.0%} {ranks}" for share in shares for ranks in RANKS]
-    lines = [f"| base {base:.2f} | {' | '.join(heads)} |", "| --- |" + " ---: |" * len(heads)]
-    for weighting in WEIGHTINGS:
-        cells = [f"{found[share, weighting, ranks]:.2f}" for share in shares for ranks in RANKS]
-        lines.append(f"| {weighting} | {' | '.join(cells)} |")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

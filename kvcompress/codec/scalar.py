@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kvcompress.codec.packing import pack, unpack
 from kvcompress.codec.spec import STEP, Band, SideSpec
 
 _GAIN_CANDIDATES = tuple(2.0 ** (i / 3) for i in range(-3, 7))
@@ -102,7 +103,7 @@ def encode(latent_THR: Tensor, weight_HR: Tensor, side: SideSpec) -> Encoded:
         return Encoded(None, latent_THR.clamp(-_HALF_MAX, _HALF_MAX).half().contiguous().view(torch.uint8))
     gain_TH, channel_THN = _best_gain(latent_THR, weight_HR, side)
     code_THR = _quantize(latent_THR / gain_TH[..., None].float(), side)
-    packed = [_pack(code_THR[..., start:stop], band.bits) for band, start, stop in band_slices(side)]
+    packed = [pack(code_THR[..., start:stop], band.bits) for band, start, stop in band_slices(side)]
     codes_THB = torch.cat(packed, dim=-1)
     if not side.outliers:
         return Encoded(gain_TH, codes_THB)
@@ -121,7 +122,7 @@ def decode(encoded: Encoded, side: SideSpec) -> Tensor:
     parts, offset = [], 0
     for band in side.bands:
         size = band.bits * band.width // 8
-        parts.append(_value(_unpack(codes_THB[..., offset : offset + size], band.bits), band.bits))
+        parts.append(_value(unpack(codes_THB[..., offset : offset + size], band.bits), band.bits))
         offset += size
     latent_THR = torch.cat(parts, dim=-1) * gain_TH[..., None].float()
     if outlier_THN is None or channel_THN is None:
@@ -217,18 +218,3 @@ def _values(code_THR: Tensor, side: SideSpec) -> Tensor:
 def _value(code: Tensor, bits: int) -> Tensor:
     value: Tensor = (code.float() - (2**bits - 1) / 2) * STEP[bits]
     return value
-
-
-def _pack(code_THW: Tensor, bits: int) -> Tensor:
-    per_byte = 8 // bits
-    codes = code_THW.to(torch.uint8).unflatten(-1, (-1, per_byte))
-    shifts = torch.arange(per_byte, device=codes.device, dtype=torch.uint8) * bits
-    # The codes of one byte occupy different bits, so their sum is their union.
-    packed: Tensor = (codes << shifts).sum(-1, dtype=torch.uint8)
-    return packed
-
-
-def _unpack(bytes_THB: Tensor, bits: int) -> Tensor:
-    shifts = torch.arange(8 // bits, device=bytes_THB.device, dtype=torch.uint8) * bits
-    codes: Tensor = (bytes_THB[..., None] >> shifts) & (2**bits - 1)
-    return codes.flatten(-2)

@@ -1,0 +1,103 @@
+"""Every table of README.md, made from the newest result file of its kind in benchmarks/results.
+
+    python benchmarks/publish.py                                   # write the tables again
+    python benchmarks/publish.py --demo demo/results.json --machine epyc-2core    # first take in the demo's figures
+
+A table stands between the lines `<!-- KIND:begin -->` and `<!-- KIND:end -->`; KIND is demo, methods or weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from kvcompress_eval.report import markdown_table
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--demo", type=Path, help="results.json of `make demo`, to be kept with today's date")
+    parser.add_argument("--machine", default="cpu", help="short name of the machine, e.g. epyc-2core")
+    options = parser.parse_args()
+    if options.demo is not None:
+        results = json.loads(options.demo.read_text())
+        for model in results["models"]:
+            model["path"] = model["name"]  # where the folders lay on that machine says nothing to a reader
+        kept = RESULTS / f"{datetime.date.today()}-{options.machine}-demo.json"
+        kept.write_text(json.dumps(results, indent=1) + "\n")
+    readme = ROOT / "README.md"
+    readme.write_text(with_tables(readme.read_text()))
+
+
+def with_tables(text: str) -> str:
+    """README.md with every table made anew."""
+    for kind, table in TABLES.items():
+        marked = re.compile(f"(<!-- {kind}:begin -->\n).*?(\n<!-- {kind}:end -->)", re.DOTALL)
+        assert len(marked.findall(text)) == 1, f"README.md has lost the markers of {kind}"
+        made = section(kind, table)
+        text = marked.sub(lambda found, made=made: found[1] + made + found[2], text)
+    return text
+
+
+def section(kind: str, table: Callable[[dict[str, Any]], str]) -> str:
+    """A table and where its figures are."""
+    newest = max(RESULTS.glob(f"*-{kind}.json"))  # names begin with the day
+    date, machine = re.fullmatch(rf"(\d{{4}}-\d\d-\d\d)-(.+)-{kind}", newest.stem).groups()  # type: ignore[union-attr]
+    source = f"{date}, {machine}: [{newest.name}]({newest.relative_to(ROOT)})"
+    return f"{table(json.loads(newest.read_text()))}\n\n{source}"
+
+
+def demo(results: dict[str, Any]) -> str:
+    names = {task["task"] for task in results["tasks"]}
+    samples = "/".join(map(str, sorted({task["n"] for task in results["tasks"]})))
+    return (
+        f"{markdown_table(results)}\n`make demo`: {len(names)} retrieval tasks, {samples} samples each, 1,024 tokens."
+    )
+
+
+def methods(results: dict[str, Any]) -> str:
+    """Methods down; for every compression score, perplexity and KL across."""
+    rows = results["rows"]
+    [base] = [row for row in rows if row["times"] == 1]
+    ratios = sorted({row["times"] for row in rows} - {1})
+    found = {(row["label"], row["times"]): row for row in rows}
+    heads = [f"{times}x: score | ppl | KL" for times in ratios]
+    lines = [f"| cache | {' | '.join(heads)} |", "| --- |" + " ---: |" * (3 * len(ratios))]
+    for label in dict.fromkeys(row["label"] for row in rows if row["times"] != 1):
+        cells = [_cells(found.get((label, times))) for times in ratios]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    note = f"Base: score {base['score']:.1f}, perplexity {base['perplexity']:.2f}."
+    return "\n".join(
+        [*lines, "", f"{note} {results['samples_per_task']} samples for each of {len(base['tasks'])} tasks."]
+    )
+
+
+def _cells(row: dict[str, Any] | None) -> str:
+    return "- | - | -" if row is None else f"{row['score']:.1f} | {row['perplexity']:.2f} | {row['kl']:.3f}"
+
+
+def weights(results: dict[str, Any]) -> str:
+    """Weightings down, shares removed and allocations across."""
+    found = {(row["removed"], row["weighting"], row["ranks"]): row["perplexity"] for row in results["rows"]}
+    across = list(dict.fromkeys((removed, ranks) for removed, _, ranks in found))
+    heads = [f"{removed:.0%} {ranks}" for removed, ranks in across]
+    lines = [f"| base {results['base_perplexity']:.2f} | {' | '.join(heads)} |", "| --- |" + " ---: |" * len(across)]
+    for weighting in dict.fromkeys(row["weighting"] for row in results["rows"]):
+        cells = [f"{found[removed, weighting, ranks]:.2f}" for removed, ranks in across]
+        lines.append(f"| {weighting} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"demo": demo, "methods": methods, "weights": weights}
+
+
+if __name__ == "__main__":
+    main()
