@@ -11,6 +11,8 @@ BIN := $(VENV)/bin
 #   make setup TORCH_INDEX=<index of CPU wheels>
 TORCH_INDEX ?=
 PIP = $(BIN)/pip install --disable-pip-version-check --no-input --quiet
+# Two tests at a time, each on one thread: most wait for nothing, and some start servers of two gigabytes.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile
 LOGGED = >> $(VENV)/setup.log 2>&1 || { tail -n 20 $(VENV)/setup.log; exit 1; }
 
 help:
@@ -47,11 +49,11 @@ types: setup
 
 unit: setup
 	@echo "== unit tests"
-	@$(BIN)/python -m pytest -q -m "not e2e"
+	@$(PYTEST) -m "not e2e"
 
 e2e: setup
 	@echo "== end-to-end tests (these start vLLM)"
-	@$(BIN)/python -m pytest -q -m e2e
+	@$(PYTEST) -m e2e
 
 demo: setup
 	@$(BIN)/python examples/demo/run.py --out demo

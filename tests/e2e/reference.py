@@ -29,7 +29,6 @@ def greedy(
 
     Of `CANDIDATES` random prompts of each length, the one with the largest smallest margin.
     """
-    torch.set_num_threads(1)
     model = tiny.load_model(model_dir)
     compressed = hasattr(model.config, "quantization_config")
     prompts, generated = [], []

@@ -24,12 +24,6 @@ LENGTHS = [17, 70, 130]
 TOKENS = 32
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_few_threads: None) -> None:
-    """A model this small trains faster on one thread, by far so on a busy machine."""
-    torch.set_num_threads(1)
-
-
 def compress(model: Path, out: Path, stages: str, samples: int = 16, length: int = 256) -> Path:
     made = recipes.parse(f"version: 1\nstages:\n{stages}", registry.schemas())
     options = compressing.Options(samples=samples, length=length)

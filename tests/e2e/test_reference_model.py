@@ -67,7 +67,6 @@ def clear_prompts(directory: Path) -> tuple[list[list[int]], list[list[int]]]:
 
 
 def test_vllm_gives_the_transformers_tokens_and_the_planned_capacity(balanced: Path) -> None:
-    torch.set_num_threads(2)
     prompts, expected = clear_prompts(balanced)
     plan = planning.make(Checkpoint.open(MODEL), recipe("balanced"), str(MODEL))
     pool = 32 * 36 * plan.bytes_per_token  # 36 blocks: the prompts and answers need more, so some are preempted

@@ -32,7 +32,6 @@ def answers(folder: Path, length: int, cuts: Sequence[int], seed: int = 0) -> tu
 
     Of some random prompts, the one with the largest smallest margin over all ways to cut it.
     """
-    torch.set_num_threads(1)
     model = tiny.load_model(folder)
     generator = torch.Generator().manual_seed(1000 * seed + length)
     candidates = torch.randint(2, 300, (reference.CANDIDATES, length), generator=generator)

@@ -8,19 +8,12 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-import torch
 import transformers
 from kvcompress_eval.tasks.ruler.strings import strings
 from kvcompress_eval.tasks.ruler.words import word_list
 from kvcompress_eval.tokenizer import TextTokenizer
 
 from tests import tiny
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(_few_threads: None) -> None:
-    """Models this small decode faster on one thread, by far so on a busy machine."""
-    torch.set_num_threads(1)
 
 
 def training_text() -> Iterator[str]:

@@ -145,7 +145,6 @@ def test_training_model_equals_transformers(tmp_path: Path, folders: tuple[Path,
 def test_resumed_run_ends_with_the_same_weights(tmp_path: Path, folders: tuple[Path, Path]) -> None:
     corpus, tokenizer = folders
     vocabulary_size = tasks.Material.load(tokenizer, corpus).tokenizer.get_vocab_size()
-    torch.set_num_threads(1)
     shape = Shape(**{**TINY.__dict__, "vocab_size": vocabulary_size})
     phases = [
         Phase(0, 64, 4, {"recall": 0.5, "repeats": 0.3, "text": 0.2}),

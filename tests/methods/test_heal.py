@@ -51,12 +51,6 @@ def _with_damage(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(registry.METHODS, "damage", Damage())
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_few_threads: None) -> None:
-    """Models this small train faster on one thread, by far so on a busy machine."""
-    torch.set_num_threads(1)
-
-
 def recipe(heal: str | None) -> recipes.Recipe:
     stage = "" if heal is None else f"  - {{method: heal, batch: 2, samples: 8, length: 48{heal}}}\n"
     return recipes.parse(f"version: 1\nstages:\n  - method: damage\n{stage}", registry.schemas())

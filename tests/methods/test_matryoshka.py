@@ -23,12 +23,6 @@ SHORT = "steps: 4, batch: 2, samples: 6, length: 48"
 FULL = "rank: 1.0, metric: none, focus: 0.0"
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_few_threads: None) -> None:
-    """Models this small train faster on one thread, by far so on a busy machine."""
-    torch.set_num_threads(1)
-
-
 def recipe(stages: str) -> recipes.Recipe:
     return recipes.parse(f"version: 1\nstages:\n{stages}", registry.schemas())
 

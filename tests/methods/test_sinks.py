@@ -64,7 +64,6 @@ def geometry() -> ModelGeometry:
 @pytest.fixture(scope="module")
 def layers(geometry: ModelGeometry) -> list[tuple[Fitted, Fitted]]:
     """Every layer as it is, and with the massive token."""
-    torch.set_num_threads(1)
     checkpoint = Checkpoint.open(MODEL)
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     vocabulary = int(checkpoint.config["vocab_size"])

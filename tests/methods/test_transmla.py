@@ -32,9 +32,8 @@ AUTO = "target_ratio: 1.6"
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> None:
+def _registered() -> None:
     modeling.register()
-    torch.set_num_threads(1)
 
 
 def recipe(stage: str, after: str = "") -> recipes.Recipe:

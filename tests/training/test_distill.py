@@ -26,12 +26,6 @@ ROOT = Path(__file__).parents[2]
 VOCABULARY = 12
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_few_threads: None) -> None:
-    """Models this small train faster on one thread, by far so on a busy machine."""
-    torch.set_num_threads(1)
-
-
 def data(samples: int = 10, length: int = 16) -> Calibration:
     tokens = np.random.Generator(np.random.PCG64(0)).integers(0, VOCABULARY, (samples, length))
     return Calibration("random", tokens, np.zeros(samples, dtype=np.int64))
