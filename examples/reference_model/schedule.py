@@ -1,4 +1,4 @@
-"""The phases of training: from which step on, how long and how many the sequences are, and the share of each task."""
+"""Runs of training: from which step on, how long and how many the sequences are, the share of each task, the rates."""
 
 from dataclasses import dataclass, replace
 
@@ -11,6 +11,17 @@ class Phase:
     length: int
     rows: int
     shares: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A run: the learning rate warms up to `peak` of the full one, stays, and falls to `floor` in the last `decay`."""
+
+    phases: list[Phase]
+    steps: int
+    peak: float = 1.0
+    decay: float = 0.45
+    floor: float = 0.02
 
 
 # From scratch, look-up must be learned in a drill first: prompts of the benchmark alone leave it at chance.
@@ -33,19 +44,27 @@ POLISH |= {"needles": 0.04, "single": 0.01, "text": 0.09}
 POLISH_PHASES = [Phase(0, 256, 8, POLISH_SHORT), Phase(900, 512, 4, POLISH), Phase(2200, 1024, 2, POLISH)]
 POLISH_STEPS = 4600
 
+# At the end: the benchmark's own length and the tasks that are hardest, at rates that fall to nothing.
+FINISH = {"multivalue": 0.32, "multiquery": 0.36, "tracking": 0.1, "tracking_drill": 0.02, "multikey": 0.04}
+FINISH |= {"needles": 0.06, "single": 0.01, "text": 0.09}
+
+RUNS = {
+    "tasks": Schedule(TASK_PHASES, TASK_STEPS),
+    "polish": Schedule(POLISH_PHASES, POLISH_STEPS),
+    "finish": Schedule([Phase(0, 1024, 2, FINISH)], 1800, peak=0.6, decay=1.0, floor=0.0),
+}
+
 WARMUP_STEPS = 50
-DECAY_SHARE = 0.45
 RATES = {"matrices": 0.012, "embedding": 0.002, "norms": 0.0015}
 
 
-def phases_for(from_scratch: bool, polish: bool = False) -> tuple[list[Phase], int]:
-    """The phases of a run and its number of steps: a model that starts from another needs no drill."""
-    if polish:
-        return POLISH_PHASES, POLISH_STEPS
+def schedule_for(run: str, from_scratch: bool) -> Schedule:
+    """A run by its name; a model that starts from random weights is drilled first."""
+    found = RUNS[run]
     if not from_scratch:
-        return TASK_PHASES, TASK_STEPS
-    later = [replace(phase, start=phase.start + DRILL_STEPS) for phase in TASK_PHASES]
-    return DRILL + later, DRILL_STEPS + TASK_STEPS
+        return found
+    later = [replace(phase, start=phase.start + DRILL_STEPS) for phase in found.phases]
+    return replace(found, phases=DRILL + later, steps=DRILL_STEPS + found.steps)
 
 
 def phase_at(step: int, phases: list[Phase]) -> Phase:
@@ -53,8 +72,8 @@ def phase_at(step: int, phases: list[Phase]) -> Phase:
     return [p for p in phases if p.start <= step][-1]
 
 
-def rate_factor(step: int, total: int) -> float:
-    """Share of the full learning rate: warm-up, plateau, linear decay to 2 %."""
+def rate_factor(step: int, schedule: Schedule) -> float:
+    """Share of the full learning rate."""
     warm = min(1.0, (step + 1) / WARMUP_STEPS)
-    left = (total - step) / (DECAY_SHARE * total)
-    return warm * max(0.02, min(1.0, left))
+    left = (schedule.steps - step) / (schedule.decay * schedule.steps)
+    return schedule.peak * warm * max(schedule.floor, min(1.0, left))

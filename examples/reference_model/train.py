@@ -12,7 +12,7 @@ import argparse
 import os
 import time
 from collections import defaultdict
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from grow import grow
 from llama import Llama, Shape
 from mixture import NAMES, make_batch
 from muon import Muon
-from schedule import RATES, Phase, phase_at, phases_for, rate_factor
+from schedule import RATES, RUNS, Phase, Schedule, phase_at, rate_factor, schedule_for
 from tasks import ANSWER_WEIGHT, REPEAT_WEIGHT, Material
 from tokenizers import Tokenizer
 from torch.utils.data import DataLoader, Dataset
@@ -116,8 +116,8 @@ def save_state(path: Path, model: Llama, optimizers: list, step: int, seen: int,
     os.replace(path.with_suffix(".tmp"), path)
 
 
-def run(args: argparse.Namespace, shape: Shape, phases: list[Phase]) -> None:
-    """Train from the saved or a new state up to args.steps."""
+def run(args: argparse.Namespace, shape: Shape, schedule: Schedule) -> None:
+    """Train from the saved or a new state to the schedule's end or args.stop_at."""
     args.run.mkdir(parents=True, exist_ok=True)
     state_path = args.run / "state.pt"
     model, optimizers = build(shape, args.seed, args.device, args.compile)
@@ -131,9 +131,9 @@ def run(args: argparse.Namespace, shape: Shape, phases: list[Phase]) -> None:
             optimizer.load_state_dict(saved)
         first, seen, seconds = state["step"], state["tokens"], state["seconds"]
     material = Material.load(args.tokenizer, args.corpus)
-    last = min(args.steps, args.stop_at or args.steps)
+    last = min(schedule.steps, args.stop_at or schedule.steps)
     loader = DataLoader(
-        Stream(material, args.seed, phases),
+        Stream(material, args.seed, schedule.phases),
         batch_size=None,
         sampler=range(first, last),
         num_workers=args.workers,
@@ -142,13 +142,13 @@ def run(args: argparse.Namespace, shape: Shape, phases: list[Phase]) -> None:
     meter, began = Meter(), time.monotonic() - seconds
     for step, batch in enumerate(loader, first):
         batch = tuple(torch.as_tensor(part).to(args.device) for part in batch)
-        train_step(model, optimizers, batch, rate_factor(step, args.steps), meter)
+        train_step(model, optimizers, batch, rate_factor(step, schedule), meter)
         seen += batch[0].numel()
         done = step + 1
         if done % args.log_every == 0:
             seconds = time.monotonic() - began
             head = f"step {done} L {batch[0].shape[1]} {seen / 1e6:.2f}M tokens {seconds:.0f}s"
-            print(f"{head} rate {rate_factor(step, args.steps):.3f} | {meter.line()}", flush=True)
+            print(f"{head} rate {rate_factor(step, schedule):.3f} | {meter.line()}", flush=True)
         if done % args.save_every == 0 or done == last:
             save_state(state_path, model, optimizers, done, seen, time.monotonic() - began)
             export_model(model.state_dict(), shape, args.tokenizer, args.run / "model")
@@ -161,7 +161,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder that vocabulary.py wrote")
     parser.add_argument("--run", type=Path, required=True, help="folder for state.pt and model/")
     parser.add_argument("--init", type=Path, help="Transformers checkpoint to start from instead of random weights")
-    parser.add_argument("--polish", action="store_true", help="the last run: for a model that can do the tasks")
+    parser.add_argument("--schedule", choices=list(RUNS), default="tasks", help="the later ones start from --init")
     parser.add_argument("--steps", type=int, help="length of the whole schedule; its phases keep their starts")
     parser.add_argument("--stop-at", type=int, help="stop at this step, before the schedule ends")
     parser.add_argument("--seed", type=int, default=0)
@@ -179,7 +179,8 @@ if __name__ == "__main__":
     arguments = parse()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    chosen, whole = phases_for(arguments.init is None, arguments.polish)
-    arguments.steps = arguments.steps or whole
+    chosen = schedule_for(arguments.schedule, from_scratch=arguments.init is None)
+    if arguments.steps:
+        chosen = replace(chosen, steps=arguments.steps)
     vocabulary = Tokenizer.from_file(str(arguments.tokenizer / "tokenizer.json")).get_vocab_size()
     run(arguments, Shape(vocab_size=vocabulary), chosen)

@@ -45,6 +45,30 @@ def greedy(
 
 
 @torch.no_grad()
+def answers(model_dir: Path, length: int, cuts: Sequence[int], tokens: int, seed: int = 0) -> tuple[list, list[list]]:
+    """A prompt whose every answer is clear, and its answers when it is fed in one step and cut at each of `cuts`.
+
+    Of `CANDIDATES` random prompts, the one with the largest smallest margin over all ways to cut it.
+    """
+    model = tiny.load_model(model_dir)
+    generator = torch.Generator().manual_seed(1000 * seed + length)
+    candidates = torch.randint(2, model.config.vocab_size, (CANDIDATES, length), generator=generator)
+    outputs, margins = [], []
+    for cut in (0, *cuts):
+        cache = CompressedCache.from_pretrained(model_dir)
+        prepare(model, cache)
+        if cut:
+            model(candidates[:, :cut], past_key_values=cache, use_cache=True)
+        output, margin = generate(model, cache, candidates[:, cut:], tokens)
+        outputs.append(output)
+        margins.append(margin)
+    smallest = torch.stack(margins).amin(0)
+    best = int(smallest.argmax())
+    assert smallest[best] >= MARGIN, f"no clear prompt of {length} tokens; change the seed"
+    return candidates[best].tolist(), [output[best].tolist() for output in outputs]
+
+
+@torch.no_grad()
 def generate(model: torch.nn.Module, cache: Cache, prompts_BT: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     """Generated tokens and the smallest margin of each row."""
     step, output, margins = prompts_BT, [], []

@@ -6,15 +6,11 @@ whole, and in a second pass where the prefix cache ends.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import torch
 
 from kvcompress.checkpoint.manifest import Manifest
-from kvcompress.serving.transformers import CompressedCache
-from tests import tiny
 from tests.e2e import reference, vllm_engine
 from tests.methods.test_xkv import compress
 
@@ -24,29 +20,6 @@ pytestmark = pytest.mark.e2e
 LENGTHS = [3, 33, 70, 130]
 BLOCK = vllm_engine.ENGINE["block_size"]
 TOKENS = 24
-
-
-@torch.no_grad()
-def answers(folder: Path, length: int, cuts: Sequence[int], seed: int = 0) -> tuple[list[int], list[list[int]]]:
-    """A prompt whose every answer is clear, and its answers when it is fed in one step and cut at each of `cuts`.
-
-    Of some random prompts, the one with the largest smallest margin over all ways to cut it.
-    """
-    model = tiny.load_model(folder)
-    generator = torch.Generator().manual_seed(1000 * seed + length)
-    candidates = torch.randint(2, 300, (reference.CANDIDATES, length), generator=generator)
-    outputs, margins = [], []
-    for cut in (0, *cuts):
-        cache = CompressedCache.from_pretrained(folder)
-        if cut:
-            model(candidates[:, :cut], past_key_values=cache, use_cache=True)
-        output, margin = reference.generate(model, cache, candidates[:, cut:], TOKENS)
-        outputs.append(output)
-        margins.append(margin)
-    smallest = torch.stack(margins).amin(0)
-    best = int(smallest.argmax())
-    assert smallest[best] >= reference.MARGIN, f"no clear prompt of {length} tokens; change the seed"
-    return candidates[best].tolist(), [output[best].tolist() for output in outputs]
 
 
 @pytest.mark.parametrize(
@@ -64,7 +37,10 @@ def test_tokens_are_those_of_transformers_on_the_same_steps(
     model = tmp_path / "model"
     compress(base_model, model, f"method: xkv, {xkv}", f"method: scalar, {encoding}")
     hits = [(length - 1) // BLOCK * BLOCK for length in LENGTHS]
-    found = [answers(model, length, [hit] if hit else []) for length, hit in zip(LENGTHS, hits, strict=True)]
+    found = [
+        reference.answers(model, length, [hit] if hit else [], TOKENS)
+        for length, hit in zip(LENGTHS, hits, strict=True)
+    ]
     prompts = [prompt for prompt, _ in found]
     result = vllm_engine.run(model, prompts, prompts, max_tokens=TOKENS)
     first, second = result["tokens"]
@@ -83,7 +59,7 @@ def test_every_scheduler_path_runs_and_full_rank_in_sixteen_bits_changes_no_toke
     compress(base_model, model, "method: xkv, group: 4, rank: 1.0, metric: none", "method: scalar, bits: 16")
     prompts, expected = [], []
     for length in LENGTHS:
-        prompt, outputs = answers(model, length, [length // 2])
+        prompt, outputs = reference.answers(model, length, [length // 2], TOKENS)
         prompts.append(prompt)
         expected.append(outputs[0])
     result = vllm_engine.run(

@@ -36,16 +36,24 @@ ENGINE = {
 
 
 def run(
-    model: Path, *passes: list[list[int]], max_tokens: int = 64, env: dict[str, str] | None = None, **engine: Any
+    model: Path,
+    *passes: list[list[int]],
+    max_tokens: int = 64,
+    env: dict[str, str] | None = None,
+    logits: bool = False,
+    **engine: Any,
 ) -> dict[str, Any]:
     """Generate greedily from each pass of prompts, one after the other, in one engine.
 
     Returns:
         tokens: generated ids, by pass and prompt; cached: prompt tokens taken from the prefix cache, likewise;
         blocks: cache blocks allocated; capacity_tokens: the tokens vLLM says fit; metrics: its counters by name;
-        log: everything the engine wrote.
+        logits: where asked for, those of every generated token, by pass, prompt and step; log: everything the engine
+        wrote.
     """
-    return _child({"engine": ENGINE | {"model": str(model)} | engine, "passes": passes, "max_tokens": max_tokens}, env)
+    wanted = {"logprobs_mode": "raw_logits", "max_logprobs": -1} if logits else {}
+    scenario = {"passes": passes, "max_tokens": max_tokens, "logits": logits}
+    return _child(scenario | {"engine": ENGINE | {"model": str(model)} | wanted | engine}, env)
 
 
 def refusals(*attempts: dict[str, Any]) -> list[str]:
@@ -88,17 +96,28 @@ def _attempt(engine: dict[str, Any]) -> str:
     return "started"
 
 
+def _logits(completion: Any) -> list[list[float]]:
+    return [[step[token].logprob for token in range(len(step))] for step in completion.logprobs]
+
+
 def _generate(scenario: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
     llm = LLM(**scenario["engine"])
-    sampling = SamplingParams(temperature=0, max_tokens=scenario["max_tokens"], detokenize=False, ignore_eos=True)
+    sampling = SamplingParams(
+        temperature=0,
+        max_tokens=scenario["max_tokens"],
+        detokenize=False,
+        ignore_eos=True,
+        logprobs=-1 if scenario["logits"] else None,
+    )
     outputs = [
         llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
         for prompts in scenario["passes"]
     ]
     return {
         "tokens": [[list(output.outputs[0].token_ids) for output in one] for one in outputs],
+        "logits": [[_logits(output.outputs[0]) for output in one] for one in outputs] if scenario["logits"] else None,
         "cached": [[output.num_cached_tokens for output in one] for one in outputs],
         "blocks": llm.llm_engine.vllm_config.cache_config.num_gpu_blocks,
         "capacity_tokens": llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens,

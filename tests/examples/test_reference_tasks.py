@@ -23,7 +23,7 @@ import train  # noqa: E402
 import vocabulary  # noqa: E402
 from llama import Llama, Shape, causal_attention  # noqa: E402
 from ruler_prompts import NiahTask, VtTask, samples  # noqa: E402
-from schedule import Phase, phase_at, rate_factor  # noqa: E402
+from schedule import RUNS, Phase, Schedule, phase_at, rate_factor, schedule_for  # noqa: E402
 
 TINY = Shape(vocab_size=0, hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=16)
 
@@ -154,7 +154,7 @@ def test_resumed_run_ends_with_the_same_weights(tmp_path: Path, folders: tuple[P
     def weights(name: str, *parts: list[str]) -> dict:
         for extra in parts:
             common = ["--corpus", str(corpus), "--tokenizer", str(tokenizer), "--run", str(tmp_path / name)]
-            train.run(train.parse([*common, "--steps", "20", "--workers", "0", *extra]), shape, phases)
+            train.run(train.parse([*common, "--workers", "0", *extra]), shape, Schedule(phases, 20))
         return torch.load(tmp_path / name / "state.pt", weights_only=True)
 
     straight = weights("straight", [])
@@ -168,6 +168,13 @@ def test_resumed_run_ends_with_the_same_weights(tmp_path: Path, folders: tuple[P
 def test_schedule() -> None:
     phases = [Phase(0, 64, 4, {}), Phase(10, 128, 2, {})]
     assert [phase_at(s, phases).length for s in (0, 9, 10, 99)] == [64, 64, 128, 128]
-    assert rate_factor(0, 10_000) < 0.1
-    assert rate_factor(3_000, 10_000) == 1.0
-    assert rate_factor(9_999, 10_000) == pytest.approx(0.02)
+    schedule = Schedule(phases, 10_000)
+    assert rate_factor(0, schedule) < 0.1
+    assert rate_factor(3_000, schedule) == 1.0
+    assert rate_factor(9_999, schedule) == pytest.approx(0.02)
+    finish = RUNS["finish"]
+    assert rate_factor(finish.steps // 2, finish) == pytest.approx(finish.peak / 2)
+    assert rate_factor(finish.steps, finish) == 0.0
+    scratch = schedule_for("tasks", from_scratch=True)
+    assert scratch.phases[0].start == 0
+    assert scratch.steps > RUNS["tasks"].steps
