@@ -187,7 +187,7 @@ def test_scores_of_a_text_show_the_loss(folders: dict[str, Path], base_model: Pa
     from kvcompress_eval.engines import open_engine
     from kvcompress_eval.tokenizer import TextTokenizer
 
-    text = tokens(1, 100)[0].tolist()
+    text = tokens(1, 101)[0].tolist()  # the last is only predicted
 
     def scores(folder: Path) -> Tensor:
         engine = open_engine("transformers", folder, TextTokenizer(base_model), max_context=512)
