@@ -39,12 +39,8 @@ def main() -> None:
 
 def with_tables(text: str) -> str:
     """README.md with every table made anew."""
-    for kind, table in TABLES.items():
-        marked = re.compile(f"(<!-- {kind}:begin -->\n).*?(\n<!-- {kind}:end -->)", re.DOTALL)
-        assert len(marked.findall(text)) == 1, f"README.md has lost the markers of {kind}"
-        made = section(kind, table)
-        text = marked.sub(lambda found, made=made: found[1] + made + found[2], text)
-    return text
+    marked = re.compile(r"(<!-- (\w+):begin -->\n).*?(\n<!-- \2:end -->)", re.DOTALL)
+    return marked.sub(lambda found: found[1] + section(found[2], TABLES[found[2]]) + found[3], text)
 
 
 def section(kind: str, table: Callable[[dict[str, Any]], str]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 from types import ModuleType
 
@@ -34,14 +33,14 @@ def test_a_new_result_changes_its_table_only(
     results.mkdir(parents=True)
     for path in publish.RESULTS.iterdir():
         (results / path.name).write_bytes(path.read_bytes())
-    newest = max(results.glob("*-weights.json"))
-    changed = json.loads(newest.read_text())
-    changed["base_perplexity"] = 77.77
-    (results / "9999-01-01-later-weights.json").write_text(json.dumps(changed))
+    newest = max(results.glob("*-demo.json"))
+    (results / "9999-01-01-later-demo.json").write_text(newest.read_text().replace("reference-model", "other-model"))
     monkeypatch.setattr(publish, "ROOT", tmp_path)
     monkeypatch.setattr(publish, "RESULTS", results)
     before = (ROOT / "README.md").read_text()
     after = publish.with_tables(before)
-    assert "| base 77.77 |" in after
-    assert "[9999-01-01-later-weights.json](benchmarks/results/9999-01-01-later-weights.json)" in after
-    assert after.split("<!-- weights:begin -->")[0] == before.split("<!-- weights:begin -->")[0]
+    assert "other-model" in after
+    assert "[9999-01-01-later-demo.json](benchmarks/results/9999-01-01-later-demo.json)" in after
+    for apart in ("<!-- demo:begin -->", "<!-- demo:end -->"):
+        side = 0 if "begin" in apart else -1
+        assert after.split(apart)[side] == before.split(apart)[side]

@@ -89,9 +89,19 @@ def test_compressed_verified_served_and_back(method: str, base_model: Path, tmp_
     assert not hasattr(plain.config, "quantization_config")
 
 
+Answers = tuple[list[list[int]], list[list[int]], torch.Tensor]
+"""Prompts, greedy tokens, and vLLM's logits of these for every pass over the prompts."""
+
+
+@pytest.fixture(scope="module")
+def base_answers(base_model: Path) -> Answers:
+    prompts, tokens = reference.greedy(base_model, LENGTHS, TOKENS)
+    return prompts, tokens, _served_logits(base_model, prompts)
+
+
 @pytest.mark.parametrize("method", LOSSLESS)
 def test_logits_are_the_base_models_where_nothing_is_cut(
-    method: str, base_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, base_model: Path, base_answers: Answers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At full rank, in floats or with every entry exact: logits within 1e-3, in transformers and in vLLM."""
 
@@ -100,17 +110,19 @@ def test_logits_are_the_base_models_where_nothing_is_cut(
 
     monkeypatch.setattr(fwsvd, "uniform", full)
     model = compress(base_model, tmp_path, LOSSLESS[method])
-    prompts, tokens = reference.greedy(base_model, LENGTHS, TOKENS)
+    prompts, tokens, expected = base_answers
     for prompt, answer in zip(prompts, tokens, strict=True):
         ids = torch.tensor([prompt + answer])
         base, ours = (_logits(path, ids) for path in (base_model, model))
         torch.testing.assert_close(ours, base, rtol=0.0, atol=1e-3)
-    base, ours = (
-        vllm_engine.run(path, prompts, prompts, max_tokens=TOKENS, max_num_batched_tokens=24, logits=True)
-        for path in (base_model, model)
-    )
-    assert ours["metrics"]["vllm:prefix_cache_hits"] > 0
-    torch.testing.assert_close(torch.tensor(ours["logits"]), torch.tensor(base["logits"]), rtol=0.0, atol=1e-3)
+    torch.testing.assert_close(_served_logits(model, prompts), expected, rtol=0.0, atol=1e-3)
+
+
+def _served_logits(model: Path, prompts: list[list[int]]) -> torch.Tensor:
+    """vLLM's, of prompts fed in pieces and then again from the prefix cache `[passes, prompts, tokens, vocabulary]`."""
+    served = vllm_engine.run(model, prompts, prompts, max_tokens=TOKENS, max_num_batched_tokens=24, logits=True)
+    assert served["metrics"]["vllm:prefix_cache_hits"] > 0
+    return torch.tensor(served["logits"])
 
 
 @torch.no_grad()

@@ -1,19 +1,21 @@
-"""One vLLM engine in a process of its own, driven by JSON: engines leak when several live in one process.
+"""vLLM engines, each in a process of its own: engines leak when several live in one process.
 
-`run` starts this file as a script; the script reads a scenario from its standard input and prints the result.
+The processes are forked from one that has imported vLLM and done nothing else, because importing it takes longer than
+most tests.
 """
 
 from __future__ import annotations
 
+import functools
 import json
+import multiprocessing
 import os
-import subprocess
 import sys
+import tempfile
+import traceback
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
-
-ROOT = Path(__file__).parents[2]
-MARK = "RESULT "
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -64,26 +66,45 @@ def refusals(*attempts: dict[str, Any]) -> list[str]:
 
 
 def _child(scenario: dict[str, Any], env: dict[str, str] | None) -> dict[str, Any]:
-    inherited = dict(os.environ)
-    inherited.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would take precedence over kv_cache_memory_bytes
-    child = subprocess.run(
-        [sys.executable, __file__],
-        input=json.dumps(scenario),
-        env=inherited | ENVIRONMENT | {"PYTHONPATH": _python_path()} | (env or {}),
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    log = child.stdout + child.stderr
-    results = [line for line in child.stdout.splitlines() if line.startswith(MARK)]
-    assert results, log[-5000:]
-    result: dict[str, Any] = json.loads(results[0].removeprefix(MARK))
-    return result | {"log": log}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        child = _context().Process(target=_main, args=(scenario, env or {}, folder))
+        child.start()
+        child.join(600)
+        if child.is_alive():
+            child.kill()
+            child.join()
+        log = (folder / "log").read_text(errors="replace") if (folder / "log").exists() else "no output"
+        assert (folder / "result").exists(), log[-5000:]
+        result: dict[str, Any] = json.loads((folder / "result").read_text())
+        return result | {"log": log}
 
 
-def _python_path() -> str:
-    return os.pathsep.join([str(ROOT), *sys.path])
+@functools.cache
+def _context() -> ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["vllm.entrypoints.llm", "vllm.v1.engine.llm_engine", "vllm.v1.worker.cpu_worker"])
+    os.environ.update(ENVIRONMENT)
+    return context
+
+
+def _main(scenario: dict[str, Any], env: dict[str, str], folder: Path) -> None:
+    """In the child: everything printed goes to `folder/log`."""
+    log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would take precedence over kv_cache_memory_bytes
+    os.environ.update(env)
+    try:
+        attempts = scenario.get("attempts")
+        found = _generate(scenario) if attempts is None else {"errors": [_attempt(engine) for engine in attempts]}
+    except BaseException:
+        traceback.print_exc()
+        raise
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    (folder / "result").write_text(json.dumps(found))
 
 
 def _attempt(engine: dict[str, Any]) -> str:
@@ -123,9 +144,3 @@ def _generate(scenario: dict[str, Any]) -> dict[str, Any]:
         "capacity_tokens": llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens,
         "metrics": {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")},
     }
-
-
-if __name__ == "__main__":
-    task = json.load(sys.stdin)
-    found = {"errors": [_attempt(engine) for engine in task["attempts"]]} if "attempts" in task else _generate(task)
-    print(MARK + json.dumps(found), flush=True)
