@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +39,14 @@ def main() -> None:
         shutil.rmtree(out)
     out.mkdir(parents=True)
     models = [out / name for name in RECIPES]
-    plans = {}
-    for name, folder in zip(RECIPES, models, strict=True):
-        recipe = ROOT / "examples" / "recipes" / f"{name}.yaml"
-        plans[name] = json.loads(kvcompress("plan", options.model, "--recipe", recipe, "--json", quiet=True))
-        kvcompress("compress", options.model, "--recipe", recipe, "--out", folder)
-        kvcompress("verify", folder)
-    results = evaluate(options.model, models, out, options.samples)
-    step(f"kvcompress serve {models[0]}")
-    results["serving"]["server"] = serving.exercise(models[0], out / "server.log")
+    # Two steps at a time where one does not need the other: each takes one core.
+    with ThreadPoolExecutor(2) as pool:
+        plans = dict(zip(RECIPES, pool.map(lambda folder: make(options.model, folder), models), strict=True))
+        on_vllm = pool.submit(evaluate_tasks, options.model, models, out, options.samples)
+        on_text = pool.submit(evaluate_text, options.model, models, out)
+        server = pool.submit(serve, models[0], out)
+        results = on_vllm.result() | on_text.result()
+        results["serving"]["server"] = server.result()
     results["plan"] = {name: plan["bytes_per_token"] for name, plan in plans.items()}
     finish(results, out)
     print_table(results, time.monotonic() - began)
@@ -71,17 +71,36 @@ def kvcompress(*arguments: object, quiet: bool = False) -> str:
     return done.stdout
 
 
-def evaluate(base: Path, models: list[Path], out: Path, samples: int) -> dict[str, Any]:
-    """Retrieval tasks, cache capacity and decode speed through vLLM in bfloat16, as served; perplexity and agreement
-    through transformers in float32, which gives whole distributions."""
-    folders = [str(model) for model in models]
-    common = ("--baseline", base, "--json")
-    vllm = ("--engine", "vllm", "--dtype", "bfloat16", "--samples", samples, "--serving-context", CONTEXT)
-    kvcompress("eval", *folders, *common, *vllm, "--suite", "needle-ref", "--out", out / "eval-vllm", quiet=True)
-    kvcompress("eval", *folders, *common, "--suite", "text", "--out", out / "eval-text", quiet=True)
-    served, text = (json.loads((out / name / "results.json").read_text()) for name in ("eval-vllm", "eval-text"))
-    served["perplexity"], served["agreement"] = text["perplexity"], text["agreement"]
-    return served
+def make(base: Path, folder: Path) -> dict[str, Any]:
+    """Plan, compress and verify with the recipe of the folder's name; the plan."""
+    recipe = ROOT / "examples" / "recipes" / f"{folder.name}.yaml"
+    plan: dict[str, Any] = json.loads(kvcompress("plan", base, "--recipe", recipe, "--json", quiet=True))
+    kvcompress("compress", base, "--recipe", recipe, "--out", folder)
+    kvcompress("verify", folder)
+    return plan
+
+
+def evaluate_tasks(base: Path, models: list[Path], out: Path, samples: int) -> dict[str, Any]:
+    """Retrieval tasks, cache capacity and decode speed through vLLM in bfloat16, as served."""
+    options = ("--engine", "vllm", "--dtype", "bfloat16", "--samples", samples, "--serving-context", CONTEXT)
+    return evaluate("needle-ref", base, models, out / "eval-vllm", *options)
+
+
+def evaluate_text(base: Path, models: list[Path], out: Path) -> dict[str, Any]:
+    """Perplexity and agreement through transformers in float32, which gives whole distributions."""
+    results = evaluate("text", base, models, out / "eval-text")
+    return {name: results[name] for name in ("perplexity", "agreement")}
+
+
+def evaluate(suite: str, base: Path, models: list[Path], out: Path, *options: object) -> dict[str, Any]:
+    kvcompress("eval", *models, "--baseline", base, "--suite", suite, *options, "--out", out, "--json", quiet=True)
+    results: dict[str, Any] = json.loads((out / "results.json").read_text())
+    return results
+
+
+def serve(model: Path, out: Path) -> dict[str, Any]:
+    step(f"kvcompress serve {model}")
+    return serving.exercise(model, out / "server.log")
 
 
 def finish(results: dict[str, Any], out: Path) -> None:
