@@ -9,6 +9,8 @@ import torch
 
 from tests import tiny
 
+pytest_plugins = ["tests.e2e.support_matrix.collect"]
+
 BALANCED = """\
 version: 1
 stages:

@@ -25,10 +25,15 @@ def cut_spec(spec: CodecSpec, share: float) -> CodecSpec:
     """Every layer at a share of its stored channels, in whole channel groups.
 
     Raises:
-        ValueError: a share outside (0, 1], or a layer in a form that cannot be cut.
+        ValueError: a share outside (0, 1], a layer in a form that cannot be cut, or nothing to cut.
     """
     if check_share(share) == 1.0:
         return spec
+    if not any(spec.layers):
+        raise ValueError(
+            f"found KV rank {share:g}; no layer of the checkpoint has a codec whose channels could be left out; "
+            "leave the KV rank at 1"
+        )
     layers: list[Any] = list(spec.layers)
     for index, layer in enumerate(layers):
         if layer is not None and not hasattr(layer, "cut"):

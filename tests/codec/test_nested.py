@@ -81,3 +81,10 @@ def test_layer_specs_shrink_by_the_share() -> None:
     cut = layer.cut(0.5)
     assert cut == replace(layer, k=SideSpec((Band(16, 16),)), v=SideSpec((Band(8, 8),)))
     assert cut.bytes_per_token == 2 * (32 + 8 + 2)
+
+
+def test_a_checkpoint_without_codecs_has_nothing_to_cut() -> None:
+    plain = CodecSpec((None, None))
+    assert cut_spec(plain, 1.0) == plain
+    with pytest.raises(ValueError, match="no layer of the checkpoint has a codec"):
+        cut_spec(plain, 0.5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ def greedy(
     Of `CANDIDATES` random prompts of each length, the one with the largest smallest margin.
     """
     model = tiny.load_model(model_dir)
+    limit_windows(model)
     compressed = hasattr(model.config, "quantization_config")
     prompts, generated = [], []
     for length in lengths:
@@ -66,6 +68,35 @@ def answers(model_dir: Path, length: int, cuts: Sequence[int], tokens: int, seed
     best = int(smallest.argmax())
     assert smallest[best] >= MARGIN, f"no clear prompt of {length} tokens; change the seed"
     return candidates[best].tolist(), [output[best].tolist() for output in outputs]
+
+
+@torch.no_grad()
+def score(model_dir: Path, prompt: Sequence[int], answers: Sequence[Sequence[int]]) -> list[float]:
+    """The log-probability of each answer to a prompt."""
+    model = tiny.load_model(model_dir)
+    cache = CompressedCache.from_pretrained(model_dir)
+    prepare(model, cache)
+    rows_BT = torch.tensor([[*prompt, *answer] for answer in answers])
+    log_probability_BTV = model(rows_BT, past_key_values=cache, use_cache=True).logits.log_softmax(-1)
+    chosen_BT = log_probability_BTV[:, :-1].gather(-1, rows_BT[:, 1:, None])[..., 0]
+    found: list[float] = chosen_BT[:, len(prompt) - 1 :].sum(1).tolist()
+    return found
+
+
+def limit_windows(model: Any) -> None:
+    """Have a Llama with `layer_types` attend its windows, as vLLM's does; that of transformers attends everything."""
+    config = model.config
+    for index, kind in enumerate(getattr(config, "layer_types", None) or []):
+        if config.model_type != "llama" or kind != "sliding_attention":
+            continue
+
+        def limit(_: Any, arguments: Any, options: dict[str, Any], index: int = index) -> tuple[Any, dict[str, Any]]:
+            before, tokens = options["past_key_values"].get_seq_length(index), options["hidden_states"].shape[1]
+            distance_QT = torch.arange(before, before + tokens)[:, None] - torch.arange(before + tokens)
+            seen_QT = (distance_QT >= 0) & (distance_QT < config.sliding_window)
+            return arguments, options | {"attention_mask": seen_QT[None, None]}
+
+        model.model.layers[index].self_attn.register_forward_pre_hook(limit, with_kwargs=True)
 
 
 @torch.no_grad()

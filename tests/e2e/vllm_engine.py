@@ -13,6 +13,7 @@ import os
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -55,20 +56,22 @@ def run(
     """
     wanted = {"logprobs_mode": "raw_logits", "max_logprobs": -1} if logits else {}
     scenario = {"passes": passes, "max_tokens": max_tokens, "logits": logits}
-    return _child(scenario | {"engine": ENGINE | {"model": str(model)} | wanted | engine}, env)
+    return in_child(_generate, env, scenario=scenario | {"engine": ENGINE | {"model": str(model)} | wanted | engine})
 
 
-def refusals(*attempts: dict[str, Any]) -> list[str]:
+def refusals(*attempts: dict[str, Any], env: dict[str, str] | None = None) -> list[str]:
     """The message with which each engine refuses to start; they are tried one after the other in one process."""
-    result = _child({"attempts": [ENGINE | attempt for attempt in attempts]}, None)
-    errors: list[str] = result["errors"]
+    errors: list[str] = in_child(attempts, env, engines=[ENGINE | attempt for attempt in attempts])["errors"]
     return errors
 
 
-def _child(scenario: dict[str, Any], env: dict[str, str] | None) -> dict[str, Any]:
+def in_child(
+    function: Callable[..., dict[str, Any]], env: dict[str, str] | None = None, **arguments: Any
+) -> dict[str, Any]:
+    """What a module's function returns when it runs in a process of its own, plus `log`: everything it wrote."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        child = _context().Process(target=_main, args=(scenario, env or {}, folder))
+        child = context().Process(target=_main, args=(function, arguments, env or {}, folder))
         child.start()
         child.join(600)
         if child.is_alive():
@@ -80,24 +83,31 @@ def _child(scenario: dict[str, Any], env: dict[str, str] | None) -> dict[str, An
         return result | {"log": log}
 
 
+def redirect(log: Path) -> None:
+    """Have everything that this process and its children print go to a file."""
+    file = os.open(log, os.O_WRONLY | os.O_CREAT)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+
+
 @functools.cache
-def _context() -> ForkServerContext:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["vllm.entrypoints.llm", "vllm.v1.engine.llm_engine", "vllm.v1.worker.cpu_worker"])
+def context() -> ForkServerContext:
+    """Starts processes that have imported vLLM."""
+    found = multiprocessing.get_context("forkserver")
+    found.set_forkserver_preload(["vllm.entrypoints.llm", "vllm.v1.engine.llm_engine", "vllm.v1.worker.cpu_worker"])
     os.environ.update(ENVIRONMENT)
-    return context
+    return found
 
 
-def _main(scenario: dict[str, Any], env: dict[str, str], folder: Path) -> None:
+def _main(
+    function: Callable[..., dict[str, Any]], arguments: dict[str, Any], env: dict[str, str], folder: Path
+) -> None:
     """In the child: everything printed goes to `folder/log`."""
-    log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
+    redirect(folder / "log")
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would take precedence over kv_cache_memory_bytes
     os.environ.update(env)
     try:
-        attempts = scenario.get("attempts")
-        found = _generate(scenario) if attempts is None else {"errors": [_attempt(engine) for engine in attempts]}
+        found = function(**arguments)
     except BaseException:
         traceback.print_exc()
         raise
@@ -105,6 +115,10 @@ def _main(scenario: dict[str, Any], env: dict[str, str], folder: Path) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
     (folder / "result").write_text(json.dumps(found))
+
+
+def attempts(engines: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"errors": [_attempt(engine) for engine in engines]}
 
 
 def _attempt(engine: dict[str, Any]) -> str:

@@ -1,0 +1,184 @@
+"""Every method with every feature of vLLM: it works, or the server says why not. Writes docs/support-matrix.md.
+
+A test of each name in `features.FEATURES`; its docstring says what it sees. Tests of one method share their engines.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.support_matrix import bench, pressed, table
+from tests.e2e.support_matrix.case import BLOCK, FEW, LENGTHS, SHORT, SMALLER, Case
+from tests.e2e.support_matrix.collect import PROPERTY
+from tests.e2e.support_matrix.features import CELLS, FEATURES, REFUSED
+from tests.e2e.support_matrix.methods import METHODS
+
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.e2e
+
+TOLERANCE = 0.02
+"""In log-probability of a whole answer: a latent may fall on the other side of a quantizer's threshold (reference)."""
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    feature = metafunc.function.__name__.removeprefix("test_")
+    if feature == "refused":
+        # Methods outside, so that tests of one are neighbours.
+        metafunc.parametrize(("case", "feature"), sorted(REFUSED), indirect=["case"], scope="module")
+    elif feature in FEATURES:
+        methods = [method for method in METHODS if (method, feature) not in REFUSED]
+        metafunc.parametrize("case", methods, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("matrix")
+
+
+@pytest.fixture(scope="module")
+def case(request: pytest.FixtureRequest, base_model: Path, folder: Path) -> Case:
+    return Case(request.param, base_model, folder / request.param)
+
+
+@pytest.fixture(autouse=True)
+def _report(request: pytest.FixtureRequest, record_property: Callable[[str, Any], None]) -> None:
+    feature = request.function.__name__.removeprefix("test_")
+    if feature in FEATURES:
+        record_property(PROPERTY, (request.getfixturevalue("case").name, feature, table.YES))
+
+
+def test_prefix_caching(case: Case) -> None:
+    """in a second pass, whole blocks of a prompt come from the cache, and the tokens are the same."""
+    cached = case.pressed["cached"]
+    assert cached[0] == [0] * len(LENGTHS)
+    longest = [(length - 1) // BLOCK * BLOCK for length in LENGTHS]
+    assert all(0 <= hit <= most and hit % BLOCK == 0 for hit, most in zip(cached[1], longest, strict=True))
+    assert sum(cached[1]) > 0
+    assert case.pressed["metrics"]["vllm:prefix_cache_hits"] >= sum(cached[1])
+
+
+def test_chunked_prefill(case: Case) -> None:
+    """steps of at most 24 tokens end inside prompts and inside blocks; the tokens are the same."""
+    assert case.pressed["chunks"] > sum(LENGTHS) // 24
+
+
+def test_mixed_batches(case: Case) -> None:
+    """steps in which some requests are fed their prompt and others decode; the tokens are the same."""
+    assert case.pressed["mixed"] > 0
+
+
+def test_preemption(case: Case) -> None:
+    """a pool too small: requests lose their blocks and are computed again; the tokens are the same."""
+    assert case.pressed["metrics"]["vllm:num_preemptions"] > 0
+
+
+def test_ngram_drafts(case: Case) -> None:
+    """some drafts of three tokens are accepted and some rejected; the tokens are the same."""
+    counters = case.pressed["metrics"]
+    drafted = counters["vllm:spec_decode_num_draft_tokens"]
+    assert 0 < counters["vllm:spec_decode_num_accepted_tokens"] < drafted
+
+
+def test_parallel_sampling(case: Case) -> None:
+    """three sampled answers to one prompt differ, and have the log-probabilities that the transformers path gives."""
+    _check_scores(case, case.pressed["samples"], pressed.SAMPLES)
+
+
+def test_beam_search(case: Case) -> None:
+    """beams come in order, and have the log-probabilities that the transformers path gives."""
+    beams = case.pressed["beams"]
+    _check_scores(case, beams, pressed.BEAMS)
+    assert beams[0][1] > beams[1][1]
+    greedy = case.expected[1][-1][: pressed.SHORT]
+    (alone,) = case.score([greedy])
+    assert beams[0][1] > alone - TOLERANCE
+
+
+def _check_scores(case: Case, answers: list[tuple[list[int], float]], count: int) -> None:
+    tokens = [answer for answer, _ in answers]
+    assert len({tuple(answer) for answer in tokens}) == count
+    assert [len(answer) for answer in tokens] == [pressed.SHORT] * count
+    assert [score for _, score in answers] == pytest.approx(case.score(tokens), abs=TOLERANCE)
+
+
+def test_openai_server(case: Case) -> None:
+    """`/v1/completions` answers with the transformers path's tokens, and with text."""
+    assert case.server["tokens"] == [answer[:SHORT] for answer in case.expected[1][-FEW:]]
+    assert all(case.server["texts"])
+
+
+def test_bench_serve(case: Case) -> None:
+    """the benchmark of a running server completes every request, with every token."""
+    measured = case.server["bench"]
+    assert (measured["completed"], measured["failed"]) == (bench.PROMPTS, 0)
+    assert measured["total_output_tokens"] == bench.PROMPTS * bench.ANSWER
+
+
+def test_torch_compile(case: Case) -> None:
+    """that server compiles its model."""
+    assert "CompilationMode.DYNAMO_TRACE_ONCE" in case.server["log"]
+    test_openai_server(case)
+
+
+def test_tensor_parallel(case: Case) -> None:
+    """that server has two ranks; each tells what it caches."""
+    ranks = set(re.findall(r"rank (\d) of 2", case.server["log"]))
+    assert ranks == {"0", "1"}
+    test_openai_server(case)
+
+
+def test_sliding_window(case: Case) -> None:
+    """a model whose last layer attends 40 tokens only: the tokens are the same, from the prefix cache, too."""
+    served, expected = case.windowed
+    assert served["tokens"] == [expected] * 2
+    assert "3: sliding window of 40" in served["log"] or case.name == "fwsvd"
+
+
+def test_elastic_rank(case: Case) -> None:
+    """the stored latents cut to half their channels: fewer bytes, the transformers path's tokens at that rank."""
+    served, expected = case.smaller
+    assert served["tokens"] == [expected] * 2
+    whole, cut = (_bytes_per_token(log) for log in (case.pressed["log"], served["log"]))
+    assert cut < (SMALLER + 0.25) * whole
+
+
+def test_refused(
+    case: Case, feature: str, record_property: Callable[[str, Any], None], request: pytest.FixtureRequest
+) -> None:
+    """a feature that does not work is refused, before weights load, with its reason."""
+    printed = case.refusal(feature)
+    # The message alone: without the exception's name, without what pydantic appends.
+    found = re.search(rf"[^\n:\[]*{re.escape(REFUSED[case.name, feature])}[^\n\[]*", printed)
+    assert found, printed[-3000:]
+    reason = found[0].strip()
+    record_property(PROPERTY, (case.name, feature, reason))
+    if not request.config.getoption("--support-matrix"):
+        assert table.read(table.COMMITTED.read_text())[case.name, feature] == reason
+
+
+def test_committed_matrix_has_these_cells(request: pytest.FixtureRequest) -> None:
+    """The page lists every cell there is a test for, and no other, with what is expected of it."""
+    if request.config.getoption("--support-matrix"):
+        pytest.skip("the page is being written")
+    committed = table.read(table.COMMITTED.read_text())
+    assert set(committed) == CELLS
+    assert {cell for cell, found in committed.items() if found != table.YES} == set(REFUSED)
+    assert table.COMMITTED.read_text() == table.render(committed, shown())
+
+
+def shown() -> dict[str, str]:
+    """What the test of each feature sees, in its own words."""
+    tests = vars(sys.modules[__name__])
+    return {name: tests[name].__doc__ for name in tests if name.removeprefix("test_") in (*FEATURES, "refused")}
+
+
+def _bytes_per_token(log: str) -> int:
+    found = re.search(r"KV cache (\d+) bytes per token", log)
+    assert found
+    return int(found[1])
