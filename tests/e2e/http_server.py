@@ -98,6 +98,7 @@ def _when_ready(port: int, log: Path, lives: Callable[[], bool]) -> str:
 def _serve(arguments: list[str], env: dict[str, str], log: Path) -> None:
     """In the child: never returns before the server is told to stop."""
     vllm_engine.redirect(log)
+    vllm_engine.fork_workers()
     os.environ.update(env)
     sys.argv = ["server", *arguments]
     from vllm.entrypoints.launchers.api_server.entry import main

@@ -90,6 +90,16 @@ def redirect(log: Path) -> None:
     os.dup2(file, 2)
 
 
+def fork_workers() -> None:
+    """Have vLLM fork its processes from this one, where on CPU it spawns new ones that import everything again."""
+    ordinary = multiprocessing.get_context
+
+    def forking(method: str | None = None) -> Any:
+        return ordinary("fork" if method == "spawn" else method)
+
+    multiprocessing.get_context = forking  # type: ignore[assignment]
+
+
 @functools.cache
 def context() -> ForkServerContext:
     """Starts processes that have imported vLLM."""
@@ -104,6 +114,7 @@ def _main(
 ) -> None:
     """In the child: everything printed goes to `folder/log`."""
     redirect(folder / "log")
+    fork_workers()
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would take precedence over kv_cache_memory_bytes
     os.environ.update(env)
     try:
