@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup test lint types unit e2e demo bench clean
+.PHONY: help setup test lint types unit e2e soak matrix demo bench clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -19,6 +19,8 @@ help:
 	@echo "make setup   make the environment ($(VENV))"
 	@echo "make demo    compress, verify, evaluate and serve the reference model; writes demo/report.html"
 	@echo "make test    lint, types, unit tests and end-to-end tests"
+	@echo "make soak    500 requests against a server whose cache is too small for them"
+	@echo "make matrix  test every method with every feature of vLLM; writes docs/support-matrix.md"
 	@echo "make bench   CPU kernel benchmark; writes benchmarks/results"
 
 setup: $(VENV)/.ready
@@ -54,6 +56,14 @@ unit: setup
 e2e: setup
 	@echo "== end-to-end tests (these start vLLM)"
 	@$(PYTEST) -m e2e
+
+soak: setup
+	@echo "== 500 requests, two servers"
+	@KVCOMPRESS_SOAK_REQUESTS=500 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s tests/e2e/test_soak.py
+
+matrix: setup
+	@echo "== every method with every feature of vLLM"
+	@$(PYTEST) tests/e2e/test_support_matrix.py --support-matrix docs/support-matrix.md
 
 demo: setup
 	@$(BIN)/python examples/demo/run.py --out demo

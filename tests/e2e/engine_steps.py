@@ -5,13 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+Row = tuple[str, int, int, int]
+"""A request, its tokens computed before a step, its tokens in the step, and its prompt's length."""
+
 
 @dataclass
 class Steps:
-    """One list per engine step: (request, its tokens computed before, its tokens in the step, its prompt's length)."""
+    """One list per engine step, and each request's prompt."""
 
-    rows: list[list[tuple[str, int, int, int]]] = field(default_factory=list)
-    _prompts: dict[str, int] = field(default_factory=dict)
+    rows: list[list[Row]] = field(default_factory=list)
+    prompts: dict[str, list[int]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, llm: Any) -> Steps:
@@ -29,11 +32,11 @@ class Steps:
 
     def _note(self, output: Any) -> None:
         computed = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
-        self._prompts |= {new.req_id: len(new.prompt_token_ids) for new in output.scheduled_new_reqs}
+        self.prompts |= {new.req_id: list(new.prompt_token_ids) for new in output.scheduled_new_reqs}
         known = output.scheduled_cached_reqs
         computed |= dict(zip(known.req_ids, known.num_computed_tokens, strict=True))
         scheduled = output.num_scheduled_tokens
-        self.rows.append([(name, computed[name], count, self._prompts[name]) for name, count in scheduled.items()])
+        self.rows.append([(name, computed[name], count, len(self.prompts[name])) for name, count in scheduled.items()])
 
     @property
     def chunks(self) -> int:

@@ -21,6 +21,8 @@ tiny models that moves logits by up to 0.001 standard deviations, measured by fe
 """
 
 CANDIDATES = 24
+LONG = 8000
+"""Tokens of candidates fed at a time: of long prompts there are fewer, and fewer are needed for few answers."""
 
 
 def greedy(
@@ -28,7 +30,7 @@ def greedy(
 ) -> tuple[list, list]:
     """Prompts of the given lengths and what the transformers path generates after each.
 
-    Of `CANDIDATES` random prompts of each length, the one with the largest smallest margin.
+    Of up to `CANDIDATES` random prompts of each length, the one with the largest smallest margin.
     """
     model = tiny.load_model(model_dir)
     limit_windows(model)
@@ -36,7 +38,8 @@ def greedy(
     prompts, generated = [], []
     for length in lengths:
         generator = torch.Generator().manual_seed(1000 * seed + length)
-        candidates = torch.randint(2, tiny.VOCABULARY, (CANDIDATES, length), generator=generator)
+        count = min(CANDIDATES, max(4, LONG // length))
+        candidates = torch.randint(2, tiny.VOCABULARY, (count, length), generator=generator)
         cache = CompressedCache.from_pretrained(model_dir, kv_rank) if compressed else DynamicCache()
         output, margin = generate(model, cache, candidates, tokens)
         best = int(margin.argmax())
