@@ -5,6 +5,7 @@ A test of each name in `features.FEATURES`; its docstring says what it sees. Tes
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 from collections.abc import Callable
@@ -30,21 +31,21 @@ TOLERANCE = 0.02
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     feature = metafunc.function.__name__.removeprefix("test_")
     if feature == "refused":
-        # Methods outside, so that tests of one are neighbours.
-        metafunc.parametrize(("case", "feature"), sorted(REFUSED), indirect=["case"], scope="module")
+        metafunc.parametrize(("case", "feature"), sorted(REFUSED), indirect=["case"])
     elif feature in FEATURES:
         methods = [method for method in METHODS if (method, feature) not in REFUSED]
-        metafunc.parametrize("case", methods, indirect=True, scope="module")
+        metafunc.parametrize("case", methods, indirect=True)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("matrix")
+def make_case(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
+    folder = tmp_path_factory.mktemp("matrix")
+    return functools.cache(lambda method: Case(method, base_model, folder / method))
 
 
-@pytest.fixture(scope="module")
-def case(request: pytest.FixtureRequest, base_model: Path, folder: Path) -> Case:
-    return Case(request.param, base_model, folder / request.param)
+@pytest.fixture
+def case(request: pytest.FixtureRequest, make_case: Callable[[str], Case]) -> Case:
+    return make_case(request.param)
 
 
 @pytest.fixture(autouse=True)
@@ -160,7 +161,7 @@ def test_refused(
     # The message alone: without the exception's name, without what pydantic appends.
     found = re.search(rf"[^\n:\[]*{re.escape(REFUSED[case.name, feature])}[^\n\[]*", printed)
     assert found, printed[-3000:]
-    reason = found[0].strip()
+    reason = found[0].strip().removeprefix("Value error, ")
     record_property(PROPERTY, (case.name, feature, reason))
     if not request.config.getoption("--support-matrix"):
         assert table.read(table.COMMITTED.read_text())[case.name, feature] == reason

@@ -32,7 +32,7 @@ CODECS: dict[str, Method] = {
         (f"{{method: matryoshka, rank: 0.75, {TRAINING}}}", "{method: scalar, bits: 8}"), pool=POOL
     ),
     # Rings take blocks of the same pool.
-    "gear": Method((GEAR,), pool=110),
+    "gear": Method((GEAR,), pool=80),
     "transmla": Method(("{method: transmla, rope_dim: 32, kv_lora_rank: 48, freqfold: 1}",), pool=POOL),
 }
 SHARED = {

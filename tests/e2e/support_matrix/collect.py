@@ -21,6 +21,18 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(Collector(Path(target)))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of one method next to each other: they share engines, and a worker gets a run of neighbours."""
+    places = [place for place, item in enumerate(items) if _is_cell(item)]
+    ordered = sorted((items[place] for place in places), key=lambda item: item.callspec.params["case"])  # type: ignore[attr-defined]
+    for place, item in zip(places, ordered, strict=True):
+        items[place] = item
+
+
+def _is_cell(item: pytest.Item) -> bool:
+    return item.path.name == "test_support_matrix.py" and hasattr(item, "callspec")
+
+
 class Collector:
     def __init__(self, target: Path) -> None:
         self.target = target

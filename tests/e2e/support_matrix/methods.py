@@ -40,7 +40,7 @@ class Method:
 def _gear(*stages: str) -> Method:
     # Its rings take blocks of the same pool.
     reasons = {"sliding_window": "vLLM's CPU backend cannot hold such caches", "elastic_rank": NO_SMALLER_RANK}
-    return Method(stages, reasons, pool=40)
+    return Method(stages, reasons, pool=34)
 
 
 def _shared(*stages: str) -> Method:
