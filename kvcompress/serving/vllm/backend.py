@@ -68,7 +68,7 @@ class CompressedMetadata(compat.AttentionMetadata):  # type: ignore[misc]
 
 
 class CompressedMetadataBuilder(compat.AttentionMetadataBuilder):  # type: ignore[misc]
-    """Brings lengths to the host once per step, not once per layer."""
+    """Brings lengths to the host once per step, not once per layer; a step's begin is also the sentinel's turn."""
 
     _cudagraph_support = compat.AttentionCGSupport.NEVER
 
@@ -86,13 +86,17 @@ class CompressedMetadataBuilder(compat.AttentionMetadataBuilder):  # type: ignor
     ) -> CompressedMetadata:
         batch = common_attn_metadata
         assert batch.causal is True, "layers with a codec are causal decoder layers; anything else is refused at start"
-        return CompressedMetadata(
+        metadata = CompressedMetadata(
             num_actual_tokens=batch.num_actual_tokens,
             slot_mapping=batch.slot_mapping,
             block_table=batch.block_table_tensor,
             query_starts=batch.query_start_loc_cpu[: batch.num_reqs + 1],
             seq_lens=batch.seq_lens[: batch.num_reqs].cpu(),
         )
+        sentinel = compat.sentinel_of(self.vllm_config)
+        if sentinel is not None:
+            sentinel.step(self.layer_names, metadata)
+        return metadata
 
 
 class CompressedAttentionImpl(compat.AttentionImpl):  # type: ignore[misc]

@@ -75,10 +75,10 @@ class BlockAttentionImpl(CompressedAttentionImpl):
     """Attention of one layer, by the codec and the ring it is given."""
 
     _codec: BlockCodec | None = None
-    _ring: Ring | None = None
+    ring: Ring | None = None
 
     def use_ring(self, ring: Ring) -> None:
-        self._ring = ring
+        self.ring = ring
 
     def use_codec(self, codec: CacheCodec, longest: int) -> None:
         """Set the codec of this rank's KV heads, on the layer's device, for requests of up to `longest` tokens."""
@@ -110,7 +110,7 @@ class BlockAttentionImpl(CompressedAttentionImpl):
         assert output_block_scale is None
         if attn_metadata is None:
             return self._profile(output)
-        codec, ring = self._codec, self._ring
+        codec, ring = self._codec, self.ring
         assert codec is not None
         assert ring is not None
         spec = codec.spec
