@@ -50,8 +50,8 @@ def run(
     Returns:
         tokens: generated ids, by pass and prompt; cached: prompt tokens taken from the prefix cache, likewise;
         blocks: cache blocks allocated; capacity_tokens: the tokens vLLM says fit; metrics: its counters by name;
-        logits: where asked for, those of every generated token, by pass, prompt and step; log: everything the engine
-        wrote.
+        kvcompress: our metrics, likewise; logits: where asked for, those of every generated token, by pass, prompt and
+        step; log: everything the engine wrote.
     """
     wanted = {"logprobs_mode": "raw_logits", "max_logprobs": -1} if logits else {}
     scenario = {"passes": passes, "max_tokens": max_tokens, "logits": logits}
@@ -94,6 +94,7 @@ def _main(scenario: dict[str, Any], env: dict[str, str], folder: Path) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would take precedence over kv_cache_memory_bytes
+    os.environ.pop("KVCOMPRESS_METRICS", None)  # may be that of a test that has loaded the plug-in
     os.environ.update(env)
     try:
         attempts = scenario.get("attempts")
@@ -121,6 +122,14 @@ def _logits(completion: Any) -> list[list[float]]:
     return [[step[token].logprob for token in range(len(step))] for step in completion.logprobs]
 
 
+def _our_metrics() -> dict[str, float]:
+    """Those of engine 0, as the metrics endpoint would give them."""
+    from prometheus_client import REGISTRY
+
+    samples = [sample for family in REGISTRY.collect() for sample in family.samples]
+    return {sample.name: sample.value for sample in samples if sample.name.startswith("kvcompress_")}
+
+
 def _generate(scenario: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
@@ -142,5 +151,6 @@ def _generate(scenario: dict[str, Any]) -> dict[str, Any]:
         "cached": [[output.num_cached_tokens for output in one] for one in outputs],
         "blocks": llm.llm_engine.vllm_config.cache_config.num_gpu_blocks,
         "capacity_tokens": llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens,
+        "kvcompress": _our_metrics(),
         "metrics": {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")},
     }

@@ -36,19 +36,25 @@ LARGEST = 4096.0
 
 
 class Sentinel:
-    """Asked at every step; looks at a page whenever it has saved up the time the last look took."""
+    """Asked at every step; looks at a page whenever it has saved up the time that the last look took.
+
+    A look takes two steps of a layer and is concluded at the next look. One step picks a page, the next one decodes it:
+    requests of one step share the blocks of a common prefix as soon as the first of them is about to write it. By the
+    time the verdict is read, the device has long reached it, so nobody waits.
+    """
 
     def __init__(
         self, layers: Sequence[Served], numbers: Numbers, clock: Callable[[], float] = time.perf_counter
     ) -> None:
-        self._layers = {served.layer.layer_name: served for served in layers}
-        self._numbers, self._clock = numbers, clock
+        self._layers, self._numbers, self._clock = layers, numbers, clock
         self._random = random.Random(0)
         self._last, self._saved, self._cost = clock(), 0.0, 0.0
-        self._open: tuple[Served, Tensor] | None = None
+        self._next = self._random.choice(layers)
+        self._picked: Tensor | None = None
+        self._looked: tuple[Served, Tensor] | None = None
 
     def step(self, names: Sequence[str], batch: Any) -> None:
-        """One step of some layers is about to run.
+        """A step of some layers is about to run; asked once per step and cache group.
 
         Args:
             names: the layers, all of which have the batch's block table.
@@ -57,34 +63,48 @@ class Sentinel:
         now = self._clock()
         self._saved += SHARE * min(now - self._last, LONGEST_STEP)
         self._last = now
-        if self._saved < self._cost:
+        if self._next.layer.layer_name not in names:
             return
-        layers = [self._layers[name] for name in names if name in self._layers]
-        if not layers:
+        if self._picked is not None:
+            self._conclude()
+            self._look(batch)
+        elif self._saved >= self._cost:
+            self._cost = 0.0
+            self._pick(batch)
+        else:
             return
-        self._conclude()
-        self._look(self._random.choice(layers), batch)
-        self._cost = self._clock() - now
-        self._saved -= self._cost
+        spent = self._clock() - now
+        self._cost += spent
+        self._saved -= spent
 
-    def _look(self, served: Served, batch: Any) -> None:
-        """Begin with a random page that earlier steps have filled; its verdict is read when the device has it."""
-        before_R = batch.seq_lens - batch.query_starts.diff()
-        pages_R = (before_R // served.cache.shape[2]).tolist()
-        requests = [request for request, count in enumerate(pages_R) if count > 0]
-        if not requests:
-            return
-        request = self._random.choice(requests)
-        block_1 = batch.block_table[request, self._random.randrange(pages_R[request])][None].long()
-        verdict = torch.cat([is_sound(served, block_1).long()[None], block_1])
-        self._open = served, verdict
+    def _pick(self, batch: Any) -> None:
+        """A random page that is full when this step has run."""
+        pages = (batch.seq_lens // self._next.cache.shape[2]).tolist()
+        requests = [request for request, count in enumerate(pages) if count > 0]
+        if requests:
+            request = self._random.choice(requests)
+            # A copy: the engine writes the next step's table over this one.
+            block = batch.block_table[request, self._random.randrange(pages[request])]
+            self._picked = block.long().reshape(1).clone()
+
+    def _look(self, batch: Any) -> None:
+        assert self._picked is not None
+        served, block_1 = self._next, self._picked
+        # A block that changed hands since may have been cleared for its new owner.
+        filled_R = (batch.seq_lens - batch.query_starts.diff()) // served.cache.shape[2]
+        held_RN = batch.block_table == block_1
+        column_N = torch.arange(held_RN.shape[1], device=held_RN.device)
+        held = (held_RN & (column_N < filled_R.to(held_RN.device)[:, None])).any()
+        self._looked = served, torch.cat([torch.stack([held, is_sound(served, block_1)]).long(), block_1])
+        self._picked, self._next = None, self._random.choice(self._layers)
 
     def _conclude(self) -> None:
-        """Read the last look's verdict. By now the device has long finished it, so nobody waits."""
-        if self._open is None:
+        if self._looked is None:
             return
-        (served, verdict), self._open = self._open, None
-        sound, block = verdict.tolist()
+        (served, verdict), self._looked = self._looked, None
+        held, sound, block = verdict.tolist()
+        if not held:
+            return
         if not sound:
             compat.logger.error(
                 "kvcompress: %s, block %d: the page does not decode to values in range; its memory was overwritten or "
