@@ -13,6 +13,7 @@ import os
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -43,9 +44,13 @@ def run(
     max_tokens: int = 64,
     env: dict[str, str] | None = None,
     logits: bool = False,
+    between: Callable[[Any], None] | None = None,
     **engine: Any,
 ) -> dict[str, Any]:
     """Generate greedily from each pass of prompts, one after the other, in one engine.
+
+    Args:
+        between: called with vLLM's `LLM` after each pass but the last; a function of a module.
 
     Returns:
         tokens: generated ids, by pass and prompt; cached: prompt tokens taken from the prefix cache, likewise;
@@ -54,7 +59,7 @@ def run(
         step; log: everything the engine wrote.
     """
     wanted = {"logprobs_mode": "raw_logits", "max_logprobs": -1} if logits else {}
-    scenario = {"passes": passes, "max_tokens": max_tokens, "logits": logits}
+    scenario = {"passes": passes, "max_tokens": max_tokens, "logits": logits, "between": between}
     return _child(scenario | {"engine": ENGINE | {"model": str(model)} | wanted | engine}, env)
 
 
@@ -141,10 +146,11 @@ def _generate(scenario: dict[str, Any]) -> dict[str, Any]:
         ignore_eos=True,
         logprobs=-1 if scenario["logits"] else None,
     )
-    outputs = [
-        llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
-        for prompts in scenario["passes"]
-    ]
+    outputs = []
+    for prompts in scenario["passes"]:
+        if outputs and scenario["between"] is not None:
+            scenario["between"](llm)
+        outputs.append(llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False))
     return {
         "tokens": [[list(output.outputs[0].token_ids) for output in one] for one in outputs],
         "logits": [[_logits(output.outputs[0]) for output in one] for one in outputs] if scenario["logits"] else None,
