@@ -217,7 +217,7 @@ def test_kernels_with_a_tensor_of_another_codec_are_named() -> None:
 
 
 @pytest.mark.usefixtures("kernels")
-def test_answers_that_are_not_numbers_are_named() -> None:
+def test_answers_from_spoiled_pages_are_named() -> None:
     [served], inputs = canary_layers.make("per_head")
 
     def spoil(batch: Any, cache: Tensor) -> Any:
@@ -225,7 +225,7 @@ def test_answers_that_are_not_numbers_are_named() -> None:
         return batch
 
     faulty(served, lambda batch: batch.num_actual_tokens == 1, spoil)
-    with pytest.raises(ValueError, match=r"layer 0 .*, decode: attention from compressed pages differs by nan%"):
+    with pytest.raises(ValueError, match=r"layer 0 .*, decode: attention from compressed pages differs by"):
         check([served], inputs)
 
 
