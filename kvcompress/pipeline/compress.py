@@ -85,7 +85,7 @@ def compress(model: str, recipe: Recipe, out: str | Path, options: Options, prog
     sample = _sampler(checkpoint, plan, options)
     calibration = sample(options.samples, length)
     bundled = _sampler(checkpoint, plan, replace(options, calibration=corpus.BUILTIN, seed=0))
-    prompt = partial(_prompt, bundled)
+    prompt = partial(_prompt, bundled, int(checkpoint.config["vocab_size"]))
     progress("hashing the base model", 0, 1)
     parent = Parent.of(checkpoint, model)
     record = Calibration(
@@ -192,11 +192,14 @@ def _sampler(checkpoint: Checkpoint, plan: Plan, options: Options) -> Sampler:
     return sample
 
 
-def _prompt(sample: Sampler) -> list[int]:
+def _prompt(sample: Sampler, vocab_size: int) -> list[int]:
     """What the codec makes its statement on."""
-    from kvcompress.codec.canary import PROMPT_TOKENS
+    from kvcompress.codec import canary
 
-    tokens: list[int] = sample(1, PROMPT_TOKENS).tokens_NT[0].tolist()
+    try:
+        tokens: list[int] = sample(1, canary.PROMPT_TOKENS).tokens_NT[0].tolist()
+    except ValueError:  # the tokenizer is not for text of this kind
+        return canary.unstated_prompt(vocab_size)
     return tokens
 
 
