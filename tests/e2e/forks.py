@@ -1,4 +1,4 @@
-"""Processes that need not import torch, transformers and vLLM again: forked from one that has, and has done nothing else.
+"""Processes that need not import torch, transformers and vLLM: forked from one that has, and has done nothing else.
 
 A process has one fork server, so everything that wants such processes takes them from here.
 """
