@@ -110,14 +110,7 @@ def table() -> list[Row]:
             Row("pca + scalar", times, ["{method: pca}", codes]),
             Row("matryoshka + scalar", times, ["{method: matryoshka, rank: 1.0}", codes]),
             Row("xkv + scalar", times, ["{method: xkv, group: 4, rank: 1.0}", per_layer]),
-            Row(
-                "xkv (v) + scalar",
-                times,
-                [
-                    "{method: xkv, share: v, group: 4, rank: 1.0}",
-                    per_layer,
-                ],
-            ),
+            Row("xkv (v) + scalar", times, ["{method: xkv, share: v, group: 4, rank: 1.0}", per_layer]),
             Row("matryoshka + gear", times, [f"{{method: matryoshka, rank: {rank}}}", f"{{method: gear, {gear}}}"]),
         ]
         if times in GEAR:
