@@ -118,6 +118,7 @@ class BlockAttentionImpl(CompressedAttentionImpl):
         pages_NHMB = kv_cache.view(kv_cache.shape[0], spec.num_kv_heads, per_page, spec.record_bytes)
         rings = compat.metadata_of(ring.name).block_table[:, 0].tolist()
         starts, lengths = attn_metadata.query_starts.tolist(), attn_metadata.seq_lens.tolist()
+        running = []
         for request, length in enumerate(lengths):
             tokens = slice(starts[request], starts[request + 1])
             if tokens.start == tokens.stop:
@@ -128,6 +129,9 @@ class BlockAttentionImpl(CompressedAttentionImpl):
             exact_THD, exact_start = self._newest(codec, places_HXPD, key[tokens], value[tokens], length)
             self._seal(codec, pages_NHMB, place, exact_THD, exact_start // spec.block)
             self._keep(places_HXPD, key[tokens], value[tokens], length)
+            running.append((tokens, place, exact_THD, exact_start))
+        # Not before all blocks are written: a prompt may begin with blocks that another request of this step completes.
+        for tokens, place, exact_THD, exact_start in running:
             latents_THR = codec.open(pages_NHMB[place[0], :, place[1]])
             self._attend(codec, query[tokens], latents_THR, exact_THD, exact_start, output[tokens])
         return output

@@ -119,7 +119,8 @@ class SharedAttentionImpl(CompressedAttentionImpl):
             rows = slice(starts[request], starts[request + 1])
             if rows.start == rows.stop:
                 continue
-            keys, values = (self._read(side, x_THD[rows], request, length) for side, x_THD in step.items())
+            slots_T = batch.slot_mapping[:tokens]
+            keys, values = (self._read(side, x_THD, slots_T, rows, length, request) for side, x_THD in step.items())
             _attend(output[rows], query[rows], keys, values, self.scale)
         if self.place == self.group.size - 1:
             self._store(tokens)
@@ -130,22 +131,32 @@ class SharedAttentionImpl(CompressedAttentionImpl):
             part_TR = shared.part(self.codec.states(side, step[side], positions_T))
             self.group.sums[side] = part_TR if self.place == 0 else self.group.sums[side] + part_TR
 
-    def _read(self, side: str, own_THD: Tensor, request: int, length: int) -> Tensor:
-        """Keys or values of all tokens of a request `[length, KV heads, head_dim]`, float32."""
+    def _read(self, side: str, step_THD: Tensor, slots_T: Tensor, rows: slice, length: int, request: int) -> Tensor:
+        """Keys or values of all tokens of a request `[length, KV heads, head_dim]`, float32.
+
+        Args:
+            step_THD: those of the running step's tokens, all requests; `slots_T` is where each will be stored.
+            rows: the request's own among them.
+        """
         shared = self.codec.shared_sides.get(side)
         if shared is None:
             pages_NX, blocks_N, layout = self._pages_of(self.place, request, length)
             return self.codec.k.reconstruct(layout.k.read(pages_NX, blocks_N, length))  # type: ignore[union-attr]
+        own_THD = step_THD[rows].float()
         stored = length - own_THD.shape[0]
         if stored == 0:
-            return own_THD.float()
+            return own_THD
         stripes = []
         for place in range(self.group.size):
             pages_NX, blocks_N, layout = self._pages_of(place, request, stored)
             stripes.append((layout.k if side == "k" else layout.v).read(pages_NX, blocks_N, stored))
         latent_TR = shared.decode(Encoded.concatenate(stripes))
         positions_T = torch.arange(stored, device=own_THD.device)
-        return torch.cat([self.codec.read(side, latent_TR, positions_T), own_THD.float()])
+        read_THD = self.codec.read(side, latent_TR, positions_T)
+        _, blocks_N, layout = self._pages_of(self.place, request, stored)
+        size = layout.v.block_size
+        own_slots_T = blocks_N[positions_T // size] * size + positions_T % size
+        return torch.cat([_as_running(read_THD, own_slots_T, step_THD, slots_T), own_THD])
 
     def _store(self, tokens: int) -> None:
         for side, shared in self.codec.shared_sides.items():
@@ -187,6 +198,17 @@ def workspace_bytes(spec: SharedSpec, num_heads: int, longest: int) -> int:
     channels = len(spec.group) * (spec.k.rank + spec.v.rank) + 4 * spec.num_kv_heads * spec.head_dim
     scores = max(SCORE_BYTES, num_heads * longest * torch.float32.itemsize)
     return 3 * (longest * channels * torch.float32.itemsize + scores)
+
+
+def _as_running(read_THD: Tensor, read_slots_T: Tensor, step_THD: Tensor, step_slots_T: Tensor) -> Tensor:
+    """What was read, but tokens of the running step as they are.
+
+    A prompt may begin with blocks that another request of the same step is about to fill: they are not stored yet.
+    """
+    sorted_T, order_T = step_slots_T.sort()
+    place_T = torch.searchsorted(sorted_T, read_slots_T.to(sorted_T.dtype)).clamp(max=sorted_T.shape[0] - 1)
+    running_T11 = (sorted_T[place_T] == read_slots_T)[:, None, None]
+    return torch.where(running_T11, step_THD[order_T[place_T]].float(), read_THD)
 
 
 def _positions(starts: Sequence[int], lengths: Sequence[int]) -> Tensor:
