@@ -14,11 +14,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictFloat, StrictInt, field_validator
+from pydantic import AfterValidator, Field, StrictFloat, StrictInt
 
 from kvcompress.geometry import ModelGeometry
 from kvcompress.methods.base import BasisMethod, LatentBasis, channels
-from kvcompress.recipe import Kind, StageConfig
+from kvcompress.recipe import Kind, Pair, StageConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,8 +40,7 @@ _RIDGE = 1e-3
 """Share of the mean eigenvalue added to a metric, so that directions no query uses keep a finite inverse."""
 
 
-class RankPair(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class RankPair(Pair):
     k: Rank
     v: Rank
 
@@ -55,11 +54,6 @@ class PcaConfig(StageConfig):
     rank: RankPair = Field(
         RankPair(k=1.0, v=1.0), description="channels kept: a share of head_dim (1.0) or a count (64)"
     )
-
-    @field_validator("rank", mode="before")
-    @classmethod
-    def _same_for_both(cls, rank: object) -> object:
-        return rank if isinstance(rank, (dict, RankPair)) else {"k": rank, "v": rank}
 
 
 class Pca(BasisMethod[PcaConfig]):
