@@ -7,8 +7,8 @@ S_V = (sum_h W_o,h^T W_o,h)^(1/2), take the principal axes U of S (x - mean) and
     basis = S U        inverse = U^T S^-1
 
 The map stays linear and static. Where the samples' first tokens are massive (Sun et al., 2024, arXiv 2402.17762), two
-of the axes are theirs and the others are the principal ones of the rest. Keys are taken after RoPE. Related: KQ-SVD and CARE (query-aware low rank),
-EigenAttention (Saxena et al., 2024, arXiv 2408.05646) for post-RoPE per-head bases.
+of the axes are theirs and the others are the principal ones of the rest. Keys are taken after RoPE. Related: KQ-SVD and
+CARE (query-aware low rank), EigenAttention (Saxena et al., 2024, arXiv 2408.05646) for post-RoPE per-head bases.
 """
 
 from __future__ import annotations
