@@ -1,31 +1,18 @@
-"""vLLM engines, each in a process of its own: engines leak when several live in one process.
-
-The processes are forked from one that has imported vLLM and done nothing else, because importing it takes longer than
-most tests.
-"""
+"""vLLM engines, each in a process of its own: engines leak when several live in one process."""
 
 from __future__ import annotations
 
-import functools
 import json
-import multiprocessing
 import os
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
-ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_PLUGINS": "kvcompress",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    # Spinning worker threads make tiny layers fifty times slower on a machine that does anything else.
-    "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
-}
+from tests.e2e import forks
+
 ENGINE = {
     "skip_tokenizer_init": True,
     "dtype": "float32",
@@ -73,7 +60,7 @@ def refusals(*attempts: dict[str, Any]) -> list[str]:
 def _child(scenario: dict[str, Any], env: dict[str, str] | None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        child = _context().Process(target=_main, args=(scenario, env or {}, folder))
+        child = forks.context().Process(target=_main, args=(scenario, env or {}, folder))
         child.start()
         child.join(600)
         if child.is_alive():
@@ -83,14 +70,6 @@ def _child(scenario: dict[str, Any], env: dict[str, str] | None) -> dict[str, An
         assert (folder / "result").exists(), log[-5000:]
         result: dict[str, Any] = json.loads((folder / "result").read_text())
         return result | {"log": log}
-
-
-@functools.cache
-def _context() -> ForkServerContext:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["vllm.entrypoints.llm", "vllm.v1.engine.llm_engine", "vllm.v1.worker.cpu_worker"])
-    os.environ.update(ENVIRONMENT)
-    return context
 
 
 def _main(scenario: dict[str, Any], env: dict[str, str], folder: Path) -> None:

@@ -162,17 +162,22 @@ class CompressedAttentionImpl(compat.AttentionImpl):  # type: ignore[misc]
         assert output_block_scale is None
         if attn_metadata is None:
             return self._profile(output)
+        tokens = attn_metadata.num_actual_tokens
+        self._run(query, key[:tokens], value[:tokens], kv_cache, attn_metadata, output)
+        return output
+
+    def _run(
+        self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, batch: CompressedMetadata, output: Tensor
+    ) -> None:
+        """Store and attend, for keys and values without padding. Other forms of cache override this."""
         plan = self._plan
         assert plan is not None
-        batch = attn_metadata
         layout = self._layout_of(plan, kv_cache.shape[2])
         pages_NHX = kv_cache.view(kv_cache.shape[0], layout.num_kv_heads, layout.record_bytes)
-        tokens = batch.num_actual_tokens
-        append(pages_NHX, layout, plan, key[:tokens], value[:tokens], batch.slot_mapping[:tokens])
+        append(pages_NHX, layout, plan, key, value, batch.slot_mapping[: key.shape[0]])
         decode_attention(
             output, query, pages_NHX, layout, plan, batch.block_table, batch.query_starts, batch.seq_lens, self.scale
         )
-        return output
 
     def _layout_of(self, plan: LayerPlan, block_size: int) -> PageLayout:
         # The block size that counts is the allocated cache's: vLLM may scale or split blocks after asking for specs.
