@@ -95,7 +95,7 @@ def table() -> list[Row]:
         channels = round(64 * share)
         sixteen = "{method: scalar, bits: 16}"
         codes = f"{{method: scalar, target_bits_per_channel: {TARGETS[times]}}}"
-        per_layer = f"{{k: {TARGETS[times]}, v: {TARGETS[times]}}}"
+        per_layer = f"{{method: scalar, target_bits_per_channel: {{k: {TARGETS[times]}, v: {TARGETS[times]}}}}}"
         rank, gear = CUT_GEAR[times]
         transmla = f"{{method: transmla, target_ratio: {times}.0}}"
         rows += [
@@ -104,19 +104,13 @@ def table() -> list[Row]:
             Row("matryoshka", times, [f"{{method: matryoshka, rank: {channels}}}", sixteen]),
             Row("xkv", times, [f"{{method: xkv, group: 4, rank: {share}}}", sixteen]),
             Row("xkv (prompt)", times, [f"{{method: xkv, basis: prompt, group: 4, rank: {share}}}"], vllm=False),
-            Row("scalar", times, [f"{{method: scalar, target_bits_per_channel: {per_layer}}}"]),
+            Row("scalar", times, [per_layer]),
             Row("transmla", times, [transmla]),
             Row("transmla, healed", times, [transmla, "{method: heal}"]),
             Row("pca + scalar", times, ["{method: pca}", codes]),
-            Row("matryoshka + scalar", times, [f"{{method: matryoshka, rank: {min(1.0, 4 * share)}}}", codes]),
-            Row(
-                "xkv (v) + scalar",
-                times,
-                [
-                    "{method: xkv, share: v, group: 4, rank: 1.0}",
-                    f"{{method: scalar, target_bits_per_channel: {per_layer}}}",
-                ],
-            ),
+            Row("matryoshka + scalar", times, ["{method: matryoshka, rank: 1.0}", codes]),
+            Row("xkv + scalar", times, ["{method: xkv, group: 4, rank: 1.0}", per_layer]),
+            Row("xkv (v) + scalar", times, ["{method: xkv, share: v, group: 4, rank: 1.0}", per_layer]),
             Row("matryoshka + gear", times, [f"{{method: matryoshka, rank: {rank}}}", f"{{method: gear, {gear}}}"]),
         ]
         if times in GEAR:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 Kind = Literal["weights", "attention", "heal", "basis", "encoding"]
 KINDS: tuple[Kind, ...] = ("weights", "attention", "heal", "basis", "encoding")
@@ -34,6 +34,17 @@ class StageConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     kind: ClassVar[Kind]
     method: str
+
+
+class Pair(BaseModel):
+    """A parameter that keys and values have apart. Subclasses add the fields `k` and `v`; one value stands for both."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_for_both(cls, value: Any) -> Any:
+        return value if isinstance(value, (dict, cls)) else {"k": value, "v": value}
 
 
 class Lines:

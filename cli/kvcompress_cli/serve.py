@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from importlib import metadata
+from typing import Annotated
 
 import typer
 
@@ -19,11 +20,18 @@ def register(app: typer.Typer) -> None:
     )(serve)
 
 
-def serve(context: typer.Context, directory: Directory, kv_rank: KvRank = 1.0) -> None:
+def serve(
+    context: typer.Context,
+    directory: Directory,
+    kv_rank: KvRank = 1.0,
+    canary: Annotated[
+        bool, typer.Option("--canary/--no-canary", help="Check every layer with a known prompt before serving.")
+    ] = True,
+) -> None:
     """Serve DIR with vLLM; every further option is vLLM's own. The same as `vllm serve DIR ...`."""
     from kvcompress.checkpoint.reader import Checkpoint, is_compressed
     from kvcompress.codec.nested import cut_spec
-    from kvcompress.serving.loading import KV_RANK, read_spec
+    from kvcompress.serving.loading import CANARY, KV_RANK, read_spec
 
     checkpoint = Checkpoint.open(directory)
     if not is_compressed(checkpoint.config):
@@ -34,6 +42,8 @@ def serve(context: typer.Context, directory: Directory, kv_rank: KvRank = 1.0) -
         raise ValueError("the vLLM plug-in is not installed; run `pip install kvcompress` in vLLM's environment")
     cut_spec(read_spec(checkpoint.config), kv_rank)
     os.environ[KV_RANK] = f"{kv_rank:g}"
+    if not canary:
+        os.environ[CANARY] = "0"
     os.execv(sys.executable, [sys.executable, "-m", *_server(directory), *context.args])
 
 

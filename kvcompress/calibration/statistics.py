@@ -17,6 +17,8 @@ class Moments:
 
     mean_HD: Tensor
     covariance_HDD: Tensor
+    first_HDD: Tensor
+    """E[(x - mean) (x - mean)^T] over the samples' first tokens, which in large models are attention sinks."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,10 @@ class LayerStatistics:
         return {
             "keys.mean": self.keys.mean_HD,
             "keys.covariance": self.keys.covariance_HDD,
+            "keys.first": self.keys.first_HDD,
             "values.mean": self.values.mean_HD,
             "values.covariance": self.values.covariance_HDD,
+            "values.first": self.values.first_HDD,
             "query_moment": self.query_moment_HDD,
             "output_moment": self.output_moment_HDD,
             "sensitivity.keys": self.key_sensitivity_H,
@@ -53,9 +57,13 @@ class LayerStatistics:
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> LayerStatistics:
         """Inverse of `tensors`."""
+        keys, values = (
+            Moments(tensors[f"{side}.mean"], tensors[f"{side}.covariance"], tensors[f"{side}.first"])
+            for side in ("keys", "values")
+        )
         return cls(
-            Moments(tensors["keys.mean"], tensors["keys.covariance"]),
-            Moments(tensors["values.mean"], tensors["values.covariance"]),
+            keys,
+            values,
             tensors["query_moment"],
             tensors["output_moment"],
             tensors["sensitivity.keys"],
@@ -84,17 +92,38 @@ class MomentAccumulator:
         assert self.square_HDD is not None, "no data was added"
         return (self.square_HDD / self.count).cpu()
 
-    def moments(self) -> Moments:
+    def mean(self) -> Tensor:
+        """E[x]."""
         assert self.sum_HD is not None, "no data was added"
-        mean = (self.sum_HD / self.count).cpu()
-        return Moments(mean, self.second_moment() - mean[..., :, None] * mean[..., None, :])
+        return (self.sum_HD / self.count).cpu()
+
+
+class SideAccumulator:
+    """Keys or values of one layer."""
+
+    def __init__(self) -> None:
+        self.all, self.first = MomentAccumulator(), MomentAccumulator()
+
+    def add(self, x_BHTD: Tensor) -> None:
+        """A batch of samples, each from its first token on."""
+        self.all.add(_tokens_first(x_BHTD))
+        self.first.add(x_BHTD[:, :, 0])
+
+    def moments(self) -> Moments:
+        mean, first = self.all.mean(), self.first.mean()
+        apart = first - mean
+        return Moments(
+            mean,
+            self.all.second_moment() - _outer(mean),
+            self.first.second_moment() - _outer(first) + _outer(apart),
+        )
 
 
 class LayerAccumulator:
     """Collects one layer's statistics from the tensors its attention function receives."""
 
     def __init__(self) -> None:
-        self.keys, self.values, self.queries = MomentAccumulator(), MomentAccumulator(), MomentAccumulator()
+        self.keys, self.values, self.queries = SideAccumulator(), SideAccumulator(), MomentAccumulator()
         self.sensitivity = SensitivityAccumulator()
 
     def add(
@@ -111,8 +140,8 @@ class LayerAccumulator:
             hidden_BTC: the residual stream before attention; without it sensitivities are relative to the output alone.
         """
         kv_heads = key_BHTD.shape[1]
-        self.keys.add(_tokens_first(key_BHTD))
-        self.values.add(_tokens_first(value_BHTD))
+        self.keys.add(key_BHTD)
+        self.values.add(value_BHTD)
         grouped = query_BHTD.unflatten(1, (kv_heads, -1)).transpose(1, 2).flatten(0, 1)
         self.queries.add(_tokens_first(grouped) * softmax_scale)
         self.sensitivity.add(query_BHTD, key_BHTD, value_BHTD, softmax_scale, hidden_BTC)
@@ -123,25 +152,30 @@ class LayerAccumulator:
         Args:
             output_weight: o_proj's weight `[hidden, query heads * head_dim]`.
         """
-        kv_heads, head_dim = self.keys.moments().mean_HD.shape
+        keys, values = self.keys.moments(), self.values.moments()
+        kv_heads, head_dim = keys.mean_HD.shape
         # Head by head: in float64 the whole matrix would be the largest thing in memory.
         blocks = output_weight.detach().unflatten(1, (kv_heads, -1, head_dim)).unbind(1)
         output_moment = torch.stack([_gram(block.flatten(0, 1)) for block in blocks])
         key_sensitivity_H, value_sensitivity_H = self.sensitivity.finish(output_weight, kv_heads)
         return LayerStatistics(
-            keys=self.keys.moments(),
-            values=self.values.moments(),
+            keys=keys,
+            values=values,
             query_moment_HDD=self.queries.second_moment(),
             output_moment_HDD=output_moment.cpu(),
             key_sensitivity_H=key_sensitivity_H,
             value_sensitivity_H=value_sensitivity_H,
-            tokens=self.keys.count,
+            tokens=self.keys.all.count,
         )
 
 
 def _gram(rows_ND: Tensor) -> Tensor:
     rows = rows_ND.double()
     return rows.mT @ rows
+
+
+def _outer(x_HD: Tensor) -> Tensor:
+    return x_HD[..., :, None] * x_HD[..., None, :]
 
 
 def _tokens_first(x_BHTD: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from kvcompress.checkpoint.reader import CONFIG_FILE, PICKLE_SUFFIXES
 from kvcompress.checkpoint.safetensors_file import parse_header, read_header_bytes
 
 CODEC_FILE = "kvcompress/codec.safetensors"
+STATEMENT_FILE = "kvcompress/statement.json"
 # Files a model loader would pick up, or run, without being told to: none may be there that the manifest does not list.
 LOADED_SUFFIXES = (".safetensors", ".py", *PICKLE_SUFFIXES)
 MAX_THREADS = 8
@@ -68,7 +69,7 @@ def verify(directory: str | Path, progress: Callable[[int], None] | None = None)
 def verify_codec(
     directory: str | Path, verify_weights: bool = False, progress: Callable[[int], None] | None = None
 ) -> VerifyReport:
-    """Hash what the codec is made of only: manifest, config.json and codec.safetensors.
+    """Hash what the codec is made of only: manifest, config.json, codec.safetensors and what the codec states.
 
     Args:
         directory: the checkpoint.
@@ -92,7 +93,7 @@ def _codec_only(digests: Digests) -> Digests:
     return Digests(
         {key: sha256 for key, sha256 in digests.tensors.items() if split_key(key)[0] == CODEC_FILE},
         {file: sha256 for file, sha256 in digests.headers.items() if file == CODEC_FILE},
-        {file: sha256 for file, sha256 in digests.files.items() if file == CONFIG_FILE},
+        {file: sha256 for file, sha256 in digests.files.items() if file in (CONFIG_FILE, STATEMENT_FILE)},
     )
 
 

@@ -63,6 +63,22 @@ class GroupCodec(CacheCodec, Protocol):
         """`LayerwiseCodec.round_trip` of every layer of a group: codecs, post-RoPE keys and values in its order."""
 
 
+def round_trip(
+    codecs: Sequence[CacheCodec], keys_THD: Sequence[Tensor], values_THD: Sequence[Tensor], positions_T: Tensor
+) -> list[tuple[Tensor, Tensor]]:
+    """One sequence's keys and values as attention reads them back, all tokens from the cache, float32.
+
+    Args:
+        codecs: one layer's, or all of a group's in its order; keys (after RoPE) and values likewise.
+    """
+    leader = codecs[0]
+    if isinstance(leader, GroupCodec):
+        return leader.round_trip_group(codecs, keys_THD, values_THD, positions_T)
+    assert isinstance(leader, LayerwiseCodec)
+    assert len(codecs) == 1
+    return [leader.round_trip(keys_THD[0], values_THD[0])]
+
+
 def to_tensors(codecs: Sequence[CacheCodec | None]) -> dict[str, Tensor]:
     """Every tensor under the name it has in codec.safetensors: `layers.{index}.{name}`."""
     return {

@@ -7,37 +7,17 @@ without the codec's latents. So a result does not depend on how a prompt is cut,
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-
 import torch
 from torch import Tensor
 
 from kvcompress.codec import gear_blocks
 from kvcompress.codec.forms import ReadTensor
 from kvcompress.codec.gear_spec import BlockSide, BlockSpec
+from kvcompress.codec.side import Side, Sides
 
 
-@dataclass(frozen=True)
-class BlockSideCodec:
-    """Keys or values of one layer. Tensors as in `codec.layer.SideCodec`, float32."""
-
-    spec: BlockSide
-    mean_HD: Tensor
-    basis_HDR: Tensor
-    inverse_HRD: Tensor
-    scale_HR: Tensor
-    encode_HDR: Tensor = field(init=False, repr=False)
-    decode_HRD: Tensor = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        heads, head_dim, rank = self.basis_HDR.shape
-        assert rank == self.spec.rank
-        assert self.mean_HD.shape == (heads, head_dim)
-        assert self.inverse_HRD.shape == (heads, rank, head_dim)
-        assert self.scale_HR.shape == (heads, rank)
-        object.__setattr__(self, "encode_HDR", self.basis_HDR / self.scale_HR[:, None, :])
-        object.__setattr__(self, "decode_HRD", self.inverse_HRD * self.scale_HR[:, :, None])
+class BlockSideCodec(Side[BlockSide]):
+    """Keys or values of one layer, a block of tokens at a time."""
 
     def encode(self, x_NHSD: Tensor) -> Tensor:
         """Complete blocks `[blocks, heads, block, head_dim]` to bytes `[blocks, heads, bytes]`."""
@@ -52,19 +32,9 @@ class BlockSideCodec:
         """Bytes back to keys or values `[blocks, heads, block, head_dim]`, float32."""
         return self.decode(records_NHB) @ self.decode_HRD + self.mean_HD[:, None, :]
 
-    def tensors(self) -> dict[str, Tensor]:
-        return {"mean": self.mean_HD, "basis": self.basis_HDR, "inverse": self.inverse_HRD, "scale": self.scale_HR}
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> BlockSideCodec:
-        return BlockSideCodec(self.spec, *(change(t) for t in self.tensors().values()))
-
-
-@dataclass(frozen=True)
-class BlockCodec:
+class BlockCodec(Sides[BlockSideCodec]):
     """Keys and values of one attention layer."""
-
-    k: BlockSideCodec
-    v: BlockSideCodec
 
     @property
     def spec(self) -> BlockSpec:
@@ -103,22 +73,9 @@ class BlockCodec:
         )
         return keys, values
 
-    def tensors(self) -> dict[str, Tensor]:
-        sides = {"k": self.k.tensors(), "v": self.v.tensors()}
-        return {f"{side}.{name}": tensor for side, found in sides.items() for name, tensor in found.items()}
-
     @classmethod
     def from_tensors(cls, spec: BlockSpec, read: ReadTensor) -> BlockCodec:
-        return cls(*(_read_side(name, side, spec, read) for name, side in (("k", spec.k), ("v", spec.v))))
-
-    def to(self, device: torch.device | str) -> BlockCodec:
-        return self._map(lambda tensor: tensor.to(device))
-
-    def heads(self, start: int, stop: int) -> BlockCodec:
-        return self._map(lambda tensor: tensor[start:stop])
-
-    def _map(self, change: Callable[[Tensor], Tensor]) -> BlockCodec:
-        return BlockCodec(self.k.map(change), self.v.map(change))
+        return cls(BlockSideCodec.read("k", spec.k, spec, read), BlockSideCodec.read("v", spec.v, spec, read))
 
     def _split(self, records_NHB: Tensor) -> list[tuple[BlockSideCodec, Tensor]]:
         k_bytes, v_bytes = (side.spec.nbytes for side in (self.k, self.v))
@@ -184,14 +141,3 @@ def attend(
     output += mass_QHG1 * codec.v.mean_HD.to(dtype)[:, None, :]
     output += torch.einsum("hgqt,thd->qhgd", exact_part, values_THD.to(dtype))
     return output
-
-
-def _read_side(name: str, side: BlockSide, layer: BlockSpec, read: ReadTensor) -> BlockSideCodec:
-    heads, head_dim, rank = layer.num_kv_heads, layer.head_dim, side.rank
-    return BlockSideCodec(
-        side,
-        read(f"{name}.mean", (heads, head_dim)),
-        read(f"{name}.basis", (heads, head_dim, rank)),
-        read(f"{name}.inverse", (heads, rank, head_dim)),
-        read(f"{name}.scale", (heads, rank), positive=True),
-    )

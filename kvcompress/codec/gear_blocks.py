@@ -63,6 +63,8 @@ def decode(records_NHB: Tensor, side: BlockSide) -> Tensor:
         unit_NHSR = unit_NHSR + tokens_NHSL @ channels_NHRL.mT
     if side.outliers:
         place_NHK = halves["outlier_places"].view(torch.int16).long() & 0xFFFF
+        # A damaged page may name a place that is not there; it must not stop the process.
+        place_NHK = place_NHK.clamp(max=side.block * side.rank - 1)
         unit_NHSR.flatten(2).scatter_add_(-1, place_NHK, halves["outlier_values"].float())
     return unit_NHSR
 

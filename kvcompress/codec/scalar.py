@@ -128,7 +128,8 @@ def decode(encoded: Encoded, side: SideSpec) -> Tensor:
     if outlier_THN is None or channel_THN is None:
         assert not side.outliers
         return latent_THR
-    return latent_THR.scatter_add(-1, channel_THN.long(), outlier_THN.float())
+    # A damaged page may name a channel that is not there; it must not stop the process.
+    return latent_THR.scatter_add(-1, channel_THN.long().clamp(max=side.rank - 1), outlier_THN.float())
 
 
 def clips(encoded: Encoded, latent_THR: Tensor, weight_HR: Tensor, side: SideSpec) -> Tensor:

@@ -146,15 +146,7 @@ class SharedCodec:
     def from_tensors(cls, spec: SharedSpec, read: ReadTensor) -> SharedCodec:
         v = _read_shared("v", spec.v, spec, read)
         if spec.share == "v":
-            heads, head_dim, rank = spec.num_kv_heads, spec.head_dim, spec.k.rank
-            keys = SideCodec(
-                spec.k,
-                read("k.mean", (heads, head_dim)),
-                read("k.basis", (heads, head_dim, rank)),
-                read("k.inverse", (heads, rank, head_dim)),
-                read("k.scale", (heads, rank), positive=True),
-            )
-            return cls(spec, keys, v, None)
+            return cls(spec, SideCodec.read("k", spec.k, spec, read), v, None)
         rope = Rope(
             read("rope.frequency", (spec.head_dim // 2,), positive=True), read("rope.amplitude", (1,), positive=True)
         )

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 C = TypeVar("C", bound=StageConfig)
 
+_SCALE_FLOOR = 1e-4
+"""Smallest static scale, as a share of the head's largest: a channel that never moved still needs a unit."""
+
 
 class TrainedConfig(StageConfig):
     """A stage that trains, with the loop of `kvcompress.training`. Subclasses add what differs."""
@@ -73,6 +76,12 @@ class LatentBasis:
         """Variance of each channel, mean over heads."""
         variance_R: list[float] = self.variance_HR.mean(0).tolist()
         return variance_R
+
+    def scale_HR(self) -> Tensor:
+        """The static scale of each latent channel: its deviation, or where it never moved, a small unit."""
+        deviation_HR = self.variance_HR.sqrt()
+        largest_H1 = deviation_HR.amax(-1, keepdim=True)
+        return deviation_HR.maximum(_SCALE_FLOOR * largest_H1).where(largest_H1 > 0, 1.0)
 
     def weight(self, moment_HDD: Tensor, sensitivity_H: Tensor) -> float:
         """Squared error in the layer's output, relative to the residual stream, per unit of latent variance lost.

@@ -15,26 +15,22 @@ Latents are divided by their calibrated deviation first, because channels of une
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from kvcompress.codec.gear_spec import OUTLIER_GROUP, Axis, BlockSide, BlockSpec
 from kvcompress.geometry import ModelGeometry
 from kvcompress.methods.base import EncodingMethod, LatentBasis, LayerBases, Profile
-from kvcompress.recipe import Kind, StageConfig
+from kvcompress.recipe import Kind, Pair, StageConfig
 
 if TYPE_CHECKING:
     from kvcompress.codec.gear import BlockCodec, BlockSideCodec
 
 Bits = Literal[8, 4, 2]
 
-_SCALE_FLOOR = 1e-4
-"""Smallest static scale, as a share of the head's largest: a channel that never moved still needs a unit."""
 
-
-class BitsPair(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class BitsPair(Pair):
     k: Bits
     v: Bits
 
@@ -50,11 +46,6 @@ class GearConfig(StageConfig):
         64, ge=16, multiple_of=16, description="tokens compressed together; vLLM's block size must be a multiple"
     )
     iterations: int = Field(3, ge=1, le=64, description="steps of the power iteration")
-
-    @field_validator("bits", mode="before")
-    @classmethod
-    def _same_for_both(cls, value: Any) -> Any:
-        return {"k": value, "v": value} if isinstance(value, int) else value
 
     @model_validator(mode="after")
     def _groups_divide_blocks(self) -> GearConfig:
@@ -102,12 +93,7 @@ def _side(config: GearConfig, bits: int, rank: int, along: Axis) -> BlockSide:
 
 
 def _side_codec(spec: BlockSide, basis: LatentBasis) -> BlockSideCodec:
-    import torch
-
     from kvcompress.codec.gear import BlockSideCodec
 
     kept = basis.cut(spec.rank)
-    deviation_HR = kept.variance_HR.sqrt()
-    largest = deviation_HR.amax(-1, keepdim=True)
-    scale_HR = torch.where(largest > 0, torch.maximum(deviation_HR, _SCALE_FLOOR * largest), 1.0)
-    return BlockSideCodec(spec, kept.mean_HD, kept.basis_HDR, kept.inverse_HRD, scale_HR.contiguous())
+    return BlockSideCodec(spec, kept.mean_HD, kept.basis_HDR, kept.inverse_HRD, kept.scale_HR())

@@ -26,7 +26,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from kvcompress.codec.spec import CHANNEL_GROUP
 from kvcompress.geometry import ModelGeometry
@@ -72,11 +72,6 @@ class MatryoshkaConfig(TrainedConfig):
     learning_rate: float = Field(1e-3, gt=0.0, description="at its highest; it rises first and then falls to zero")
     kl_weight: float = Field(0.25, ge=0.0, le=1.0, description="share of the KL divergence in the loss")
     focus: float = Field(0.5, ge=0.0, lt=1.0, description="share of the steps at exactly `rank`; 0 is the paper")
-
-    @field_validator("rank", mode="before")
-    @classmethod
-    def _same_for_both(cls, rank: object) -> object:
-        return rank if isinstance(rank, (dict, RankPair)) else {"k": rank, "v": rank}
 
 
 class Matryoshka(BasisMethod[MatryoshkaConfig]):

@@ -6,24 +6,25 @@ S_V = (sum_h W_o,h^T W_o,h)^(1/2), take the principal axes U of S (x - mean) and
 
     basis = S U        inverse = U^T S^-1
 
-The map stays linear and static. Keys are taken after RoPE. Related: KQ-SVD and CARE (query-aware low rank),
-EigenAttention (Saxena et al., 2024, arXiv 2408.05646) for post-RoPE per-head bases.
+The map stays linear and static. Where the samples' first tokens are massive (Sun et al., 2024, arXiv 2402.17762), two
+of the axes are theirs and the others are the principal ones of the rest. Keys are taken after RoPE. Related: KQ-SVD and
+CARE (query-aware low rank), EigenAttention (Saxena et al., 2024, arXiv 2408.05646) for post-RoPE per-head bases.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictFloat, StrictInt, field_validator
+from pydantic import AfterValidator, Field, StrictFloat, StrictInt
 
 from kvcompress.geometry import ModelGeometry
 from kvcompress.methods.base import BasisMethod, LatentBasis, channels
-from kvcompress.recipe import Kind, StageConfig
+from kvcompress.recipe import Kind, Pair, StageConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from kvcompress.calibration.statistics import LayerStatistics
+    from kvcompress.calibration.statistics import LayerStatistics, Moments
 
 
 def _rank(value: int | float) -> int | float:
@@ -36,12 +37,17 @@ def _rank(value: int | float) -> int | float:
 
 Rank = Annotated[StrictInt | StrictFloat, AfterValidator(_rank)]
 
+_MASSIVE = 16.0
+"""Energy of first tokens, in parts of the average token's, from which they get axes of their own."""
+
+_MASSIVE_AXES = 2
+"""As many as a record can hold exactly."""
+
 _RIDGE = 1e-3
 """Share of the mean eigenvalue added to a metric, so that directions no query uses keep a finite inverse."""
 
 
-class RankPair(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class RankPair(Pair):
     k: Rank
     v: Rank
 
@@ -56,11 +62,6 @@ class PcaConfig(StageConfig):
         RankPair(k=1.0, v=1.0), description="channels kept: a share of head_dim (1.0) or a count (64)"
     )
 
-    @field_validator("rank", mode="before")
-    @classmethod
-    def _same_for_both(cls, rank: object) -> object:
-        return rank if isinstance(rank, (dict, RankPair)) else {"k": rank, "v": rank}
-
 
 class Pca(BasisMethod[PcaConfig]):
     name = "pca"
@@ -72,36 +73,59 @@ class Pca(BasisMethod[PcaConfig]):
         return channels(config.rank.k, geometry.head_dim), channels(config.rank.v, geometry.head_dim)
 
     def fit(self, config: PcaConfig, statistics: LayerStatistics) -> tuple[LatentBasis, LatentBasis]:
-        keys, values = statistics.keys, statistics.values
+        sides = statistics.keys, statistics.values
         if config.metric == "none":
-            return _principal_axes(keys.mean_HD, keys.covariance_HDD, None), _principal_axes(
-                values.mean_HD, values.covariance_HDD, None
-            )
-        return (
-            _principal_axes(keys.mean_HD, keys.covariance_HDD, statistics.query_moment_HDD),
-            _principal_axes(values.mean_HD, values.covariance_HDD, statistics.output_moment_HDD),
-        )
+            keys, values = (_principal_axes(side, None) for side in sides)
+        else:
+            metrics = statistics.query_moment_HDD, statistics.output_moment_HDD
+            keys, values = (_principal_axes(*given) for given in zip(sides, metrics, strict=True))
+        return keys, values
 
 
-def _principal_axes(mean_HD: Tensor, covariance_HDD: Tensor, moment_HDD: Tensor | None) -> LatentBasis:
-    """Eigenvectors of S C S per head, S the square root of `moment` (identity when None). Float64 inside."""
+def _principal_axes(moments: Moments, metric_HDD: Tensor | None) -> LatentBasis:
+    """Eigenvectors of S C S per head, S the square root of the metric (identity when None). Float64 inside."""
     import torch
 
-    covariance = covariance_HDD.double()
-    if moment_HDD is None:
+    covariance = moments.covariance_HDD.double()
+    if metric_HDD is None:
         root = inverse_root = torch.eye(covariance.shape[-1], dtype=torch.float64)
     else:
-        root, inverse_root = _square_roots(moment_HDD.double())
-    variance, axes = torch.linalg.eigh(root @ covariance @ root)
-    variance, axes = variance.flip(-1).clamp_min(0.0), axes.flip(-1)
+        root, inverse_root = _square_roots(metric_HDD.double())
+    seen = root @ covariance @ root
+    lead = _massive_axes(root @ moments.first_HDD.double() @ root, seen)
+    rest = torch.eye(seen.shape[-1], dtype=torch.float64) - lead @ lead.mT
+    # Above all others, so that the eigenvectors are these axes and those of the rest.
+    above = _trace(seen) * (lead * torch.tensor([2.0, 3.0])) @ lead.mT
+    axes = torch.linalg.eigh(rest @ seen @ rest + above).eigenvectors
+    variance = torch.einsum("hdr,hde,her->hr", axes, seen, axes).clamp_min(0.0)
+    order = variance.argsort(dim=-1, descending=True, stable=True)
+    variance, axes = variance.gather(-1, order), axes.gather(-1, order[:, None].expand_as(axes))
     # An eigenvector's sign is arbitrary; fixing it makes the same statistics give the same bytes.
     axes = axes * torch.where(axes.gather(-2, axes.abs().argmax(-2, keepdim=True)) < 0, -1.0, 1.0)
     return LatentBasis(
-        mean_HD.float(),
+        moments.mean_HD.float(),
         (root @ axes).float().contiguous(),
         (axes.mT @ inverse_root).float().contiguous(),
         variance.float(),
     )
+
+
+def _massive_axes(first_HDD: Tensor, all_HDD: Tensor) -> Tensor:
+    """Axes of massive first tokens `[heads, D, 2]`; zeros in heads whose first tokens are like the others.
+
+    A massive token that leaks into many channels, as it does where an axis is a compromise between it and all others,
+    makes each of them extreme in that token. On axes of its own it is extreme in two, which exact outliers can hold.
+    """
+    import torch
+
+    axes = torch.linalg.eigh(first_HDD).eigenvectors[..., -_MASSIVE_AXES:]
+    massive: Tensor = axes * (_trace(first_HDD) > _MASSIVE * _trace(all_HDD))
+    return massive
+
+
+def _trace(x_HDD: Tensor) -> Tensor:
+    """`[heads, 1, 1]`."""
+    return x_HDD.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
 
 
 def _square_roots(moment_HDD: Tensor) -> tuple[Tensor, Tensor]:

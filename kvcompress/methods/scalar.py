@@ -12,44 +12,35 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from kvcompress.codec.spec import CHANNEL_GROUP, EXPECTED_ERROR, Band, CacheSpec, SideSpec
 from kvcompress.geometry import ModelGeometry
 from kvcompress.methods.base import EncodingMethod, LayerBases, Profile
-from kvcompress.recipe import Kind, StageConfig
+from kvcompress.recipe import Kind, Pair, StageConfig
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from kvcompress.codec.forms import CacheCodec
 
 Bits = Literal[32, 16, 8, 4, 2]
 BandList = list[tuple[Literal[8, 4, 2], Annotated[int, Field(gt=0, multiple_of=CHANNEL_GROUP)]]]
 Target = Annotated[float, Field(gt=0.0, le=8.0)]
 
-_SCALE_FLOOR = 1e-4
-"""Smallest static scale, as a share of the head's largest: a channel that never moved still needs a unit."""
-
 _UNIT = 2 * CHANNEL_GROUP
 """Bits by which a group's cost changes: 8 channels at 2 bits."""
 
 
-class _Pair(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class BitsPair(_Pair):
+class BitsPair(Pair):
     k: Bits
     v: Bits
 
 
-class BandsPair(_Pair):
+class BandsPair(Pair):
     k: BandList
     v: BandList
 
 
-class TargetPair(_Pair):
+class TargetPair(Pair):
     k: Target
     v: Target
 
@@ -61,7 +52,7 @@ TargetOrPair = Annotated[
 """Told apart before they are checked, so that a mistake in one is not reported as a mistake in the other."""
 
 
-class OutliersPair(_Pair):
+class OutliersPair(Pair):
     k: Literal[0, 1, 2]
     v: Literal[0, 1, 2]
 
@@ -81,11 +72,6 @@ class ScalarConfig(StageConfig):
     outliers: OutliersPair = Field(
         OutliersPair(k=0, v=0), description="channels per token and head stored exactly: 0, 1 or 2, 3 bytes each"
     )
-
-    @field_validator("bits", "outliers", mode="before")
-    @classmethod
-    def _same_for_both(cls, value: Any) -> Any:
-        return {"k": value, "v": value} if isinstance(value, (int, float)) else value
 
     @model_validator(mode="after")
     def _exactly_one(self) -> ScalarConfig:
@@ -131,7 +117,7 @@ class Scalar(EncodingMethod[ScalarConfig]):
 
     def codec(self, config: ScalarConfig, spec: Any, bases: LayerBases) -> CacheCodec:
         k, v = (
-            basis.side_codec(side, _scale(basis.variance_HR)[:, : side.rank].contiguous())
+            basis.side_codec(side, basis.scale_HR()[:, : side.rank].contiguous())
             for side, basis in ((spec.k, bases.k), (spec.v, bases.v))
         )
         return bases.codec(spec, k, v)
@@ -242,11 +228,3 @@ def _joint_bands(target: float, head_dim: int, profiles: Sequence[Profile]) -> l
         spent.append(int(choice[budget]))
         budget -= spent[-1]
     return [table[units][0] for table, units in zip(tables, reversed(spent), strict=True)]
-
-
-def _scale(variance_HR: Tensor) -> Tensor:
-    import torch
-
-    deviation_HR = variance_HR.sqrt()
-    largest = deviation_HR.amax(-1, keepdim=True)
-    return torch.where(largest > 0, torch.maximum(deviation_HR, _SCALE_FLOOR * largest), torch.ones_like(deviation_HR))

@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, Field, StrictInt, StrictStr, field_validator, model_validator
+from pydantic import AfterValidator, Field, StrictInt, StrictStr, model_validator
 
 from kvcompress.calibration import MAX_STATE_TOKENS
 from kvcompress.codec.shared_spec import PromptSpec, Share
@@ -72,11 +72,6 @@ class XkvConfig(StageConfig):
     center: bool = Field(True, description="calibrated: subtract each layer's mean first")
     sink: int = Field(0, ge=0, description="first tokens kept as they are (transformers only)")
     recent: int = Field(0, ge=0, description="newest tokens kept as they are (transformers only)")
-
-    @field_validator("rank", mode="before")
-    @classmethod
-    def _same_for_both(cls, rank: object) -> object:
-        return rank if isinstance(rank, (dict, RankPair)) else {"k": rank, "v": rank}
 
     @model_validator(mode="after")
     def _options_belong_together(self) -> XkvConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from kvcompress.checkpoint.manifest import (
     package_versions,
 )
 from kvcompress.checkpoint.reader import CONFIG_FILE, CONFIG_VERSION, QUANT_METHOD, Checkpoint
-from kvcompress.checkpoint.verify import CODEC_FILE
+from kvcompress.checkpoint.verify import CODEC_FILE, STATEMENT_FILE
 from kvcompress.checkpoint.workdir import WorkDir, check_output, remove_published_leftover
 from kvcompress.codec.spec import CodecSpec
 from kvcompress.geometry import ModelGeometry
@@ -83,6 +84,8 @@ def compress(model: str, recipe: Recipe, out: str | Path, options: Options, prog
     plan = planning.make(checkpoint, recipe, model, calibration_tokens=options.samples * length)
     sample = _sampler(checkpoint, plan, options)
     calibration = sample(options.samples, length)
+    bundled = _sampler(checkpoint, plan, replace(options, calibration=corpus.BUILTIN, seed=0))
+    prompt = partial(_prompt, bundled, int(checkpoint.config["vocab_size"]))
     progress("hashing the base model", 0, 1)
     parent = Parent.of(checkpoint, model)
     record = Calibration(
@@ -102,10 +105,12 @@ def compress(model: str, recipe: Recipe, out: str | Path, options: Options, prog
     with distributed.leading(), WorkDir.open(target, inputs, resume=options.resume) as work:
         context = _context(plan, checkpoint, sample, calibration, options, work, progress)
         final = stages.run(recipe, checkpoint, lambda source, position: context(source, f"stage-{position}"))
-        spec, tensors, layers = _cache_codec(plan, context(final, "codec"))
+        spec, tensors, layers, statement = _cache_codec(plan, context(final, "codec"), prompt)
         digests = writer.copy_shards(final, work, progress=stages.bytes_progress(progress, final.weights_bytes))
         digests |= writer.copy_side_files(final, work)
         digests |= writer.write_tensors(work, CODEC_FILE, tensors)
+        if statement is not None:
+            digests |= writer.write_file(work, STATEMENT_FILE, json_file.canonical(statement))
         config = {**final.config, "quantization_config": _config_section(final, spec)}
         digests |= writer.write_file(work, CONFIG_FILE, json_file.pretty(config))
         digests |= writer.write_file(work, RECIPE_FILE, recipe.text.encode())
@@ -187,21 +192,35 @@ def _sampler(checkpoint: Checkpoint, plan: Plan, options: Options) -> Sampler:
     return sample
 
 
-def _cache_codec(plan: Plan, context: Context) -> tuple[CodecSpec, dict[str, Tensor], list[dict[str, Any]]]:
-    """The codec's spec and tensors, and each layer as the manifest shows it."""
+def _prompt(sample: Sampler, vocab_size: int) -> list[int]:
+    """What the codec makes its statement on."""
+    from kvcompress.codec import canary
+
+    try:
+        tokens: list[int] = sample(1, canary.PROMPT_TOKENS).tokens_NT[0].tolist()
+    except ValueError:  # the tokenizer is not for text of this kind
+        return canary.unstated_prompt(vocab_size)
+    return tokens
+
+
+def _cache_codec(
+    plan: Plan, context: Context, prompt: Callable[[], list[int]]
+) -> tuple[CodecSpec, dict[str, Tensor], list[dict[str, Any]], dict[str, Any] | None]:
+    """The codec's spec and tensors, each layer as the manifest shows it, and what the codec states of itself."""
     from kvcompress.codec.forms import to_tensors
     from kvcompress.pipeline.capture import capture
     from kvcompress.pipeline.fit import fit, spec_of
     from kvcompress.pipeline.measure import measure
 
     if not context.compressed_layers:
-        return plan.spec, {}, [_summary(plan, index, plan.spec, {}) for index in range(plan.geometry.num_layers)]
+        return plan.spec, {}, [_summary(plan, index, plan.spec, {}) for index in range(plan.geometry.num_layers)], None
     basis, basis_stage = basis_of(plan.recipe)
     capture(context, basis.needs(basis_stage))
     codecs = fit(plan.recipe, context)
-    errors = measure(codecs, context)
+    errors, statement = measure(codecs, context, prompt)
     spec = spec_of(codecs)
-    return spec, to_tensors(codecs), [_summary(plan, index, spec, layer) for index, layer in enumerate(errors)]
+    layers = [_summary(plan, index, spec, layer) for index, layer in enumerate(errors)]
+    return spec, to_tensors(codecs), layers, statement
 
 
 def _summary(plan: Plan, index: int, spec: CodecSpec, errors: dict[str, float]) -> dict[str, Any]:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from kvcompress.calibration.capture import Collector, exact_attention, stored_linear
-from kvcompress.codec.forms import CacheCodec, GroupCodec, LayerwiseCodec
+from kvcompress.codec.forms import CacheCodec, GroupCodec, round_trip
 from kvcompress.codec.layer import LayerCodec
 from kvcompress.methods.context import Context
 from kvcompress.modeling.low_rank import LowRankLinear
+from kvcompress.pipeline.witness import Witness
 
 if TYPE_CHECKING:
     from kvcompress.calibration.corpus import Calibration
@@ -31,18 +32,26 @@ For scalar codes also the share of tokens and heads that clip (`codec.scalar.CLI
 """
 
 
-def measure(codecs: Sequence[CacheCodec | None], context: Context) -> list[Errors]:
-    """Errors of every layer, empty where there is no codec."""
+def measure(
+    codecs: Sequence[CacheCodec | None], context: Context, prompt: Callable[[], list[int]]
+) -> tuple[list[Errors], dict[str, Any]]:
+    """Errors of every layer, empty where there is no codec, and what the codecs state of a prompt.
+
+    The latter is a `codec.canary.ModelStatement` as JSON.
+    """
     if not context.work.done(UNIT):
-        context.work.commit(UNIT, {}, _measure(codecs, context))
-    errors: list[Errors] = context.work.data(UNIT)
-    return errors
+        context.work.commit(UNIT, {}, _measure(codecs, context, prompt()))
+    errors, statement = context.work.data(UNIT)
+    return errors, statement
 
 
-def _measure(codecs: Sequence[CacheCodec | None], context: Context) -> list[Errors]:
+def _measure(
+    codecs: Sequence[CacheCodec | None], context: Context, prompt: list[int]
+) -> tuple[list[Errors], dict[str, Any]]:
     runner, probes = context.runner(), _probes(context.calibration)
     hidden_NTC = runner.embed(probes)
     errors: list[Errors] = [{} for _ in codecs]
+    witness = Witness(runner, prompt, len(codecs))
     waiting: dict[int, _Recorder] = {}
     for index, codec in enumerate(codecs):
         context.progress("measuring layers", index, len(codecs))
@@ -51,6 +60,7 @@ def _measure(codecs: Sequence[CacheCodec | None], context: Context) -> list[Erro
             for sample, offset in enumerate(probes.offsets_N.tolist()):
                 collect = None if recorder is None else recorder.of_sample(offset)
                 hidden_NTC[sample] = runner.forward(layer, hidden_NTC[sample], offset, collect)
+            witness.see(layer, index)
         if codec is None or recorder is None:
             continue
         waiting[index] = recorder
@@ -60,8 +70,9 @@ def _measure(codecs: Sequence[CacheCodec | None], context: Context) -> list[Erro
             together = [codecs[member].to(runner.device) for member in group]  # type: ignore[union-attr]
             for member, found in zip(group, _group_errors(together, [waiting.pop(i) for i in group]), strict=True):
                 errors[member] = found
+            witness.state(group, together)
     context.progress("measuring layers", len(codecs), len(codecs))
-    return errors
+    return errors, witness.statement.to_json()
 
 
 def _probes(calibration: Calibration) -> Calibration:
@@ -115,13 +126,8 @@ def _through(codecs: Sequence[CacheCodec], samples: Sequence[_Sample]) -> list[t
         [states_BHTD[0].transpose(0, 1) for states_BHTD in sides]
         for sides in zip(*((sample.key_BHTD, sample.value_BHTD) for sample in samples), strict=True)
     )
-    leader = codecs[0]
-    if isinstance(leader, GroupCodec):
-        positions_T = torch.arange(keys[0].shape[0], device=keys[0].device) + samples[0].offset
-        decoded = leader.round_trip_group(codecs, keys, values, positions_T)
-    else:
-        assert isinstance(leader, LayerwiseCodec)
-        decoded = [leader.round_trip(keys[0], values[0])]
+    positions_T = torch.arange(keys[0].shape[0], device=keys[0].device) + samples[0].offset
+    decoded = round_trip(codecs, keys, values, positions_T)
     return [
         (k_THD.transpose(0, 1)[None].to(sample.key_BHTD.dtype), v_THD.transpose(0, 1)[None].to(sample.value_BHTD.dtype))
         for (k_THD, v_THD), sample in zip(decoded, samples, strict=True)

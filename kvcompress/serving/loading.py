@@ -10,13 +10,23 @@ from typing import Any
 
 from kvcompress.checkpoint.reader import CONFIG_VERSION, is_compressed
 from kvcompress.checkpoint.safetensors_file import load_tensors
-from kvcompress.checkpoint.verify import CODEC_FILE
+from kvcompress.checkpoint.verify import CODEC_FILE, STATEMENT_FILE
+from kvcompress.codec.canary import ModelStatement
 from kvcompress.codec.forms import CacheCodec, from_tensors
 from kvcompress.codec.nested import check_share, cut_codecs, cut_spec
 from kvcompress.codec.spec import CodecSpec
 
 KV_RANK = "KVCOMPRESS_KV_RANK"
 """Environment variable: the share of the stored channels at which vLLM serves."""
+
+
+CANARY = "KVCOMPRESS_CANARY"
+"""Environment variable: 0 lets vLLM serve without the start-up canary."""
+
+
+def canary_is_asked_for() -> bool:
+    """What `CANARY` says."""
+    return os.environ.get(CANARY) != "0"
 
 
 def kv_rank() -> float:
@@ -69,3 +79,13 @@ def load_codec(directory: Path, spec: CodecSpec | None = None, kv_rank: float = 
     if not path.is_file():
         raise ValueError(f"{path} is missing; the folder is not a complete compressed checkpoint")
     return cut_codecs(from_tensors(spec, load_tensors(path)), cut_spec(spec, kv_rank))
+
+
+def load_statement(directory: Path) -> ModelStatement | None:
+    """What the checkpoint's codec states of itself; None for one that states nothing.
+
+    Raises:
+        ValueError: the statement cannot be read.
+    """
+    path = directory / STATEMENT_FILE
+    return ModelStatement.from_json(json.loads(path.read_text())) if path.is_file() else None

@@ -221,7 +221,7 @@ def test_serve_refuses_a_plain_checkpoint(run: Run, base_model: Path) -> None:
 def test_serve_passes_the_kv_rank_on(run: Run, compressed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from kvcompress_cli import serve
 
-    from kvcompress.serving.loading import KV_RANK, kv_rank
+    from kvcompress.serving.loading import CANARY, KV_RANK, canary_is_asked_for, kv_rank
 
     started: list[list[str]] = []
 
@@ -230,12 +230,17 @@ def test_serve_passes_the_kv_rank_on(run: Run, compressed: Path, monkeypatch: py
         raise SystemExit(0)
 
     monkeypatch.setenv(KV_RANK, "1")
+    monkeypatch.setenv(CANARY, "1")
     monkeypatch.setattr(serve.os, "execv", exec_instead)
     monkeypatch.setattr(serve, "_server", lambda directory: ["server", directory])
     monkeypatch.setattr(serve.metadata, "entry_points", lambda group: [SimpleNamespace(name="kvcompress")])
     assert run("serve", compressed, "--kv-rank", "0.5", "--port", "1")[0] == 0
     assert started[0][-3:] == [str(compressed), "--port", "1"]
     assert kv_rank() == 0.5
+    assert canary_is_asked_for()
+    assert run("serve", compressed, "--no-canary", "--port", "1")[0] == 0
+    assert started[1][-3:] == [str(compressed), "--port", "1"]
+    assert not canary_is_asked_for()
     code, _, stderr = run("serve", compressed, "--kv-rank", "1.5")
     assert code == 2
     assert "found KV rank 1.5" in stderr

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.e2e import vllm_engine
+from tests.e2e import forks, vllm_engine
 
 START_SECONDS = 240
 STOP_SECONDS = 30
@@ -26,7 +26,7 @@ def forked(model: Path, log: Path, *options: str, env: dict[str, str] | None = N
     """The server in a process forked from one that has imported vLLM. Yields its address."""
     port = _free_port()
     arguments = ["--model", str(model), *_address(port), *options]
-    process = vllm_engine.context().Process(target=_serve, args=(arguments, env or {}, log))
+    process = forks.context().Process(target=_serve, args=(arguments, env or {}, log))
     process.start()
     try:
         yield _when_ready(port, log, process.is_alive)

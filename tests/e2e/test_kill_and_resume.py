@@ -14,6 +14,7 @@ from kvcompress import recipe as recipes
 from kvcompress.methods import registry
 from kvcompress.pipeline.compress import Options, compress
 from tests.conftest import BALANCED
+from tests.e2e import forks
 from tests.pipeline.test_compress import tree_sha256
 
 KILLS = 20
@@ -31,8 +32,7 @@ def _work(model: str, out: str, resume: bool, begun: str) -> None:
 
 @pytest.mark.e2e
 def test_twenty_random_kills(base_model: Path, tmp_path: Path) -> None:
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["tests.e2e.test_kill_and_resume", "transformers.models.llama.modeling_llama"])
+    processes = forks.context()
 
     def start(out: Path, resume: bool) -> multiprocessing.process.BaseProcess:
         """A run that is past its imports."""

@@ -1,12 +1,7 @@
-"""vLLM engines, each in a process of its own: engines leak when several live in one process.
-
-The processes are forked from one that has imported vLLM and done nothing else, because importing it takes longer than
-most tests.
-"""
+"""vLLM engines, each in a process of its own: engines leak when several live in one process."""
 
 from __future__ import annotations
 
-import functools
 import json
 import multiprocessing
 import os
@@ -14,18 +9,11 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
-ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_PLUGINS": "kvcompress",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    # Spinning worker threads make tiny layers fifty times slower on a machine that does anything else.
-    "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
-}
+from tests.e2e import forks
+
 ENGINE = {
     "skip_tokenizer_init": True,
     "dtype": "float32",
@@ -44,18 +32,22 @@ def run(
     max_tokens: int = 64,
     env: dict[str, str] | None = None,
     logits: bool = False,
+    between: Callable[[Any], None] | None = None,
     **engine: Any,
 ) -> dict[str, Any]:
     """Generate greedily from each pass of prompts, one after the other, in one engine.
 
+    Args:
+        between: called with vLLM's `LLM` after each pass but the last; a function of a module.
+
     Returns:
         tokens: generated ids, by pass and prompt; cached: prompt tokens taken from the prefix cache, likewise;
         blocks: cache blocks allocated; capacity_tokens: the tokens vLLM says fit; metrics: its counters by name;
-        logits: where asked for, those of every generated token, by pass, prompt and step; log: everything the engine
-        wrote.
+        kvcompress: our metrics, likewise; logits: where asked for, those of every generated token, by pass, prompt and
+        step; log: everything the engine wrote.
     """
     wanted = {"logprobs_mode": "raw_logits", "max_logprobs": -1} if logits else {}
-    scenario = {"passes": passes, "max_tokens": max_tokens, "logits": logits}
+    scenario = {"passes": passes, "max_tokens": max_tokens, "logits": logits, "between": between}
     return in_child(_generate, env, scenario=scenario | {"engine": ENGINE | {"model": str(model)} | wanted | engine})
 
 
@@ -71,7 +63,7 @@ def in_child(
     """What a module's function returns when it runs in a process of its own, plus `log`: everything it wrote."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        child = context().Process(target=_main, args=(function, arguments, env or {}, folder))
+        child = forks.context().Process(target=_main, args=(function, arguments, env or {}, folder))
         child.start()
         child.join(600)
         if child.is_alive():
@@ -100,15 +92,6 @@ def fork_workers() -> None:
     multiprocessing.get_context = forking  # type: ignore[assignment]
 
 
-@functools.cache
-def context() -> ForkServerContext:
-    """Starts processes that have imported vLLM."""
-    found = multiprocessing.get_context("forkserver")
-    found.set_forkserver_preload(["vllm.entrypoints.llm", "vllm.v1.engine.llm_engine", "vllm.v1.worker.cpu_worker"])
-    os.environ.update(ENVIRONMENT)
-    return found
-
-
 def _main(
     function: Callable[..., dict[str, Any]], arguments: dict[str, Any], env: dict[str, str], folder: Path
 ) -> None:
@@ -116,6 +99,7 @@ def _main(
     redirect(folder / "log")
     fork_workers()
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would take precedence over kv_cache_memory_bytes
+    os.environ.pop("KVCOMPRESS_METRICS", None)  # may be that of a test that has loaded the plug-in
     os.environ.update(env)
     try:
         found = function(**arguments)
@@ -146,6 +130,14 @@ def _logits(completion: Any) -> list[list[float]]:
     return [[step[token].logprob for token in range(len(step))] for step in completion.logprobs]
 
 
+def _our_metrics() -> dict[str, float]:
+    """Those of engine 0, as the metrics endpoint would give them."""
+    from prometheus_client import REGISTRY
+
+    samples = [sample for family in REGISTRY.collect() for sample in family.samples]
+    return {sample.name: sample.value for sample in samples if sample.name.startswith("kvcompress_")}
+
+
 def _generate(scenario: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
@@ -157,15 +149,17 @@ def _generate(scenario: dict[str, Any]) -> dict[str, Any]:
         ignore_eos=True,
         logprobs=-1 if scenario["logits"] else None,
     )
-    outputs = [
-        llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
-        for prompts in scenario["passes"]
-    ]
+    outputs = []
+    for prompts in scenario["passes"]:
+        if outputs and scenario["between"] is not None:
+            scenario["between"](llm)
+        outputs.append(llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False))
     return {
         "tokens": [[list(output.outputs[0].token_ids) for output in one] for one in outputs],
         "logits": [[_logits(output.outputs[0]) for output in one] for one in outputs] if scenario["logits"] else None,
         "cached": [[output.num_cached_tokens for output in one] for one in outputs],
         "blocks": llm.llm_engine.vllm_config.cache_config.num_gpu_blocks,
         "capacity_tokens": llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens,
+        "kvcompress": _our_metrics(),
         "metrics": {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")},
     }

@@ -52,6 +52,35 @@ def test_statistics_are_the_textbook_moments(sample) -> None:  # type: ignore[no
     torch.testing.assert_close(statistics.output_moment_HDD[1], expected_output)
 
 
+def test_first_tokens_are_measured_about_the_mean_of_all(sample) -> None:  # type: ignore[no-untyped-def]
+    _, key, _, _, statistics = sample
+    first = key[0, :, ::1000].double() - key[0].double().mean(1, keepdim=True)
+    torch.testing.assert_close(statistics.keys.first_HDD, first.mT @ first / first.shape[1], rtol=1e-6, atol=1e-8)
+    assert LayerStatistics.from_tensors(statistics.tensors()).tensors().keys() == statistics.tensors().keys()
+
+
+@pytest.mark.parametrize("metric", ["none", "attention"])
+def test_massive_first_tokens_get_two_axes_of_their_own(metric: str) -> None:
+    """In all other channels they are then as large as any token."""
+    torch.manual_seed(1)
+    query, key, value = (
+        torch.randn(8, 4, 64, HEAD_DIM),
+        torch.randn(8, 2, 64, HEAD_DIM),
+        torch.randn(8, 2, 64, HEAD_DIM),
+    )
+    key[:, :, 0, [1, 5]] *= 100
+    accumulator = LayerAccumulator()
+    accumulator.add(query, key, value, 0.25)
+    keys, _ = fit(metric, accumulator.finish(torch.randn(32, 4 * HEAD_DIM)))
+    latent_BHTR = (key - keys.mean_HD[:, None]) @ keys.basis_HDR
+    torch.testing.assert_close(
+        keys.basis_HDR @ keys.inverse_HRD, torch.eye(HEAD_DIM).expand(2, -1, -1), rtol=0, atol=1e-4
+    )
+    assert (keys.variance_HR[:, 1] > 10 * keys.variance_HR[:, 2]).all()
+    rest_BHT = latent_BHTR[..., 2:].square().sum(-1)
+    assert rest_BHT[:, :, 0].max() < 3 * rest_BHT[:, :, 1:].mean()
+
+
 @pytest.mark.parametrize("metric", ["none", "attention"])
 def test_full_rank_loses_nothing(sample, metric: str) -> None:  # type: ignore[no-untyped-def]
     _, key, value, _, statistics = sample

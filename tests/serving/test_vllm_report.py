@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from kvcompress.serving.vllm.report import LayerReport, describe
+from kvcompress.serving.vllm.report import LayerReport, describe, describe_capacity
 
 
 def test_sizes_and_reasons_are_given_for_runs_of_layers() -> None:
@@ -20,3 +20,8 @@ def test_nothing_is_said_about_uncompressed_layers_when_there_are_none() -> None
 def test_what_each_running_request_takes_besides_is_said() -> None:
     layers = {index: LayerReport(100, 400, request_bytes=1000) for index in (0, 1)}
     assert "; newest tokens uncompressed: 2000 bytes per running request" in describe(layers, "float16")
+
+
+def test_capacity_is_set_against_that_without_a_codec() -> None:
+    layers = {0: LayerReport(100, 400), 1: LayerReport(400, 400)}
+    assert describe_capacity(layers, 8000) == "room for 8,000 tokens; without compression for 5,000"

@@ -17,11 +17,13 @@ def register() -> None:
     """
     from kvcompress import modeling
     from kvcompress.geometry import LATENT_ARCHITECTURE
-    from kvcompress.serving.vllm import compat
+    from kvcompress.serving.vllm import compat, metrics
 
     compat.register_backend(compat.BACKEND_NAME, "kvcompress.serving.vllm.backend.CompressedAttentionBackend")
     compat.register_backend(compat.SHARED_BACKEND_NAME, "kvcompress.serving.vllm.shared_backend.SharedAttentionBackend")
     compat.register_backend(compat.LATENT_BACKEND_NAME, "kvcompress.serving.vllm.latent_backend.LatentAttentionBackend")
+    compat.extend_worker()
+    metrics.register()
     modeling.register()
     compat.register_model(LATENT_ARCHITECTURE, "kvcompress.serving.vllm.mla_model:KVCompressMLAForCausalLM")
     # Importing the module registers its class under the quantization method's name.

@@ -68,7 +68,7 @@ class CompressedMetadata(compat.AttentionMetadata):  # type: ignore[misc]
 
 
 class CompressedMetadataBuilder(compat.AttentionMetadataBuilder):  # type: ignore[misc]
-    """Brings lengths to the host once per step, not once per layer."""
+    """Brings lengths to the host once per step, not once per layer; a step's begin is also the sentinel's turn."""
 
     _cudagraph_support = compat.AttentionCGSupport.NEVER
 
@@ -86,13 +86,17 @@ class CompressedMetadataBuilder(compat.AttentionMetadataBuilder):  # type: ignor
     ) -> CompressedMetadata:
         batch = common_attn_metadata
         assert batch.causal is True, "layers with a codec are causal decoder layers; anything else is refused at start"
-        return CompressedMetadata(
+        metadata = CompressedMetadata(
             num_actual_tokens=batch.num_actual_tokens,
             slot_mapping=batch.slot_mapping,
             block_table=batch.block_table_tensor,
             query_starts=batch.query_start_loc_cpu[: batch.num_reqs + 1],
             seq_lens=batch.seq_lens[: batch.num_reqs].cpu(),
         )
+        sentinel = compat.sentinel_of(self.vllm_config)
+        if sentinel is not None:
+            sentinel.step(self.layer_names, metadata)
+        return metadata
 
 
 class CompressedAttentionImpl(compat.AttentionImpl):  # type: ignore[misc]
@@ -158,17 +162,22 @@ class CompressedAttentionImpl(compat.AttentionImpl):  # type: ignore[misc]
         assert output_block_scale is None
         if attn_metadata is None:
             return self._profile(output)
+        tokens = attn_metadata.num_actual_tokens
+        self._run(query, key[:tokens], value[:tokens], kv_cache, attn_metadata, output)
+        return output
+
+    def _run(
+        self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, batch: CompressedMetadata, output: Tensor
+    ) -> None:
+        """Store and attend, for keys and values without padding. Other forms of cache override this."""
         plan = self._plan
         assert plan is not None
-        batch = attn_metadata
         layout = self._layout_of(plan, kv_cache.shape[2])
         pages_NHX = kv_cache.view(kv_cache.shape[0], layout.num_kv_heads, layout.record_bytes)
-        tokens = batch.num_actual_tokens
-        append(pages_NHX, layout, plan, key[:tokens], value[:tokens], batch.slot_mapping[:tokens])
+        append(pages_NHX, layout, plan, key, value, batch.slot_mapping[: key.shape[0]])
         decode_attention(
             output, query, pages_NHX, layout, plan, batch.block_table, batch.query_starts, batch.seq_lens, self.scale
         )
-        return output
 
     def _layout_of(self, plan: LayerPlan, block_size: int) -> PageLayout:
         # The block size that counts is the allocated cache's: vLLM may scale or split blocks after asking for specs.

@@ -6,10 +6,13 @@ these files and run the end-to-end tests.
 
 from __future__ import annotations
 
+import functools
 import re
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from torch import Tensor
 from vllm.version import __version__ as vllm_version
 
 SUPPORTED_VLLM = ((0, 32), (0, 33))
@@ -43,8 +46,8 @@ from vllm.distributed import (  # noqa: E402
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
 )
-from vllm.distributed.parallel_state import get_world_group  # noqa: E402
-from vllm.forward_context import get_forward_context  # noqa: E402
+from vllm.distributed.parallel_state import get_pp_group, get_tp_group, get_world_group  # noqa: E402
+from vllm.forward_context import get_forward_context, set_forward_context  # noqa: E402
 from vllm.logger import init_logger  # noqa: E402
 from vllm.model_executor.layers.attention import Attention, MLAAttention  # noqa: E402
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase  # noqa: E402
@@ -70,6 +73,7 @@ from vllm.model_executor.models.registry import ModelRegistry  # noqa: E402
 from vllm.model_executor.models.utils import WeightsMapper, extract_layer_index  # noqa: E402
 from vllm.model_executor.utils import set_weight_attrs  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
+from vllm.sequence import IntermediateTensors  # noqa: E402
 from vllm.v1.attention.backend import (  # noqa: E402
     AttentionBackend,
     AttentionCGSupport,
@@ -88,6 +92,7 @@ from vllm.v1.kv_cache_interface import (  # noqa: E402
     FullAttentionSpec,
     KVCacheLayout,
 )
+from vllm.v1.worker.worker_base import WorkerWrapperBase  # noqa: E402
 
 __all__ = [
     "BACKEND_NAME",
@@ -123,7 +128,10 @@ __all__ = [
     "WeightsMapper",
     "add_cache_layer",
     "attach",
+    "attention_layers",
+    "capacity_tokens",
     "check_version",
+    "extend_worker",
     "extract_layer_index",
     "get_current_vllm_config",
     "is_cpu",
@@ -138,10 +146,14 @@ __all__ = [
     "register_backend",
     "register_model",
     "register_quantization_config",
+    "run_model",
+    "running",
+    "sentinel_of",
     "set_weight_loader",
     "tensor_parallel",
     "total_num_kv_heads",
     "vllm_version",
+    "worker_names",
 ]
 
 logger = init_logger("vllm.kvcompress")
@@ -183,6 +195,73 @@ def add_cache_layer(config: VllmConfig, name: str, layer: AttentionLayerBase) ->
 def metadata_of(name: str) -> Any:
     """The running step's attention metadata of a layer."""
     return get_forward_context().attn_metadata[name]
+
+
+def attention_layers(config: VllmConfig) -> list[Any]:
+    """Every attention layer of this process, whether it has a codec or not."""
+    return [
+        layer for layer in config.compilation_config.static_forward_context.values() if isinstance(layer, Attention)
+    ]
+
+
+def extend_worker() -> None:
+    """Have workers call `quant_config.caches_ready(model runner, cache config)` once weights and caches are there.
+
+    That is before warm-up and before the first request, and an exception stops the engine. vLLM has no such hook.
+    """
+    original = WorkerWrapperBase.initialize_from_config
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def extended(self: Any, kv_cache_configs: list[Any]) -> None:
+        original(self, kv_cache_configs)
+        ready = getattr(self.vllm_config.quant_config, "caches_ready", None)
+        if ready is not None:
+            ready(self.worker.model_runner, kv_cache_configs[self.global_rank])
+
+    WorkerWrapperBase.initialize_from_config = extended
+
+
+def run_model(runner: Any, config: VllmConfig, tokens_T: Tensor) -> None:
+    """One text from position 0 through the model, uncompiled; attention layers get no metadata.
+
+    Collective: every rank and pipeline stage calls it.
+    """
+    stage = get_pp_group()
+    received = None
+    if not stage.is_first_rank:
+        received = IntermediateTensors(stage.recv_tensor_dict(all_gather_group=get_tp_group()))
+    positions_T = torch.arange(tokens_T.shape[0], device=tokens_T.device)
+    context = set_forward_context(None, config, num_tokens=tokens_T.shape[0], slot_mapping={}, skip_compiled=True)
+    with torch.inference_mode(), context:
+        output = runner.get_model()(input_ids=tokens_T, positions=positions_T, intermediate_tensors=received)
+    if not stage.is_last_rank:
+        stage.send_tensor_dict(output.tensors, all_gather_group=get_tp_group())
+
+
+def running(config: VllmConfig, metadata: dict[str, Any], tokens: int) -> AbstractContextManager[None]:
+    """A step of so many tokens in which layers find their metadata by name."""
+    context: AbstractContextManager[None] = set_forward_context(metadata, config, num_tokens=tokens, slot_mapping={})
+    return context
+
+
+def capacity_tokens(config: VllmConfig, kv_cache_config: Any) -> int:
+    """Tokens that fit into the cache, as vLLM itself counts them."""
+    from vllm.v1.core.kv_cache_utils import get_kv_cache_capacity
+
+    return int(get_kv_cache_capacity(config, kv_cache_config)[0])
+
+
+def sentinel_of(config: VllmConfig | None) -> Any:
+    """The engine's `sentinel.Sentinel`, or None."""
+    return getattr(getattr(config, "quant_config", None), "sentinel", None)
+
+
+def worker_names(config: VllmConfig) -> tuple[str, int]:
+    """A name that no other worker of the server has, and the number of its engine."""
+    engine = int(config.parallel_config.data_parallel_index)
+    return f"{engine}-{int(get_world_group().rank)}", engine
 
 
 def is_cpu() -> bool:

@@ -75,10 +75,10 @@ class BlockAttentionImpl(CompressedAttentionImpl):
     """Attention of one layer, by the codec and the ring it is given."""
 
     _codec: BlockCodec | None = None
-    _ring: Ring | None = None
+    ring: Ring | None = None
 
     def use_ring(self, ring: Ring) -> None:
-        self._ring = ring
+        self.ring = ring
 
     def use_codec(self, codec: CacheCodec, longest: int) -> None:
         """Set the codec of this rank's KV heads, on the layer's device, for requests of up to `longest` tokens."""
@@ -90,47 +90,34 @@ class BlockAttentionImpl(CompressedAttentionImpl):
         # Codes, values of codes, residuals and latents live side by side; so do scores, masked ones and probabilities.
         self._workspace_bytes = 4 * latents + 3 * scores
 
-    def forward(
-        self,
-        layer: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        kv_cache: Tensor,
-        attn_metadata: CompressedMetadata | None,
-        output: Tensor,
-        output_scale: Tensor | None = None,
-        output_block_scale: Tensor | None = None,
-    ) -> Tensor:
-        """Store this step's keys and values, compress the blocks that became complete, then attend.
-
-        Arguments as in `CompressedAttentionImpl.forward`.
-        """
-        assert output_scale is None, "vLLM asks before it fuses output quantization"
-        assert output_block_scale is None
-        if attn_metadata is None:
-            return self._profile(output)
-        codec, ring = self._codec, self._ring
+    def _run(
+        self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, batch: CompressedMetadata, output: Tensor
+    ) -> None:
+        """Store this step's keys and values, compress the blocks that became complete, then attend."""
+        codec, ring = self._codec, self.ring
         assert codec is not None
         assert ring is not None
         spec = codec.spec
         per_page = kv_cache.shape[2] // spec.block
         pages_NHMB = kv_cache.view(kv_cache.shape[0], spec.num_kv_heads, per_page, spec.record_bytes)
         rings = compat.metadata_of(ring.name).block_table[:, 0].tolist()
-        starts, lengths = attn_metadata.query_starts.tolist(), attn_metadata.seq_lens.tolist()
+        starts, lengths = batch.query_starts.tolist(), batch.seq_lens.tolist()
+        running = []
         for request, length in enumerate(lengths):
             tokens = slice(starts[request], starts[request + 1])
             if tokens.start == tokens.stop:
                 continue
             blocks = torch.arange(length // spec.block, device=kv_cache.device)
-            place = (attn_metadata.block_table[request].long()[blocks // per_page], blocks % per_page)
+            place = (batch.block_table[request].long()[blocks // per_page], blocks % per_page)
             places_HXPD = ring.sides_NHXPD[rings[request]]
             exact_THD, exact_start = self._newest(codec, places_HXPD, key[tokens], value[tokens], length)
             self._seal(codec, pages_NHMB, place, exact_THD, exact_start // spec.block)
             self._keep(places_HXPD, key[tokens], value[tokens], length)
+            running.append((tokens, place, exact_THD, exact_start))
+        # Not before all blocks are written: a prompt may begin with blocks that another request of this step completes.
+        for tokens, place, exact_THD, exact_start in running:
             latents_THR = codec.open(pages_NHMB[place[0], :, place[1]])
             self._attend(codec, query[tokens], latents_THR, exact_THD, exact_start, output[tokens])
-        return output
 
     def _newest(
         self, codec: BlockCodec, places_HXPD: Tensor, key_THD: Tensor, value_THD: Tensor, length: int

@@ -22,6 +22,7 @@ from kvcompress.serving.vllm import compat, gear_backend, limits, shared_backend
 from kvcompress.serving.vllm.backend import CompressedAttentionBackend, CompressedAttentionImpl
 from kvcompress.serving.vllm.cache_spec import cache_spec
 from kvcompress.serving.vllm.low_rank import LowRankLinearMethod, part_ranks
+from kvcompress.serving.vllm.sentinel import Sentinel
 from kvcompress.serving.vllm.shared_backend import SharedAttentionBackend, SharedAttentionImpl
 from kvcompress.serving.vllm.startup import Startup
 
@@ -92,6 +93,20 @@ class KVCompressConfig(compat.QuantizationConfig):  # type: ignore[misc]
         if self._startup is not None:
             self._startup.report()
 
+    def caches_ready(self, runner: Any, cache_config: Any) -> None:
+        """vLLM's worker has weights and caches (`compat.extend_worker`).
+
+        Raises:
+            ValueError: the start-up canary found a fault.
+        """
+        if self._startup is not None:
+            self._startup.caches_ready(runner, cache_config)
+
+    @property
+    def sentinel(self) -> Sentinel | None:
+        """This process's; there is one once the engine serves."""
+        return None if self._startup is None else self._startup.sentinel
+
 
 class CompressedCacheMethod(compat.BaseKVCacheMethod):  # type: ignore[misc]
     """Gives one attention layer its codec, cache spec and attention implementation."""
@@ -105,11 +120,12 @@ class CompressedCacheMethod(compat.BaseKVCacheMethod):  # type: ignore[misc]
     def create_weights(self, layer: Any) -> None:
         spec = self.quant_config.codec_spec.layers[self._index]
         limits.check_layer(layer, self._name, spec, self._startup.vllm_config)
-        local = self._startup.codec_of(self._index).spec
+        codec = self._startup.codec_of(self._index)
+        local = codec.spec
         if isinstance(local, BlockSpec):
             hybrid = None in self.quant_config.codec_spec.layers
             ring = gear_backend.attach(layer, self._name, local, self._startup.vllm_config, hybrid)
-            self._startup.note_compressed(self._index, local, ring.nbytes)
+            self._startup.note_compressed(self._index, layer, codec, ring.nbytes)
             return
         sizes = (layer.num_heads, layer.head_size, layer.impl.scale, layer.num_kv_heads)
         impl: CompressedAttentionImpl
@@ -126,7 +142,7 @@ class CompressedCacheMethod(compat.BaseKVCacheMethod):  # type: ignore[misc]
             # The block size may change between now and the call.
             lambda vllm_config: _cache_spec(local, vllm_config.cache_config.block_size),
         )
-        self._startup.note_compressed(self._index, local)
+        self._startup.note_compressed(self._index, layer, codec)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         codec = self._startup.codec_of(self._index).to(compat.layer_device(layer))

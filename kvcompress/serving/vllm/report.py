@@ -21,8 +21,7 @@ class LayerReport:
 
 def describe(layers: Mapping[int, LayerReport], dtype: str) -> str:
     """One line for the log."""
-    stored = sum(layer.bytes_per_token for layer in layers.values())
-    full = sum(layer.full_bytes_per_token for layer in layers.values())
+    stored, full = totals(layers)
     sizes = _by_value({index: str(layer.bytes_per_token) for index, layer in layers.items()})
     line = (
         f"KV cache {stored} bytes per token, {full / stored:.2f}x smaller than {full} in {dtype}; "
@@ -33,6 +32,18 @@ def describe(layers: Mapping[int, LayerReport], dtype: str) -> str:
         line += f"; newest tokens uncompressed: {per_request} bytes per running request"
     reasons = _by_value({index: layer.uncompressed for index, layer in layers.items() if layer.uncompressed})
     return f"{line}; uncompressed layers: {reasons}" if reasons else line
+
+
+def totals(layers: Mapping[int, LayerReport]) -> tuple[int, int]:
+    """Bytes per token of all layers, as they are and as they would be without a codec."""
+    stored = sum(layer.bytes_per_token for layer in layers.values())
+    return stored, sum(layer.full_bytes_per_token for layer in layers.values())
+
+
+def describe_capacity(layers: Mapping[int, LayerReport], tokens: int) -> str:
+    """One line for the log: what fits into the cache, and what would without a codec."""
+    stored, full = totals(layers)
+    return f"room for {tokens:,} tokens; without compression for {int(tokens * stored / full):,}"
 
 
 def _by_value(values: Mapping[int, str]) -> str:

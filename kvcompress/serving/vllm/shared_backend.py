@@ -70,6 +70,23 @@ class LayerGroup:
         return SharedLayout.of(self.specs[place], kv_cache.shape[2])
 
 
+@dataclass(frozen=True)
+class _Running:
+    """The slots of a step's tokens, sorted, and the row of each."""
+
+    slots_T: Tensor
+    rows_T: Tensor
+
+    @classmethod
+    def of(cls, slots_T: Tensor) -> _Running:
+        return cls(*slots_T.long().sort())
+
+    def rows(self, slots_T: Tensor) -> Tensor:
+        """The step's row that goes to each of these slots, -1 for slots that it leaves alone."""
+        place_T = torch.searchsorted(self.slots_T, slots_T).clamp(max=self.slots_T.shape[0] - 1)
+        return self.rows_T[place_T].where(self.slots_T[place_T] == slots_T, -1)
+
+
 class SharedAttentionImpl(CompressedAttentionImpl):
     """Attention of one layer of a group."""
 
@@ -86,66 +103,69 @@ class SharedAttentionImpl(CompressedAttentionImpl):
         self.codec = codec
         self._workspace_bytes = workspace_bytes(codec.spec, self.num_heads, longest)
 
-    def forward(
-        self,
-        layer: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        kv_cache: Tensor,
-        attn_metadata: CompressedMetadata | None,
-        output: Tensor,
-        output_scale: Tensor | None = None,
-        output_block_scale: Tensor | None = None,
-    ) -> Tensor:
+    def _run(
+        self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, batch: CompressedMetadata, output: Tensor
+    ) -> None:
         """Add this layer's part to the step's latents, attend, and if the layer is the group's last one, store.
 
         Arguments as in the per-head backend; `kv_cache` is `uint8 [blocks, 1, tokens per block, bytes per token]`.
         """
-        assert output_scale is None, "vLLM asks before it fuses output quantization"
-        assert output_block_scale is None
-        if attn_metadata is None:
-            return self._profile(output)
-        batch = attn_metadata
-        tokens = batch.num_actual_tokens
+        slots_T = batch.slot_mapping[: key.shape[0]]
         starts, lengths = batch.query_starts.tolist(), batch.seq_lens.tolist()
-        step = {"k": key[:tokens], "v": value[:tokens]}
+        step = {"k": key, "v": value}
         positions_T = _positions(starts, lengths).to(key.device)
         self._add(step, positions_T)
         if "k" not in self.codec.shared_sides:
             layout = self.group.page_layout(self.place, kv_cache)
-            layout.k.write(_pages(kv_cache), self.codec.k.encode(step["k"]), batch.slot_mapping[:tokens])
+            layout.k.write(_pages(kv_cache), self.codec.k.encode(step["k"]), slots_T)
+        running = _Running.of(slots_T)
         for request, length in enumerate(lengths):
             rows = slice(starts[request], starts[request + 1])
             if rows.start == rows.stop:
                 continue
-            keys, values = (self._read(side, x_THD[rows], request, length) for side, x_THD in step.items())
+            row_T = running.rows(self._slots(request, length - (rows.stop - rows.start)))
+            keys, values = (self._read(side, x_THD, rows, row_T, request) for side, x_THD in step.items())
             _attend(output[rows], query[rows], keys, values, self.scale)
         if self.place == self.group.size - 1:
-            self._store(tokens)
-        return output
+            self._store(key.shape[0])
 
     def _add(self, step: dict[str, Tensor], positions_T: Tensor) -> None:
         for side, shared in self.codec.shared_sides.items():
             part_TR = shared.part(self.codec.states(side, step[side], positions_T))
             self.group.sums[side] = part_TR if self.place == 0 else self.group.sums[side] + part_TR
 
-    def _read(self, side: str, own_THD: Tensor, request: int, length: int) -> Tensor:
-        """Keys or values of all tokens of a request `[length, KV heads, head_dim]`, float32."""
+    def _slots(self, request: int, length: int) -> Tensor:
+        """Where the first tokens of a request lie in this layer's cache."""
+        _, blocks_N, layout = self._pages_of(self.place, request, length)
+        positions_T, size = torch.arange(length, device=blocks_N.device), layout.v.block_size
+        return blocks_N[positions_T // size] * size + positions_T % size
+
+    def _read(self, side: str, step_THD: Tensor, rows: slice, row_T: Tensor, request: int) -> Tensor:
+        """Keys or values of all tokens of a request `[tokens, KV heads, head_dim]`, float32.
+
+        Args:
+            step_THD: those of the running step's tokens, all requests.
+            rows: the request's own among them.
+            row_T: for each token before them, its row in `step_THD`, -1 where it is of an earlier step.
+        """
         shared = self.codec.shared_sides.get(side)
+        stored = row_T.shape[0]
         if shared is None:
+            length = stored + rows.stop - rows.start
             pages_NX, blocks_N, layout = self._pages_of(self.place, request, length)
             return self.codec.k.reconstruct(layout.k.read(pages_NX, blocks_N, length))  # type: ignore[union-attr]
-        stored = length - own_THD.shape[0]
+        own_THD = step_THD[rows].float()
         if stored == 0:
-            return own_THD.float()
+            return own_THD
         stripes = []
         for place in range(self.group.size):
             pages_NX, blocks_N, layout = self._pages_of(place, request, stored)
             stripes.append((layout.k if side == "k" else layout.v).read(pages_NX, blocks_N, stored))
         latent_TR = shared.decode(Encoded.concatenate(stripes))
-        positions_T = torch.arange(stored, device=own_THD.device)
-        return torch.cat([self.codec.read(side, latent_TR, positions_T), own_THD.float()])
+        read_THD = self.codec.read(side, latent_TR, torch.arange(stored, device=own_THD.device))
+        # A prompt may begin with blocks that another request of the step is about to fill: they are not stored yet.
+        before_THD = torch.where(row_T[:, None, None] < 0, read_THD, step_THD[row_T].float())
+        return torch.cat([before_THD, own_THD])
 
     def _store(self, tokens: int) -> None:
         for side, shared in self.codec.shared_sides.items():

@@ -1,8 +1,9 @@
 """Before the first token: find the checkpoint, check that it is what was compressed, load the codec, tell the operator.
 
-Runs in the worker processes, while they build the model. The first rank of each machine verifies: once per copy of
-the files on disk and no more, in a process whose failure stops the engine, before its weights are read. (Hashing
-reads the files into the page cache, from where the weight loader then takes them.)
+Runs in the worker processes, while they build the model, and once more when weights and caches are there. The first
+rank of each machine verifies: once per copy of the files on disk and no more, in a process whose failure stops the
+engine, before its weights are read. (Hashing reads the files into the page cache, from where the weight loader then
+takes them.)
 """
 
 from __future__ import annotations
@@ -15,13 +16,17 @@ from typing import Any
 import torch
 
 from kvcompress.checkpoint.verify import require_verified, verify_codec
+from kvcompress.codec.canary import ModelStatement, unstated_prompt
 from kvcompress.codec.forms import CacheCodec
 from kvcompress.codec.nested import cut_codecs
 from kvcompress.codec.shared_spec import SharedSpec
-from kvcompress.codec.spec import CacheSpec, CodecSpec
-from kvcompress.serving.loading import load_codec
-from kvcompress.serving.vllm import compat, limits
-from kvcompress.serving.vllm.report import LayerReport, describe
+from kvcompress.codec.spec import CodecSpec
+from kvcompress.serving.loading import CANARY, canary_is_asked_for, load_codec, load_statement
+from kvcompress.serving.vllm import canary, compat, limits
+from kvcompress.serving.vllm.metrics import Numbers
+from kvcompress.serving.vllm.report import LayerReport, describe, describe_capacity, totals
+from kvcompress.serving.vllm.sentinel import Sentinel
+from kvcompress.serving.vllm.served import Served
 from kvcompress.serving.vllm.shared_backend import LayerGroup
 
 SKIP_VERIFY = "KVCOMPRESS_SKIP_VERIFY"
@@ -34,6 +39,10 @@ class Startup:
 
     vllm_config: compat.VllmConfig
     codecs: list[CacheCodec | None]
+    statement: ModelStatement | None = None
+    served: dict[int, Served] = field(default_factory=dict)
+    """Layers with a compressed cache, by their number."""
+    sentinel: Sentinel | None = None
     groups: dict[tuple[int, ...], LayerGroup] = field(default_factory=dict)
     _layers: dict[int, LayerReport] = field(default_factory=dict)
     _reported: bool = False
@@ -57,13 +66,16 @@ class Startup:
         with torch.device("cpu"):
             codecs = cut_codecs(load_codec(directory, stored), spec)
             limits.check_rope(vllm_config, codecs)
-        return cls(vllm_config, codecs)
+            statement = load_statement(directory)
+        if statement is not None and spec != stored:
+            statement = statement.without_errors()
+        return cls(vllm_config, codecs, statement)
 
     def codec_of(self, index: int) -> CacheCodec:
         """The codec of the KV heads of this tensor-parallel rank, on the CPU."""
         codec = self.codecs[index]
         assert codec is not None
-        return codec.heads(*heads_of_rank(codec.spec.num_kv_heads, *compat.tensor_parallel()))
+        return codec.heads(*self._heads(codec.spec.num_kv_heads))
 
     def join_group(self, spec: SharedSpec, layer: Any, name: str) -> LayerGroup:
         """The group of layers that share a latent, with one more of them in it; layers come in the model's order."""
@@ -71,14 +83,24 @@ class Startup:
         group.join(layer, name, spec)
         return group
 
-    def note_compressed(self, index: int, spec: CacheSpec, request_bytes: int = 0) -> None:
+    def note_compressed(self, index: int, layer: Any, codec: CacheCodec, request_bytes: int = 0) -> None:
+        """A layer was given the codec of this rank's KV heads."""
+        spec = codec.spec
         full = self._full_bytes(spec.num_kv_heads, spec.head_dim)
         self._layers[index] = LayerReport(spec.bytes_per_token, full, request_bytes=request_bytes)
+        stated = None if self.statement is None else self.statement.layers[index]
+        if stated is not None:
+            whole = self.codecs[index]
+            assert whole is not None
+            heads = self._heads(whole.spec.num_kv_heads)
+            stated = {side: of.heads(*heads) for side, of in stated.items()}
+        self.served[index] = Served(index, layer, codec, stated)
 
     def note_uncompressed(self, index: int, layer: Any) -> None:
         if layer.attn_backend.get_name() == compat.LATENT_BACKEND_NAME:
+            self.served[index] = Served(index, layer, None)
             config = self.vllm_config.model_config.hf_text_config
-            start, stop = heads_of_rank(config.num_key_value_heads, *compat.tensor_parallel())
+            start, stop = self._heads(config.num_key_value_heads)
             stored = layer.head_size * self.vllm_config.model_config.dtype.itemsize
             self._layers[index] = LayerReport(stored, self._full_bytes(stop - start, config.head_dim))
             return
@@ -94,6 +116,32 @@ class Startup:
             dtype = str(self.vllm_config.model_config.dtype).removeprefix("torch.")
             where = f" on tensor-parallel rank {rank} of {size}" if size > 1 else ""
             compat.logger.info("kvcompress: %s", describe(self._layers, dtype) + where)
+
+    def caches_ready(self, runner: Any, cache_config: Any) -> None:
+        """Last checks and numbers, in a worker whose weights and caches are there.
+
+        Raises:
+            ValueError: the canary found a layer that does not do what it should.
+        """
+        layers = [self.served[index] for index in sorted(self.served)]
+        if not layers:
+            return
+        capacity = compat.capacity_tokens(self.vllm_config, cache_config)
+        if canary_is_asked_for():
+            canary.run(runner, self.vllm_config, layers, self._prompt())
+        else:
+            compat.logger.warning("kvcompress: no start-up canary, as %s=0 asks", CANARY)
+        compat.logger.info("kvcompress: %s", describe_capacity(self._layers, capacity))
+        numbers = Numbers(*compat.worker_names(self.vllm_config), *totals(self._layers), capacity)
+        self.sentinel = Sentinel(layers, numbers)
+
+    def _prompt(self) -> list[int]:
+        if self.statement is not None:
+            return self.statement.tokens
+        return unstated_prompt(self.vllm_config.model_config.get_vocab_size())
+
+    def _heads(self, num_kv_heads: int) -> tuple[int, int]:
+        return heads_of_rank(num_kv_heads, *compat.tensor_parallel())
 
     def _full_bytes(self, num_kv_heads: int, head_dim: int) -> int:
         element: torch.dtype = self.vllm_config.model_config.dtype

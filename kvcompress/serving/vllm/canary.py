@@ -1,0 +1,230 @@
+"""The start-up canary: before the first request, a known prompt goes through the model and must bring no surprise.
+
+Three questions, layer by layer, each answered with the layer's name if the answer is no:
+
+1. Are these the keys and values that the codec was made for? (Weights, rotary positions: the statement's sketches.)
+2. Does the codec lose what it said it would lose, and no more? (Bases, scales, gains: the statement's errors.)
+3. Does the served path give what the codec and exact attention give, however a token comes to be attended?
+
+The prompt runs with exact attention in place of every layer's own, so that each layer is judged on the model's real
+activations and a fault in one does not reach the next. Then each layer's own implementation is fed with them, in
+blocks of the real cache that nobody uses yet. No rank waits for another in between, so a refusal hangs nobody.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvcompress.codec import canary as stated
+from kvcompress.serving.vllm import canary_paths, canary_reference, compat
+from kvcompress.serving.vllm.canary_reference import Inputs
+from kvcompress.serving.vllm.served import Served
+
+PATH_TOLERANCE = 0.02
+"""Relative difference of a path's answers: rounding to half precision takes 0.4 %, and a latent that rounding moves
+across a quantizer's threshold is one of thousands.
+"""
+
+SKETCH_TOLERANCE = 0.25
+"""Relative difference of sketches: rounding to half precision adds up to a few per cent over a deep model's layers."""
+
+ERROR_FACTOR, ERROR_FLOOR = 1.2, 0.003
+"""How much more than stated a codec may lose: as a factor, and as a share of the whole where it loses little."""
+
+
+def run(runner: Any, config: compat.VllmConfig, layers: Sequence[Served], tokens: Sequence[int]) -> None:
+    """Let the canary sing. Collective over all ranks.
+
+    Args:
+        runner: vLLM's model runner.
+        layers: in the model's order, groups complete.
+        tokens: the prompt.
+
+    Raises:
+        ValueError: naming the first layer that fails, how, and on which path.
+    """
+    begun = time.perf_counter()
+    seen = witness(runner, config, tokens)
+    for members in _groups(layers):
+        for member in members:
+            check_inputs(member, seen[member.layer.layer_name])
+        check_codecs(members, [seen[member.layer.layer_name] for member in members])
+        check_paths(config, members, [seen[member.layer.layer_name] for member in members])
+    took = time.perf_counter() - begun
+    compat.logger.info("kvcompress: start-up canary passed in %d layers, %.1f s", len(layers), took)
+
+
+def witness(runner: Any, config: compat.VllmConfig, tokens: Sequence[int]) -> dict[str, Inputs]:
+    """What the attention layers are given when the prompt runs with exact attention, by the layers' names."""
+    layers = compat.attention_layers(config)
+    stock = [layer.impl for layer in layers]
+    probes = [_Probe(layer) for layer in layers]
+    try:
+        for layer, probe in zip(layers, probes, strict=True):
+            layer.impl = probe
+        compat.run_model(runner, config, torch.tensor(tokens, device=compat.layer_device(layers[0])))
+    finally:
+        for layer, impl in zip(layers, stock, strict=True):
+            layer.impl = impl
+    return {layer.layer_name: probe.inputs for layer, probe in zip(layers, probes, strict=True) if probe.inputs}
+
+
+def check_inputs(served: Served, inputs: Inputs) -> None:
+    """Question 1."""
+    for side, x_THD in (("k", inputs.key_THD), ("v", inputs.value_THD)):
+        what = "keys" if side == "k" else "values"
+        if not bool(torch.isfinite(x_THD).all()):
+            raise _refusal(f"{served.name} computes {what} that are not finite; the weights are damaged")
+        if served.stated is None:
+            continue
+        expected_HP = served.stated[side].sketch_HP
+        difference = float((stated.sketch(x_THD) - expected_HP).norm() / expected_HP.norm())
+        if not difference <= SKETCH_TOLERANCE:
+            raise _refusal(
+                f"{served.name} computes other {what} than its codec was made for (they differ by {difference:.0%}): "
+                "weights or rotary positions are not those of the compressed model"
+            )
+
+
+def check_codecs(members: Sequence[Served], inputs: Sequence[Inputs]) -> None:
+    """Question 2, for layers that are decoded together."""
+    if members[0].codec is None:
+        return
+    read = canary_reference.rows([_on_device(member) for member in members], inputs)
+    for member, given, rows in zip(members, inputs, read, strict=True):
+        for number, (side, x_THD) in enumerate((("k", given.key_THD), ("v", given.value_THD))):
+            found_H = stated.relative_error(x_THD, rows.stored[number])
+            # Storing nothing would lose everything; what states nothing may at least not be worse.
+            expected_H = torch.ones_like(found_H) if member.stated is None else member.stated[side].error_H
+            # Written so that what is not a number fails.
+            wrong_H = ~(found_H <= ERROR_FACTOR * expected_H + ERROR_FLOOR)
+            if bool(wrong_H.any()):
+                head = int(wrong_H.float().argmax())
+                raise _refusal(
+                    f"{member.name} loses {found_H[head]:.1%} of its {'keys' if side == 'k' else 'values'} in KV head "
+                    f"{head} where its codec states {expected_H[head]:.1%}: the codec's tensors are not this layer's"
+                )
+
+
+def check_paths(config: compat.VllmConfig, members: Sequence[Served], inputs: Sequence[Inputs]) -> None:
+    """Question 3, for layers that are decoded together. Leaves the cache as it was."""
+    cache = members[0].cache
+    block_size, device = cache.shape[2], cache.device
+    paths = canary_paths.paths(cache.shape[0], block_size)
+    if not paths:
+        compat.logger.warning("kvcompress: a cache of %d blocks has no room for the canary's paths", cache.shape[0])
+        return
+    longest = max(stop for path in paths for _, stop in path.steps)
+    inputs = [Inputs(*(canary_paths.stretched(x_THD, longest) for x_THD in given)) for given in inputs]
+    expected = canary_reference.rows([_on_device(member) for member in members], inputs)
+    used = sorted({block for path in paths for block in (*path.blocks, path.ring)})
+    caches = _caches(members)
+    before = [tensor[used].clone() for tensor in caches]
+    try:
+        for path in paths:
+            lost, total = [0.0] * len(members), [0.0] * len(members)
+            for start, stop in path.steps:
+                step = canary_paths.metadata(path, (start, stop), block_size, device)
+                answers = _answers(config, members, inputs, step, canary_paths.ring_metadata(path, device), start)
+                for place, (member, answer_QHD) in enumerate(zip(members, answers, strict=True)):
+                    query_QHD, scale = inputs[place].query_THD[start:stop], member.layer.impl.scale
+                    right_QHD = canary_reference.answer(member.codec, expected[place], query_QHD, start, scale)
+                    lost[place] += float((answer_QHD.float() - right_QHD).square().sum())
+                    total[place] += float(right_QHD.square().sum())
+            for member, error, energy in zip(members, lost, total, strict=True):
+                difference = (error / max(energy, 1e-30)) ** 0.5
+                if not difference <= PATH_TOLERANCE:
+                    raise _refusal(
+                        f"{member.name}, {path.name}: attention from compressed pages differs by {difference:.1%} from "
+                        f"reference attention (tolerance {PATH_TOLERANCE:.0%}); do not trust this installation's "
+                        "kernels with this model; KVCOMPRESS_LIBRARY= (empty) serves with torch code instead"
+                    )
+    finally:
+        for tensor, content in zip(caches, before, strict=True):
+            tensor[used] = content
+
+
+def _answers(
+    config: compat.VllmConfig,
+    members: Sequence[Served],
+    inputs: Sequence[Inputs],
+    step: Any,
+    ring: Any,
+    start: int,
+) -> list[Tensor]:
+    """What the layers' own implementations answer to one step."""
+    metadata: dict[str, Any] = {}
+    for member in members:
+        metadata[member.layer.layer_name] = step
+        if member.ring is not None:
+            metadata[member.ring.name] = ring
+    rows, answers = slice(start, start + step.num_actual_tokens), []
+    with torch.inference_mode(), compat.running(config, metadata, step.num_actual_tokens):
+        for member, given in zip(members, inputs, strict=True):
+            query, key, value = (x_THD[rows].contiguous() for x_THD in given)
+            output = torch.full((*query.shape[:2], value.shape[2]), torch.nan, dtype=query.dtype, device=query.device)
+            member.layer.impl.forward(member.layer, query, key, value, member.cache, step, output)
+            answers.append(output)
+    return answers
+
+
+class _Probe:
+    """Stands in for an attention implementation: answers exactly, and keeps what it is given."""
+
+    def __init__(self, layer: Any) -> None:
+        self._window = layer.sliding_window
+        self._stock = layer.impl
+        self.inputs: Inputs | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stock, name)
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: Any,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """One whole text, causally. Arguments as in `CompressedAttentionImpl.forward`."""
+        self.inputs = Inputs(query.clone(), key.clone(), value.clone())
+        tokens = query.shape[0]
+        mask = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).tril()
+        if self._window is not None:
+            mask = mask.triu(1 - self._window)
+        query_HTD, key_HTD, value_HTD = (x_THD.transpose(0, 1).float() for x_THD in (query, key, value))
+        mixed_HTD = torch.nn.functional.scaled_dot_product_attention(
+            query_HTD, key_HTD, value_HTD, attn_mask=mask, scale=self._stock.scale, enable_gqa=True
+        )
+        return output.copy_(mixed_HTD.transpose(0, 1))
+
+
+def _groups(layers: Sequence[Served]) -> list[list[Served]]:
+    """Layers that are decoded together, by their first one."""
+    found: dict[tuple[int, ...], list[Served]] = {}
+    for served in layers:
+        found.setdefault(served.group, []).append(served)
+    return list(found.values())
+
+
+def _on_device(served: Served) -> Any:
+    return None if served.codec is None else served.codec.to(served.cache.device)
+
+
+def _caches(members: Sequence[Served]) -> list[Tensor]:
+    rings = [member.ring.kv_cache for member in members if member.ring is not None]
+    return [*(member.cache for member in members), *rings]
+
+
+def _refusal(reason: str) -> ValueError:
+    return ValueError(f"the start-up canary stops the server: {reason}")

@@ -1,0 +1,148 @@
+"""The sentinel: while the engine serves, it decodes a page of the cache now and then and looks whether it still can.
+
+It is for what no start-up check can see: memory that fails, a block that another process or a faulty transfer has
+overwritten. A page is sound if everything in it decodes to finite values of a size that the encoder could have meant.
+A damaged page does not stop the server: an operator sees the log line and the counter.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvcompress.codec import pages, scalar
+from kvcompress.codec.gear import BlockCodec
+from kvcompress.codec.layer import LayerCodec
+from kvcompress.codec.layout import PageLayout
+from kvcompress.codec.shared import SharedCodec
+from kvcompress.codec.shared_pages import SharedLayout
+from kvcompress.serving.vllm import compat
+from kvcompress.serving.vllm.metrics import Numbers
+from kvcompress.serving.vllm.served import Served
+
+SHARE = 0.004
+"""Of the time the engine works: what the sentinel may take."""
+
+LONGEST_STEP = 0.1
+"""Seconds of one step that count as work. An engine without requests also takes long until its next step."""
+
+LARGEST = 4096.0
+"""Bound on a latent, in standard deviations of its channel on the calibration text."""
+
+
+class Sentinel:
+    """Asked at every step; looks at a page whenever it has saved up the time that the last look took.
+
+    A look takes two steps of a layer and is concluded at the next look. One step picks a page, the next one decodes it:
+    requests of one step share the blocks of a common prefix as soon as the first of them is about to write it. By the
+    time the verdict is read, the device has long reached it, so nobody waits.
+    """
+
+    def __init__(
+        self, layers: Sequence[Served], numbers: Numbers, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self._layers, self._numbers, self._clock = layers, numbers, clock
+        self._random = random.Random(0)
+        self._last, self._saved, self._cost = clock(), 0.0, 0.0
+        self._next = self._random.choice(layers)
+        self._picked: Tensor | None = None
+        self._looked: tuple[Served, Tensor] | None = None
+
+    def step(self, names: Sequence[str], batch: Any) -> None:
+        """A step of some layers is about to run; asked once per step and cache group.
+
+        Args:
+            names: the layers, all of which have the batch's block table.
+            batch: `CompressedMetadata`.
+        """
+        now = self._clock()
+        self._saved += SHARE * min(now - self._last, LONGEST_STEP)
+        self._last = now
+        if self._next.layer.layer_name not in names:
+            return
+        if self._picked is not None:
+            self._conclude()
+            self._look(batch)
+        elif self._saved >= self._cost:
+            self._cost = 0.0
+            self._pick(batch)
+        else:
+            return
+        spent = self._clock() - now
+        self._cost += spent
+        self._saved -= spent
+
+    def _pick(self, batch: Any) -> None:
+        """A random page that is full when this step has run."""
+        pages = (batch.seq_lens // self._next.cache.shape[2]).tolist()
+        requests = [request for request, count in enumerate(pages) if count > 0]
+        if requests:
+            request = self._random.choice(requests)
+            # A copy: the engine writes the next step's table over this one.
+            block = batch.block_table[request, self._random.randrange(pages[request])]
+            self._picked = block.long().reshape(1).clone()
+
+    def _look(self, batch: Any) -> None:
+        assert self._picked is not None
+        served, block_1 = self._next, self._picked
+        # A block that changed hands since may have been cleared for its new owner.
+        filled_R = (batch.seq_lens - batch.query_starts.diff()) // served.cache.shape[2]
+        held_RN = batch.block_table == block_1
+        column_N = torch.arange(held_RN.shape[1], device=held_RN.device)
+        held = (held_RN & (column_N < filled_R.to(held_RN.device)[:, None])).any()
+        self._looked = served, torch.cat([torch.stack([held, is_sound(served, block_1)]).long(), block_1])
+        self._picked, self._next = None, self._random.choice(self._layers)
+
+    def _conclude(self) -> None:
+        if self._looked is None:
+            return
+        (served, verdict), self._looked = self._looked, None
+        held, sound, block = verdict.tolist()
+        if not held:
+            return
+        if not sound:
+            compat.logger.error(
+                "kvcompress: %s, block %d: the page does not decode to values in range; its memory was overwritten or "
+                "is faulty, and answers that used it are wrong; restart the server",
+                served.name,
+                block,
+            )
+        self._numbers.count(failed=not sound)
+
+
+def is_sound(served: Served, block_1: Tensor) -> Tensor:
+    """Whether one page of a layer decodes to values in range, bool `[]` on the page's device.
+
+    A token of nothing but zeros is out of range, too: no encoder leaves one, and memory that was cleared has them.
+    """
+    sides = _decoded(served, block_1)
+    sound = [
+        torch.isfinite(side_TX).all() & (side_TX.abs() <= LARGEST).all() & (side_TX != 0).any(-1).all()
+        for side_TX in sides
+    ]
+    return torch.stack(sound).all()
+
+
+def _decoded(served: Served, block_1: Tensor) -> list[Tensor]:
+    """Everything in a page as the numbers that are encoded, tokens first."""
+    codec, cache = served.codec, served.cache
+    tokens = cache.shape[2]
+    if codec is None:
+        return [cache[block_1][0, 0].float()]
+    if isinstance(codec, LayerCodec):
+        layout = PageLayout.of(codec.spec, tokens)
+        records = cache.view(cache.shape[0], layout.num_kv_heads, layout.record_bytes)
+        return [side.flatten(1) for side in pages.read(records, layout, codec, block_1, tokens)]
+    if isinstance(codec, BlockCodec):
+        spec = codec.spec
+        records = cache.view(cache.shape[0], spec.num_kv_heads, tokens // spec.block, spec.record_bytes)
+        return [side.flatten(1) for side in codec.open(records[block_1][0].transpose(0, 1))]
+    assert isinstance(codec, SharedCodec)
+    shared = SharedLayout.of(codec.spec, tokens)
+    stripes = cache.view(cache.shape[0], -1)
+    return [scalar.decode(side.read(stripes, block_1, tokens), side.spec).flatten(1) for side in (shared.k, shared.v)]
