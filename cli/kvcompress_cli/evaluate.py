@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvcompress_cli.options import Json, KvRank
+from kvcompress_cli.options import Json, KvBits, KvRank
 from kvcompress_cli.show import print_json, progress, table
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def evaluate(
         str, typer.Option(help="transformers, vllm, or the URL of an OpenAI-compatible server.")
     ] = "transformers",
     kv_rank: KvRank = 1.0,
+    kv_bits: KvBits = 32,
     dtype: Annotated[str, typer.Option(help="Precision to run in; auto is float32 on a CPU.")] = "auto",
     text: Annotated[
         Path | None, typer.Option(help="Held-out text for perplexity; by default the model's heldout.txt.")
@@ -58,6 +59,7 @@ def evaluate(
             limit=limit,
             engine=engine,
             kv_rank=kv_rank,
+            kv_bits=kv_bits,
             dtype=dtype,
             text=text,
             margin=margin,

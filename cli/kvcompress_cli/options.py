@@ -14,3 +14,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 KvRank = Annotated[
     float, typer.Option(help="Use this share of the stored channels: less memory, more loss, nothing rewritten.")
 ]
+KvBits = Annotated[
+    int,
+    typer.Option(help="Store no channel in more than this many bits (16, 8, 4 or 2); likewise.", show_default=False),
+]

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from kvcompress_cli.options import Directory, KvRank
+from kvcompress_cli.options import Directory, KvBits, KvRank
 
 
 def register(app: typer.Typer) -> None:
@@ -24,6 +24,7 @@ def serve(
     context: typer.Context,
     directory: Directory,
     kv_rank: KvRank = 1.0,
+    kv_bits: KvBits = 32,
     canary: Annotated[
         bool, typer.Option("--canary/--no-canary", help="Check every layer with a known prompt before serving.")
     ] = True,
@@ -31,7 +32,7 @@ def serve(
     """Serve DIR with vLLM; every further option is vLLM's own. The same as `vllm serve DIR ...`."""
     from kvcompress.checkpoint.reader import Checkpoint, is_compressed
     from kvcompress.codec.nested import cut_spec
-    from kvcompress.serving.loading import CANARY, KV_RANK, read_spec
+    from kvcompress.serving.loading import CANARY, KV_BITS, KV_RANK, read_spec
 
     checkpoint = Checkpoint.open(directory)
     if not is_compressed(checkpoint.config):
@@ -40,8 +41,8 @@ def serve(
         )
     if not any(point.name == "kvcompress" for point in metadata.entry_points(group="vllm.general_plugins")):
         raise ValueError("the vLLM plug-in is not installed; run `pip install kvcompress` in vLLM's environment")
-    cut_spec(read_spec(checkpoint.config), kv_rank)
-    os.environ[KV_RANK] = f"{kv_rank:g}"
+    cut_spec(read_spec(checkpoint.config), kv_rank, kv_bits)
+    os.environ |= {KV_RANK: f"{kv_rank:g}", KV_BITS: str(kv_bits)}
     if not canary:
         os.environ[CANARY] = "0"
     os.execv(sys.executable, [sys.executable, "-m", *_server(directory), *context.args])

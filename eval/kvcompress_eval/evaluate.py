@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from kvcompress.codec.nested import WIDEST
 from kvcompress_eval.engines import check_engine, is_url, open_engine
 from kvcompress_eval.models import Model, describe_models
 from kvcompress_eval.suite import Suite, find_suite
@@ -36,6 +37,7 @@ def run(
     engine: str = "transformers",
     engine_options: Mapping[str, Any] | None = None,
     kv_rank: float = 1.0,
+    kv_bits: int = WIDEST,
     dtype: str = "auto",
     seed: int = 42,
     text: str | Path | None = None,
@@ -58,6 +60,7 @@ def run(
         engine: transformers, vllm, or the URL of a server that serves the one model given.
         engine_options: further arguments of the engine's class.
         kv_rank: share of the stored channels at which compressed models run.
+        kv_bits: the most bits in which they store a channel.
         dtype: of the computation; auto is the checkpoint's, float32 on a CPU.
         text: held-out text file; by default the `heldout.txt` of a model folder.
         margin: loss in points that the verdict tolerates.
@@ -75,9 +78,13 @@ def run(
     """
     check_engine(engine)
     chosen = choose_suite(suite, tasks=tasks, lengths=lengths, samples=samples, limit=limit)
-    models = describe_models([model_dir] if isinstance(model_dir, str | Path) else list(model_dir), baseline, kv_rank)
-    if kv_rank != 1.0 and is_url(engine):
-        raise ValueError("a server has its own KV rank: give --kv-rank to `kvcompress serve`, and leave it out here")
+    given = [model_dir] if isinstance(model_dir, str | Path) else list(model_dir)
+    models = describe_models(given, baseline, kv_rank, kv_bits)
+    smaller: dict[str, Any] = {} if kv_rank == 1.0 else {"kv_rank": kv_rank}
+    smaller |= {} if kv_bits == WIDEST else {"kv_bits": kv_bits}
+    if smaller and is_url(engine):
+        words = " and ".join(f"--{name.replace('_', '-')}" for name in smaller)
+        raise ValueError(f"a server has its own: give {words} to `kvcompress serve`, and leave it out here")
     if is_url(engine) and len(models) > 1:
         raise ValueError("a URL serves one model: evaluate the models one by one, without a baseline")
     tell = progress or _silent
@@ -95,7 +102,7 @@ def run(
     )
     how = {
         "engine": engine,
-        "engine_options": {**(engine_options or {}), **({} if kv_rank == 1.0 else {"kv_rank": kv_rank})},
+        "engine_options": {**(engine_options or {}), **smaller},
         "dtype": dtype,
         "full_generations": full_generations,
         "tokenizer_sha256": tokenizer.sha256,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvcompress.codec.nested import cut_spec
+from kvcompress.codec.nested import WIDEST, cut_spec
 from kvcompress.codec.spec import CodecSpec
 from kvcompress.geometry import ModelGeometry
 
@@ -76,14 +76,17 @@ def end_tokens(folder: Path) -> set[int]:
     return set(ends) if isinstance(ends, list) else set() if ends is None else {int(ends)}
 
 
-def describe_models(candidates: Sequence[str | Path], baseline: str | Path | None, kv_rank: float = 1.0) -> list[Model]:
+def describe_models(
+    candidates: Sequence[str | Path], baseline: str | Path | None, kv_rank: float = 1.0, kv_bits: int = WIDEST
+) -> list[Model]:
     """Read every model folder, the baseline first.
 
     Args:
         kv_rank: share of the stored channels at which compressed models will run.
+        kv_bits: the most bits in which they will store a channel.
 
     Raises:
-        ValueError: none was given, one is no model folder, or one cannot be run at that share.
+        ValueError: none was given, one is no model folder, or one cannot be run at that share or in those bits.
     """
     from kvcompress.checkpoint.source import resolve
 
@@ -98,25 +101,27 @@ def describe_models(candidates: Sequence[str | Path], baseline: str | Path | Non
         # A single uncompressed model is its own reference point.
         if len(given) == 1 and codec_spec(config) is None:
             role = "baseline"
-        models.append(_describe(path, folder, config, role, kv_rank, {model.name for model in models}))
+        spec = codec_spec(config)
+        served = None if spec is None else cut_spec(spec, kv_rank, kv_bits)
+        models.append(_describe(path, folder, config, role, served, {model.name for model in models}))
     return models
 
 
-def _describe(path: str, folder: Path, config: dict[str, Any], role: str, kv_rank: float, taken: set[str]) -> Model:
+def _describe(
+    path: str, folder: Path, config: dict[str, Any], role: str, spec: CodecSpec | None, taken: set[str]
+) -> Model:
     stem = Path(path.rstrip("/")).name or folder.resolve().name
     name, number = stem, 2
     while name in taken:
         name, number = f"{stem}-{number}", number + 1
     manifest = folder / MANIFEST
-    spec = codec_spec(config)
-    stored = None if spec is None else cut_spec(spec, kv_rank)
     return Model(
         name=name,
         path=path,
         folder=folder,
         role=role,
         compressed=spec is not None,
-        bytes_per_token=bytes_per_token(config, stored),
+        bytes_per_token=bytes_per_token(config, spec),
         manifest_sha256=hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else None,
         context=config.get("max_position_embeddings"),
         fingerprint=fingerprint(folder),

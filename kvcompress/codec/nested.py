@@ -1,6 +1,7 @@
-"""Serving at a smaller rank than was stored: the same codec, cut to its first channels. No torch.
+"""Serving with fewer channels or fewer bits than were stored: the same codec, cut. No torch.
 
-A form that can be cut has `cut(share)` on its spec and `cut(spec)` on its codec; channels are in order of importance.
+A form that can be cut has `cut(share, bits)` on its spec and `cut(spec)` on its codec. Channels are in order of
+importance, so any first ones are a codec; codes are made while serving, in units that do not depend on their width.
 """
 
 from __future__ import annotations
@@ -8,10 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from kvcompress.codec.spec import CodecSpec
+from kvcompress.codec.spec import CODE_BITS, CodecSpec
 
 if TYPE_CHECKING:
     from kvcompress.codec.forms import CacheCodec
+
+
+WIDEST = max(CODE_BITS)
+"""As `bits`: leave all channels as they are stored."""
 
 
 def check_share(share: float) -> float:
@@ -21,27 +26,33 @@ def check_share(share: float) -> float:
     return share
 
 
-def cut_spec(spec: CodecSpec, share: float) -> CodecSpec:
-    """Every layer at a share of its stored channels, in whole channel groups.
+def check_bits(bits: int) -> int:
+    """Raises ValueError: no code width."""
+    if bits not in CODE_BITS:
+        raise ValueError(f"found KV bits {bits}; expected {', '.join(map(str, CODE_BITS[:-1]))} or {CODE_BITS[-1]}")
+    return bits
+
+
+def cut_spec(spec: CodecSpec, share: float = 1.0, bits: int = WIDEST) -> CodecSpec:
+    """Every layer at a share of its stored channels, in whole channel groups, none of them in more bits than given.
 
     Raises:
-        ValueError: a share outside (0, 1], a layer in a form that cannot be cut, or nothing to cut.
+        ValueError: a share outside (0, 1], bits that are no code width, a layer in a form that cannot be cut, or
+            nothing to cut.
     """
-    if check_share(share) == 1.0:
+    if check_share(share) == 1.0 and check_bits(bits) == WIDEST:
         return spec
+    check_bits(bits)
+    asked = f"KV rank {share:g}" if bits == WIDEST else f"KV bits {bits}"
     if not any(spec.layers):
-        raise ValueError(
-            f"found KV rank {share:g}; no layer of the checkpoint has a codec whose channels could be left out; "
-            "leave the KV rank at 1"
-        )
+        raise ValueError(f"found {asked}; no layer of the checkpoint has a codec that could keep less; leave it out")
     layers: list[Any] = list(spec.layers)
     for index, layer in enumerate(layers):
         if layer is not None and not hasattr(layer, "cut"):
             raise ValueError(
-                f"layer {index} has a cache of form {layer.form!r}, which cannot be served at a smaller rank; "
-                "leave the KV rank at 1"
+                f"layer {index} has a cache of form {layer.form!r}, which cannot be served at {asked}; leave it out"
             )
-    return CodecSpec(tuple(None if layer is None else layer.cut(share) for layer in layers))
+    return CodecSpec(tuple(None if layer is None else layer.cut(share, bits) for layer in layers))
 
 
 def cut_codecs(codecs: Sequence[CacheCodec | None], spec: CodecSpec) -> list[CacheCodec | None]:

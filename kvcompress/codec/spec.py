@@ -89,14 +89,18 @@ class SideSpec:
         """Channels kept."""
         return sum(band.width for band in self.bands)
 
-    def cut(self, share: float) -> SideSpec:
-        """The first channels: a share of those kept, in whole groups, at least one group."""
+    def cut(self, share: float, widest: int) -> SideSpec:
+        """The first channels: a share of those kept, in whole groups, at least one group; none in more than `widest`
+        bits."""
         left = max(CHANNEL_GROUP, round(share * self.rank / CHANNEL_GROUP) * CHANNEL_GROUP)
-        bands = []
-        for bits, width in self.bands:
-            if left > 0:
-                bands.append(Band(bits, min(width, left)))
-            left -= width
+        bands: list[Band] = []
+        for stored, width in self.bands:
+            bits, kept = min(stored, widest), min(width, left)
+            left -= kept
+            if bands and bands[-1].bits == bits:
+                bands[-1] = Band(bits, bands[-1].width + kept)
+            elif kept:
+                bands.append(Band(bits, kept))
         return SideSpec(tuple(bands), self.outliers)
 
     @property
@@ -196,9 +200,10 @@ class LayerSpec:
             "outliers": side.outliers,
         }
 
-    def cut(self, share: float) -> LayerSpec:
-        """What is left at a smaller rank: bases are nested, so any first channels are a codec of their own."""
-        return LayerSpec(self.num_kv_heads, self.head_dim, self.k.cut(share), self.v.cut(share))
+    def cut(self, share: float, widest: int) -> LayerSpec:
+        """What is left at a smaller rank and of narrower codes: bases are nested, so any first channels are a codec of
+        their own."""
+        return LayerSpec(self.num_kv_heads, self.head_dim, self.k.cut(share, widest), self.v.cut(share, widest))
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -13,12 +13,14 @@ from kvcompress.checkpoint.safetensors_file import load_tensors
 from kvcompress.checkpoint.verify import CODEC_FILE, STATEMENT_FILE
 from kvcompress.codec.canary import ModelStatement
 from kvcompress.codec.forms import CacheCodec, from_tensors
-from kvcompress.codec.nested import check_share, cut_codecs, cut_spec
+from kvcompress.codec.nested import WIDEST, check_bits, check_share, cut_codecs, cut_spec
 from kvcompress.codec.spec import CodecSpec
 
 KV_RANK = "KVCOMPRESS_KV_RANK"
 """Environment variable: the share of the stored channels at which vLLM serves."""
 
+KV_BITS = "KVCOMPRESS_KV_BITS"
+"""Environment variable: the most bits in which vLLM stores a channel."""
 
 CANARY = "KVCOMPRESS_CANARY"
 """Environment variable: 0 lets vLLM serve without the start-up canary."""
@@ -42,6 +44,19 @@ def kv_rank() -> float:
         raise ValueError(f"found {KV_RANK}={text}; expected a share of the stored channels, such as 0.5") from None
 
 
+def kv_bits() -> int:
+    """What `KV_BITS` says; no limit where it is not set.
+
+    Raises:
+        ValueError: it is no code width.
+    """
+    text = os.environ.get(KV_BITS) or str(WIDEST)
+    try:
+        return check_bits(int(text))
+    except ValueError:
+        raise ValueError(f"found {KV_BITS}={text}; expected a code width, such as 4") from None
+
+
 def read_spec(config: Mapping[str, Any]) -> CodecSpec:
     """The codec described by a compressed checkpoint's config.json.
 
@@ -59,13 +74,16 @@ def read_spec(config: Mapping[str, Any]) -> CodecSpec:
     return CodecSpec.from_json(section["codec"])
 
 
-def load_codec(directory: Path, spec: CodecSpec | None = None, kv_rank: float = 1.0) -> list[CacheCodec | None]:
+def load_codec(
+    directory: Path, spec: CodecSpec | None = None, kv_rank: float = 1.0, kv_bits: int = WIDEST
+) -> list[CacheCodec | None]:
     """Every layer's codec; None where the layer keeps an ordinary cache.
 
     Args:
         directory: a compressed checkpoint.
         spec: its description, if the caller has read it from config.json already.
         kv_rank: share of the stored channels to keep; the codec is cut as it is loaded.
+        kv_bits: the most bits in which a channel is stored; wider codes become narrower.
 
     Raises:
         ValueError: the folder is not a compressed checkpoint, or its codec file does not fit its config.json.
@@ -78,7 +96,7 @@ def load_codec(directory: Path, spec: CodecSpec | None = None, kv_rank: float = 
     path = directory / CODEC_FILE
     if not path.is_file():
         raise ValueError(f"{path} is missing; the folder is not a complete compressed checkpoint")
-    return cut_codecs(from_tensors(spec, load_tensors(path)), cut_spec(spec, kv_rank))
+    return cut_codecs(from_tensors(spec, load_tensors(path)), cut_spec(spec, kv_rank, kv_bits))
 
 
 def load_statement(directory: Path) -> ModelStatement | None:

@@ -218,10 +218,10 @@ def test_serve_refuses_a_plain_checkpoint(run: Run, base_model: Path) -> None:
     assert "not compressed" in stderr
 
 
-def test_serve_passes_the_kv_rank_on(run: Run, compressed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_serve_passes_its_own_options_on(run: Run, compressed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from kvcompress_cli import serve
 
-    from kvcompress.serving.loading import CANARY, KV_RANK, canary_is_asked_for, kv_rank
+    from kvcompress.serving.loading import CANARY, KV_BITS, KV_RANK, canary_is_asked_for, kv_bits, kv_rank
 
     started: list[list[str]] = []
 
@@ -230,13 +230,14 @@ def test_serve_passes_the_kv_rank_on(run: Run, compressed: Path, monkeypatch: py
         raise SystemExit(0)
 
     monkeypatch.setenv(KV_RANK, "1")
+    monkeypatch.setenv(KV_BITS, "32")
     monkeypatch.setenv(CANARY, "1")
     monkeypatch.setattr(serve.os, "execv", exec_instead)
     monkeypatch.setattr(serve, "_server", lambda directory: ["server", directory])
     monkeypatch.setattr(serve.metadata, "entry_points", lambda group: [SimpleNamespace(name="kvcompress")])
-    assert run("serve", compressed, "--kv-rank", "0.5", "--port", "1")[0] == 0
+    assert run("serve", compressed, "--kv-rank", "0.5", "--kv-bits", "4", "--port", "1")[0] == 0
     assert started[0][-3:] == [str(compressed), "--port", "1"]
-    assert kv_rank() == 0.5
+    assert (kv_rank(), kv_bits()) == (0.5, 4)
     assert canary_is_asked_for()
     assert run("serve", compressed, "--no-canary", "--port", "1")[0] == 0
     assert started[1][-3:] == [str(compressed), "--port", "1"]
@@ -244,6 +245,12 @@ def test_serve_passes_the_kv_rank_on(run: Run, compressed: Path, monkeypatch: py
     code, _, stderr = run("serve", compressed, "--kv-rank", "1.5")
     assert code == 2
     assert "found KV rank 1.5" in stderr
+    code, _, stderr = run("serve", compressed, "--kv-bits", "5")
+    assert code == 2
+    assert "found KV bits 5; expected 32, 16, 8, 4 or 2" in stderr
+    monkeypatch.setenv(KV_BITS, "5")
+    with pytest.raises(ValueError, match="found KVCOMPRESS_KV_BITS=5"):
+        kv_bits()
     monkeypatch.setenv(KV_RANK, "half")
     with pytest.raises(ValueError, match="found KVCOMPRESS_KV_RANK=half"):
         kv_rank()

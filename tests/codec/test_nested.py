@@ -26,7 +26,7 @@ from tests import tiny
 )
 def test_first_channels_in_whole_groups(bands: Any, share: float, expected: Any) -> None:
     side = SideSpec(tuple(Band(*band) for band in bands))
-    assert side.cut(share).bands == tuple(Band(*band) for band in expected)
+    assert side.cut(share, 32).bands == tuple(Band(*band) for band in expected)
 
 
 def orthogonal_side(spec: SideSpec, seed: int) -> SideCodec:
@@ -78,7 +78,7 @@ def test_other_forms_are_refused_by_name() -> None:
 
 def test_layer_specs_shrink_by_the_share() -> None:
     layer = LayerSpec(2, 32, SideSpec((Band(16, 32),)), SideSpec((Band(8, 16),)))
-    cut = layer.cut(0.5)
+    cut = layer.cut(0.5, 32)
     assert cut == replace(layer, k=SideSpec((Band(16, 16),)), v=SideSpec((Band(8, 8),)))
     assert cut.bytes_per_token == 2 * (32 + 8 + 2)
 
@@ -88,3 +88,20 @@ def test_a_checkpoint_without_codecs_has_nothing_to_cut() -> None:
     assert cut_spec(plain, 1.0) == plain
     with pytest.raises(ValueError, match="no layer of the checkpoint has a codec"):
         cut_spec(plain, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("bits", "expected"),
+    [(32, [(8, 16), (4, 32), (2, 8)]), (4, [(4, 48), (2, 8)]), (2, [(2, 56)])],
+)
+def test_narrower_codes_join_their_neighbours(bits: int, expected: list[tuple[int, int]]) -> None:
+    side = SideSpec((Band(8, 16), Band(4, 32), Band(2, 8)), outliers=1)
+    assert side.cut(1.0, bits) == SideSpec(tuple(Band(*band) for band in expected), outliers=1)
+    assert side.cut(0.25, bits).rank == 16
+
+
+def test_bits_must_be_a_code_width() -> None:
+    spec = CodecSpec((LayerSpec(2, 64, SideSpec((Band(16, 64),)), SideSpec((Band(8, 64),))),))
+    assert cut_spec(spec, bits=8).layers[0].k.bands == (Band(8, 64),)  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="found KV bits 3; expected 32, 16, 8, 4 or 2"):
+        cut_spec(spec, bits=3)

@@ -25,9 +25,7 @@ LONG = 8000
 """Tokens of candidates fed at a time: of long prompts there are fewer, and fewer are needed for few answers."""
 
 
-def greedy(
-    model_dir: Path, lengths: Sequence[int], tokens: int = 64, seed: int = 0, kv_rank: float = 1.0
-) -> tuple[list, list]:
+def greedy(model_dir: Path, lengths: Sequence[int], tokens: int = 64, seed: int = 0, **less: Any) -> tuple[list, list]:
     """Prompts of the given lengths and what the transformers path generates after each.
 
     Of up to `CANDIDATES` random prompts of each length, the one with the largest smallest margin.
@@ -40,7 +38,7 @@ def greedy(
         generator = torch.Generator().manual_seed(1000 * seed + length)
         count = min(CANDIDATES, max(4, LONG // length))
         candidates = torch.randint(2, tiny.VOCABULARY, (count, length), generator=generator)
-        cache = CompressedCache.from_pretrained(model_dir, kv_rank) if compressed else DynamicCache()
+        cache = CompressedCache.from_pretrained(model_dir, **less) if compressed else DynamicCache()
         output, margin = generate(model, cache, candidates, tokens)
         best = int(margin.argmax())
         assert margin[best] >= MARGIN, f"no clear prompt of {length} tokens: margin {margin[best]:.4f}; change the seed"

@@ -16,7 +16,7 @@ import pytest
 
 from kvcompress.serving.loading import load_codec
 from tests.e2e.support_matrix import bench, pressed, table
-from tests.e2e.support_matrix.case import BLOCK, FEW, LENGTHS, SHORT, SMALLER, Case
+from tests.e2e.support_matrix.case import BLOCK, ELASTIC, FEW, LENGTHS, SHORT, Case
 from tests.e2e.support_matrix.collect import PROPERTY
 from tests.e2e.support_matrix.features import CELLS, FEATURES, REFUSED
 from tests.e2e.support_matrix.methods import METHODS
@@ -143,11 +143,20 @@ def test_sliding_window(case: Case) -> None:
 
 def test_elastic_rank(case: Case) -> None:
     """the stored latents cut to half their channels: fewer bytes, the transformers path's tokens at that rank."""
-    served, expected = case.smaller
+    _check_smaller(case, "elastic_rank")
+
+
+def test_elastic_bits(case: Case) -> None:
+    """no channel in more than 4 bits: fewer bytes, the transformers path's tokens with such codes."""
+    _check_smaller(case, "elastic_bits")
+
+
+def _check_smaller(case: Case, feature: str) -> None:
+    served, expected = case.smaller(feature)
     assert served["tokens"] == [expected] * 2
     whole, cut = (
-        sum(codec.spec.bytes_per_token for codec in load_codec(case.model, kv_rank=rank) if codec is not None)
-        for rank in (1.0, SMALLER)
+        sum(codec.spec.bytes_per_token for codec in load_codec(case.model, **less) if codec is not None)
+        for less in ({}, ELASTIC[feature])
     )
     assert f"KV cache {cut} bytes per token" in served["log"]
     assert cut < whole

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kvcompress.codec.nested import WIDEST
 from kvcompress_eval.engines.base import Generation, Scores, contains_all
 from kvcompress_eval.models import is_compressed, read_config
 from kvcompress_eval.tokenizer import TextTokenizer
@@ -30,6 +31,7 @@ class TransformersEngine:
         device: torch device, or auto.
         cache: a cache of `baseline_caches` for a plain model, to compare with.
         kv_rank: share of a compressed model's stored channels to use.
+        kv_bits: the most bits in which it stores a channel.
     """
 
     name = "transformers"
@@ -45,6 +47,7 @@ class TransformersEngine:
         device: str = "auto",
         cache: str | None = None,
         kv_rank: float = 1.0,
+        kv_bits: int = WIDEST,
     ) -> None:
         import torch
         from transformers import AutoModelForCausalLM
@@ -57,7 +60,7 @@ class TransformersEngine:
         if dtype == "auto" and device == "cpu":
             dtype = "float32"
         self._tokenizer = tokenizer
-        self._new_empty_cache = cache_factory(model, cache, kv_rank)
+        self._new_empty_cache = cache_factory(model, cache, kv_rank, kv_bits)
         self._model: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, trust_remote_code=False)
         self._model.to(device).eval()
         ends = self._model.generation_config.eos_token_id
@@ -152,7 +155,9 @@ def _scoring_steps(cache: Any, tokens: int) -> list[int]:
     return [min(PREFILL_CHUNK, tokens - start) for start in range(0, tokens, PREFILL_CHUNK)]
 
 
-def cache_factory(model: Path, baseline: str | None = None, kv_rank: float = 1.0) -> Callable[[], Any]:
+def cache_factory(
+    model: Path, baseline: str | None = None, kv_rank: float = 1.0, kv_bits: int = WIDEST
+) -> Callable[[], Any]:
     """A function that makes an empty cache for one sequence.
 
     Raises:
@@ -171,5 +176,5 @@ def cache_factory(model: Path, baseline: str | None = None, kv_rank: float = 1.0
     from kvcompress.serving.loading import load_codec
     from kvcompress.serving.transformers import CompressedCache
 
-    codecs = load_codec(model, kv_rank=kv_rank)
+    codecs = load_codec(model, kv_rank=kv_rank, kv_bits=kv_bits)
     return lambda: CompressedCache(codecs)

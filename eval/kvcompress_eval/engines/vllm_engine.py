@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from kvcompress.codec.nested import WIDEST
 from kvcompress.codec.shared_spec import GroupSpec
 from kvcompress_eval.engines.base import Generation, Scores, contains_all
 from kvcompress_eval.models import codec_spec, end_tokens, is_compressed, read_config
@@ -32,6 +33,7 @@ class VllmEngine:
         max_context: longest prompt plus continuation in tokens.
         dtype: torch dtype name, or auto.
         kv_rank: share of a compressed model's stored channels to use.
+        kv_bits: the most bits in which it stores a channel.
         options: further arguments of `vllm.LLM`.
     """
 
@@ -47,9 +49,11 @@ class VllmEngine:
         max_context: int,
         dtype: str = "auto",
         kv_rank: float = 1.0,
+        kv_bits: int = WIDEST,
         **options: Any,
     ) -> None:
-        os.environ["KVCOMPRESS_KV_RANK"] = f"{kv_rank:g}"  # the plug-in's only way to learn of it
+        # The plug-in's only way to learn of them.
+        os.environ |= {"KVCOMPRESS_KV_RANK": f"{kv_rank:g}", "KVCOMPRESS_KV_BITS": str(kv_bits)}
         for key, value in ENVIRONMENT.items():
             os.environ.setdefault(key, value)
         try:

@@ -14,6 +14,7 @@ from kvcompress.checkpoint.source import resolve
 from kvcompress.codec.forms import CacheCodec, GroupCodec
 from kvcompress.codec.gear import BlockCodec
 from kvcompress.codec.layer import LayerCodec
+from kvcompress.codec.nested import WIDEST
 from kvcompress.codec.prompt import PromptCodec
 from kvcompress.codec.shared import SharedCodec
 from kvcompress.codec.shared_spec import check_groups
@@ -64,16 +65,17 @@ class CompressedCache(Cache):  # type: ignore[misc]
         super().__init__(layers=_layers(codecs))
 
     @classmethod
-    def from_pretrained(cls, model: str | Path, kv_rank: float = 1.0) -> CompressedCache:
+    def from_pretrained(cls, model: str | Path, kv_rank: float = 1.0, kv_bits: int = WIDEST) -> CompressedCache:
         """An empty cache for a compressed checkpoint (a folder or a hub id).
 
         Args:
             kv_rank: share of the stored channels to keep; less memory, more loss.
+            kv_bits: the most bits in which a channel is stored; likewise.
 
         Raises:
             ValueError: not a compressed checkpoint, a damaged one, or one that cannot be cut.
         """
-        return cls(load_codec(resolve(str(model)), kv_rank=kv_rank))
+        return cls(load_codec(resolve(str(model)), kv_rank=kv_rank, kv_bits=kv_bits))
 
     @property
     def nbytes(self) -> int:

@@ -17,7 +17,7 @@ from kvcompress.codec.nested import cut_spec
 from kvcompress.codec.shared_spec import SharedSpec
 from kvcompress.codec.spec import CacheSpec, LayerSpec
 from kvcompress.modeling.low_rank import ranks_of
-from kvcompress.serving.loading import kv_rank, read_spec
+from kvcompress.serving.loading import kv_bits, kv_rank, read_spec
 from kvcompress.serving.vllm import compat, gear_backend, limits, shared_backend
 from kvcompress.serving.vllm.backend import CompressedAttentionBackend, CompressedAttentionImpl
 from kvcompress.serving.vllm.cache_spec import cache_spec
@@ -34,7 +34,7 @@ class KVCompressConfig(compat.QuantizationConfig):  # type: ignore[misc]
     def __init__(self, section: dict[str, Any]) -> None:
         super().__init__()
         self.stored_spec = read_spec({"quantization_config": section})
-        self.codec_spec = cut_spec(self.stored_spec, kv_rank())
+        self.codec_spec = cut_spec(self.stored_spec, kv_rank(), kv_bits())
         self.ranks = ranks_of({"quantization_config": section})
         self._startup: Startup | None = None
 

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from kvcompress.serving.loading import KV_RANK
+from kvcompress.serving.loading import KV_BITS, KV_RANK
 from tests import tiny
 from tests.e2e import http_server, reference, vllm_engine
 from tests.e2e.support_matrix import bench, pressed
@@ -20,7 +20,8 @@ FEW, SHORT = 2, 12
 
 BLOCK = vllm_engine.ENGINE["block_size"]
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
-SMALLER = 0.5
+ELASTIC: dict[str, dict[str, Any]] = {"elastic_rank": {"kv_rank": 0.5}, "elastic_bits": {"kv_bits": 4}}
+"""How much less than the checkpoint holds, by feature."""
 
 
 class Case:
@@ -105,12 +106,10 @@ class Case:
         tiny.save_tokenizer(base)
         return self.method.compress(base, self.folder / "windowed")
 
-    @cached_property
-    def smaller(self) -> tuple[dict[str, Any], list[list[int]]]:
-        """The model at a smaller rank, served, and the transformers path's tokens."""
-        prompts, expected = reference.greedy(self.model, LENGTHS[-FEW:], SHORT, kv_rank=SMALLER)
-        env = {KV_RANK: str(SMALLER)}
-        return vllm_engine.run(self.model, prompts, prompts, max_tokens=SHORT, env=env), expected
+    def smaller(self, feature: str) -> tuple[dict[str, Any], list[list[int]]]:
+        """The model with less of its codec, served, and the transformers path's tokens."""
+        prompts, expected = reference.greedy(self.model, LENGTHS[-FEW:], SHORT, **ELASTIC[feature])
+        return vllm_engine.run(self.model, prompts, prompts, max_tokens=SHORT, env=_environment(feature)), expected
 
     def refusal(self, feature: str) -> str:
         """What is printed when a feature is asked for."""
@@ -121,10 +120,17 @@ class Case:
             except ValueError as error:  # `compress` itself refuses
                 return str(error)
         asked |= {"tensor_parallel": {"tensor_parallel_size": 2}, "sleep": {"enable_sleep_mode": True}}.get(feature, {})
-        env = {KV_RANK: str(SMALLER)} if feature == "elastic_rank" else {}
-        attempt = vllm_engine.in_child(vllm_engine.attempts, env, engines=[vllm_engine.ENGINE | asked])
+        attempt = vllm_engine.in_child(
+            vllm_engine.attempts, _environment(feature), engines=[vllm_engine.ENGINE | asked]
+        )
         (message,) = attempt["errors"]
         assert message != "started"
         # With several ranks the workers say why, and the front end only that they stopped.
         text: str = message + "\n" + attempt["log"]
         return text
+
+
+def _environment(feature: str) -> dict[str, str]:
+    """What tells the server of the smaller codec."""
+    names = {"kv_rank": KV_RANK, "kv_bits": KV_BITS}
+    return {names[name]: str(value) for name, value in ELASTIC.get(feature, {}).items()}

@@ -18,6 +18,7 @@ FEATURES = {
     "tensor_parallel": "tensor parallel, two ranks",
     "sliding_window": "sliding-window layers beside compressed ones",
     "elastic_rank": "a smaller rank at start (`--kv-rank`)",
+    "elastic_bits": "fewer bits at start (`--kv-bits`)",
     "sleep": "sleep and wake",
 }
 

@@ -18,8 +18,8 @@ GEAR = "{method: gear, bits: 4, block: 32, group: 32}"
 WINDOW = {"sliding_window": 40, "layer_types": ["full_attention"] * (tiny.NUM_LAYERS - 1) + ["sliding_attention"]}
 """Settings of a model one of whose layers attends a window only."""
 
-NO_SMALLER_RANK = "which cannot be served at a smaller rank"
-NO_CODEC = "no layer of the checkpoint has a codec"
+WHOLE = {"elastic_rank": "which cannot be served at KV rank", "elastic_bits": "which cannot be served at KV bits"}
+NO_CODEC = dict.fromkeys(WHOLE, "no layer of the checkpoint has a codec")
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,11 @@ class Method:
 
 def _gear(*stages: str) -> Method:
     # Its rings take blocks of the same pool.
-    reasons = {"sliding_window": "vLLM's CPU backend cannot hold such caches", "elastic_rank": NO_SMALLER_RANK}
-    return Method(stages, reasons, pool=34)
+    return Method(stages, {"sliding_window": "vLLM's CPU backend cannot hold such caches", **WHOLE}, pool=34)
 
 
 def _shared(*stages: str) -> Method:
-    reasons = {"tensor_parallel": "not divided over ranks", "elastic_rank": NO_SMALLER_RANK}
-    return Method(stages, reasons)
+    return Method(stages, {"tensor_parallel": "not divided over ranks", **WHOLE})
 
 
 METHODS = {
@@ -57,8 +55,8 @@ METHODS = {
     "matryoshka+gear": _gear(f"{{method: matryoshka, rank: 0.5, {TRAINING}}}", GEAR),
     "transmla": Method(
         ("{method: transmla, rope_dim: 32, kv_lora_rank: 48, freqfold: 1}",),
-        {"sliding_window": "attend a sliding window", "elastic_rank": NO_CODEC},
+        {"sliding_window": "attend a sliding window", **NO_CODEC},
     ),
-    "fwsvd": Method((FACTORED,), {"elastic_rank": NO_CODEC}),
-    "fwsvd+pca+scalar": Method((FACTORED, PCA, "{method: scalar, bits: {k: 4, v: 4}}")),
+    "fwsvd": Method((FACTORED,), NO_CODEC),
+    "fwsvd+pca+scalar": Method((FACTORED, PCA, "{method: scalar, bits: {k: 8, v: 8}}")),
 }
