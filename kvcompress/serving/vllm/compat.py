@@ -15,12 +15,8 @@ import torch
 from torch import Tensor
 from vllm.version import __version__ as vllm_version
 
-SUPPORTED_VLLM = ((0, 32), (0, 33))
+SUPPORTED_VLLM = ((0, 31), (0, 33))
 """First supported and first unsupported (major, minor)."""
-
-BACKEND_NAME = "KVCOMPRESS"
-SHARED_BACKEND_NAME = "KVCOMPRESS_SHARED"
-LATENT_BACKEND_NAME = "KVCOMPRESS_LATENT"
 
 
 def check_version(found: str) -> None:
@@ -156,13 +152,22 @@ __all__ = [
     "worker_names",
 ]
 
+_OWN_NAMES = hasattr(AttentionBackendEnum, "register")
+"""From 0.32 on a plug-in's backends have names; before, all of everybody's have one."""
+
+BACKEND_NAME, SHARED_BACKEND_NAME, LATENT_BACKEND_NAME = (
+    ("KVCOMPRESS", "KVCOMPRESS_SHARED", "KVCOMPRESS_LATENT") if _OWN_NAMES else ("CUSTOM",) * 3
+)
+
 logger = init_logger("vllm.kvcompress")
 """A child of vLLM's own logger: an operator sees our lines among the engine's."""
 
 
 def register_backend(name: str, class_path: str) -> None:
     """Add an attention backend under its own name; vLLM itself refuses the second registration of one name."""
-    if name not in AttentionBackendEnum.__members__:
+    if not _OWN_NAMES:
+        _register_backend(AttentionBackendEnum[name], class_path)
+    elif name not in AttentionBackendEnum.__members__:
         _register_backend(name, class_path)
 
 
