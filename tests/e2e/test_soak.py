@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from tests import tiny
-from tests.e2e import http_server, reference, vllm_engine
+from tests.e2e import forks, http_server, reference
 from tests.e2e.support_matrix.methods import METHODS
 
 httpx = pytest.importorskip("httpx")
@@ -46,7 +46,7 @@ def test_no_crash_no_leaked_block_and_the_same_answers_throughout(
     options += ["--block-size", str(BLOCK), "--num-gpu-blocks-override", str(POOL[method])]
     options += ["--max-num-seqs", str(CLIENTS), "--max-num-batched-tokens", "128"]
     options += ["--kv-cache-memory-bytes", str(64 * 2**20)]
-    env = vllm_engine.ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_NO_USAGE_STATS": "1"}
+    env = forks.ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_NO_USAGE_STATS": "1"}
     log = tmp_path / "log"
     with http_server.command(model, log, *options, env=env) as url:
         load = Load(url)
