@@ -76,6 +76,7 @@ class Engine:
             lengths.append(len(grown[0]))
             start += count
         metadata = SimpleNamespace(
+            num_actual_tokens=total,
             block_table=self.tables[self.running],
             query_starts=torch.tensor([0, *new_tokens.values()]).cumsum(0),
             seq_lens=torch.tensor(lengths),
