@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup test lint types unit e2e soak matrix previous demo bench clean
+.PHONY: help setup test lint types unit e2e slow soak matrix previous demo bench clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -19,6 +19,7 @@ help:
 	@echo "make setup   make the environment ($(VENV))"
 	@echo "make demo    compress, verify, evaluate and serve the reference model; writes demo/report.html"
 	@echo "make test    lint, types, unit tests and end-to-end tests"
+	@echo "make slow    end-to-end tests of minutes"
 	@echo "make soak    500 requests against a server whose cache is too small for them"
 	@echo "make matrix  test every method with every feature of vLLM; writes docs/support-matrix.md"
 	@echo "make previous  the end-to-end tests with the oldest vLLM that is supported, in an environment of its own"
@@ -56,7 +57,11 @@ unit: setup
 
 e2e: setup
 	@echo "== end-to-end tests (these start vLLM)"
-	@$(PYTEST) -m e2e
+	@$(PYTEST) -m "e2e and not slow"
+
+slow: setup
+	@echo "== end-to-end tests that are not in make test: long prompts, every method with every feature, 160 requests"
+	@$(PYTEST) -m slow
 
 soak: setup
 	@echo "== 500 requests, two servers"

@@ -22,7 +22,7 @@ from tests.e2e.support_matrix.methods import METHODS
 
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("vllm")
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 REQUESTS = int(os.environ.get("KVCOMPRESS_SOAK_REQUESTS", "80"))
 LIMIT_SECONDS = 300

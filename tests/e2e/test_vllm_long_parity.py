@@ -19,7 +19,7 @@ from tests.e2e.engine_steps import Steps
 from tests.e2e.support_matrix.methods import GEAR, TRAINING, Method
 
 pytest.importorskip("vllm")
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 LENGTHS = [1, 2, 15, 31, 32, 33, 63, 70, 97, 128, 200, 311, 450, 700, 1023, 1500]
 TOKENS = 16

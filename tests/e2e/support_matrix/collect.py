@@ -21,9 +21,12 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(Collector(Path(target)))
 
 
+@pytest.hookimpl(tryfirst=True)  # before markers are selected by
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of one method next to each other: they share engines, and a worker gets a run of neighbours."""
     places = [place for place, item in enumerate(items) if _is_cell(item)]
+    for place in places:
+        items[place].add_marker("slow")
     ordered = sorted((items[place] for place in places), key=lambda item: item.callspec.params["case"])  # type: ignore[attr-defined]
     for place, item in zip(places, ordered, strict=True):
         items[place] = item
