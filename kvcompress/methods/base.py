@@ -189,8 +189,8 @@ class TransformMethod(Method[C]):
     def outline(self, config: C, before: Outline) -> Outline:
         """Config and tensors after the stage, from those before it.
 
-        The bytes of all tensors together are exact, whatever the data; where single shapes depend on the data, these
-        are nominal ones and `final_config` has the true ones.
+        The bytes of all tensors together are exact, or where only data can tell, the most it will be. Where single
+        shapes depend on the data, these are nominal ones and `final_config` has the true ones.
 
         Raises:
             ValueError: the stage does not fit this model.

@@ -94,7 +94,7 @@ class TransMla(TransformMethod[TransMlaConfig]):
     config = TransMlaConfig
 
     def outline(self, config: TransMlaConfig, before: Outline) -> Outline:
-        """As for every stage; where `rope_dim` is auto, v_up's size is that of the first candidate."""
+        """As for every stage; where `rope_dim` is auto, v_up's size is that of the first candidate, the largest."""
         geometry = ModelGeometry.from_config(before.config)
         _refuse(before, geometry)
         choice = candidates(config, geometry)[0]

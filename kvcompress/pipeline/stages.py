@@ -69,7 +69,7 @@ def run(recipe: Recipe, checkpoint: Checkpoint, context_of: Callable[[Checkpoint
             context.work.commit(context.unit, {})
         planned = method.outline(stage, outline_of(checkpoint)).weights_bytes
         checkpoint = Checkpoint.open(out)
-        assert checkpoint.weights_bytes == planned, f"{stage.method} wrote {checkpoint.weights_bytes} bytes"
+        assert checkpoint.weights_bytes <= planned, f"{stage.method} wrote {checkpoint.weights_bytes} bytes"
     return checkpoint
 
 

@@ -17,7 +17,8 @@ from kvcompress import recipe as recipes
 from kvcompress.checkpoint.manifest import Manifest
 from kvcompress.checkpoint.reader import Checkpoint
 from kvcompress.checkpoint.verify import verify
-from kvcompress.methods import registry, rorope, transmla
+from kvcompress.geometry import ModelGeometry
+from kvcompress.methods import registry, rorope, transmla, transmla_layers
 from kvcompress.pipeline import compress as compressing
 from kvcompress.pipeline import plan as planning
 from kvcompress.pipeline.decompress import decompress
@@ -66,6 +67,21 @@ def converted(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     out = tmp_path_factory.mktemp("transmla") / "out"
     compress(base_model, out, AUTO)
     return out
+
+
+def test_any_candidate_may_be_the_best(base_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They keep equally many channels per token; weights are as large as planned, or smaller."""
+    geometry = ModelGeometry.from_config(Checkpoint.open(base_model).config)
+    stage = transmla.TransMlaConfig.model_validate({"method": "transmla", "target_ratio": 1.6})
+    choices = transmla.candidates(stage, geometry)
+    assert len({choice.rope_dim for choice in choices}) > 1
+    assert len({choice.rope_dim + choice.rank for choice in choices}) == 1
+    monkeypatch.setattr(transmla_layers, "choose", lambda *_: choices[-1])
+    plan = compress(base_model, tmp_path / "out", AUTO)
+    made = Checkpoint.open(tmp_path / "out")
+    assert made.config["kv_lora_rank"] == choices[-1].rank
+    assert made.weights_bytes < plan.compressed_weights_bytes
+    assert logits(tmp_path / "out").isfinite().all()
 
 
 @pytest.mark.parametrize("architecture", ["Llama", "Qwen2", "Mistral", "Llama with biases"])
