@@ -39,8 +39,8 @@ def main() -> None:
 
 def with_tables(text: str) -> str:
     """README.md with every table made anew."""
-    marked = re.compile(r"(<!-- (\w+):begin -->\n).*?(\n<!-- \2:end -->)", re.DOTALL)
-    return marked.sub(lambda found: found[1] + section(found[2], TABLES[found[2]]) + found[3], text)
+    marked = re.compile(r"(<!-- (\w+):begin -->)\n.*?(<!-- \2:end -->)", re.DOTALL)
+    return marked.sub(lambda found: f"{found[1]}\n{section(found[2], TABLES[found[2]])}\n{found[3]}", text)
 
 
 def section(kind: str, table: Callable[[dict[str, Any]], str]) -> str:
@@ -77,7 +77,7 @@ def methods(results: dict[str, Any]) -> str:
 
 
 def _cells(row: dict[str, Any] | None) -> str:
-    return "- | - | -" if row is None else f"{row['score']:.1f} | {row['perplexity']:.2f} | {row['kl']:.3f}"
+    return "- | - | -" if row is None else f"{row['score']:.1f} | {row['perplexity']:.2f} | {row['kl']:.4f}"
 
 
 def weights(results: dict[str, Any]) -> str:
