@@ -109,6 +109,6 @@ def _without_plug_in(manifest: Manifest) -> list[str]:
 def _quantized(base: Mapping[str, Any]) -> list[str]:
     return [
         f"The weights are the base model's, quantized by {method_of(base)}. In transformers, call",
-        "`kvcompress.serving.transformers.register()` before `from_pretrained`: without it the weights lack their scales.",
+        "`kvcompress.serving.transformers.register()` before `from_pretrained`: without it weights lack their scales.",
         "`kvcompress decompress` writes the base model as it was.",
     ]

@@ -16,7 +16,7 @@ from torch import nn
 from kvcompress.checkpoint import quantized
 from kvcompress.checkpoint.safetensors_file import read_header, torch_dtype
 
-_UNUSED = [r"\.(input|output|[qkv])_(scale|zero_point)$"]
+_UNUSED = {r"\.(input|output|[qkv])_(scale|zero_point)$"}
 """Tensors beside the weights that a model without quantized activations has no use for."""
 
 
@@ -43,7 +43,7 @@ def expect(model: Any, files: Iterable[str], section: Mapping[str, Any]) -> None
         linear.weight = _empty(tensors[name].shape, stored)
         # Scales keep their precision whatever the model's dtype.
         linear.register_parameter(scale.rpartition(".")[2], _empty(tensors[scale].shape, torch.float32))
-    model._keys_to_ignore_on_load_unexpected = [*(model._keys_to_ignore_on_load_unexpected or []), *_UNUSED]
+    model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *_UNUSED}
 
 
 def dequantize(model: nn.Module, dtype: torch.dtype, section: Mapping[str, Any]) -> None:
