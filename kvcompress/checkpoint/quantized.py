@@ -39,11 +39,17 @@ Block = tuple[int, int]
 
 
 def base_section(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The base model's own quantization_config, from its config.json or that of a compressed checkpoint of it."""
+    """The base model's own quantization_config, from its config.json or that of a compressed checkpoint of it.
+
+    Raises:
+        ValueError: it is no JSON object.
+    """
     section = config.get("quantization_config") or {}
+    if not isinstance(section, Mapping):
+        raise ValueError("config.json has a quantization_config that is not an object; was it edited?")
     if section.get("quant_method") == QUANT_METHOD:
         section = section.get(BASE)
-    return section or None
+    return dict(section) if section else None
 
 
 def method_of(section: Mapping[str, Any]) -> str:
@@ -211,7 +217,8 @@ def _refusal(found: str) -> ValueError:
 
 
 def _groups(section: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return list((section.get("config_groups") or {}).values())
+    groups = section.get("config_groups")
+    return [group for group in groups.values() if isinstance(group, Mapping)] if isinstance(groups, Mapping) else []
 
 
 def _blocks(section: Mapping[str, Any]) -> list[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,24 +25,13 @@ LONG = 8000
 """Tokens of candidates fed at a time: of long prompts there are fewer, and fewer are needed for few answers."""
 
 
-def greedy(
-    model_dir: Path,
-    lengths: Sequence[int],
-    tokens: int = 64,
-    seed: int = 0,
-    alter: Callable[[torch.nn.Module], None] = lambda _: None,
-    **less: Any,
-) -> tuple[list, list]:
+def greedy(model_dir: Path, lengths: Sequence[int], tokens: int = 64, seed: int = 0, **less: Any) -> tuple[list, list]:
     """Prompts of the given lengths and what the transformers path generates after each.
 
     Of up to `CANDIDATES` random prompts of each length, the one with the largest smallest margin.
-
-    Args:
-        alter: changes the model before it runs.
     """
     model = tiny.load_model(model_dir)
     limit_windows(model)
-    alter(model)
     compressed = hasattr(model.config, "quantization_config")
     prompts, generated = [], []
     for length in lengths:

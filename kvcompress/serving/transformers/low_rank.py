@@ -39,19 +39,17 @@ class KVCompressQuantizer(HfQuantizer):  # type: ignore[misc]
     quantizes; a cache codec needs nothing here.
     """
 
-    def _process_model_before_weight_loading(
-        self, model: Any, dtype: Any = None, checkpoint_files: Any = None, **options: Any
-    ) -> Any:
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **options: Any) -> Any:
         config = {"quantization_config": self.quantization_config.to_dict()}
         replace_linears(model, ranks_of(config))
-        self._base, self._dtype = base_section(config), dtype
+        self._base = base_section(config)
         if self._base is not None:
-            base_weights.expect(model, checkpoint_files or [], self._base)
+            self._dtypes = base_weights.expect(model, checkpoint_files or [], self._base)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **options: Any) -> Any:
         if self._base is not None:
-            base_weights.dequantize(model, self._dtype, self._base)
+            base_weights.dequantize(model, self._dtypes, self._base)
             # Should the model be saved, its weights are ordinary ones.
             del self.quantization_config.base
         # Factors are ordinary floating-point parameters: casts and moves of the model stay allowed.
