@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from kvcompress.methods import registry
 from kvcompress.pipeline import compress as compressing
 from kvcompress.serving.transformers import CompressedCache, prepare
 from tests import quantize, tiny
-from tests.e2e import vllm_engine
+from tests.e2e import reference, vllm_engine
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.e2e
@@ -36,8 +37,8 @@ CLEAR = 0.5
 """Lead of the best logit over the second, in standard deviations, that no such difference turns around."""
 
 
-def quantized(folder: Path, architecture: str = "Llama") -> Path:
-    base = tiny.save_model(folder / "base", architecture, vocab_size=300)
+def quantized(folder: Path, architecture: str = "Llama", **config: Any) -> Path:
+    base = tiny.save_model(folder / "base", architecture, vocab_size=300, **config)
     tiny.save_tokenizer(base)
     return quantize.save(base, folder / "quantized", quantize.int8, quantize.int8_config(quantize.PER_TOKEN))
 
@@ -52,6 +53,7 @@ def compressed(base: Path, out: Path, stages: str) -> Path:
 def transformers_logits(model: Path, answers: list[list[int]], cache: Callable[[], Cache]) -> list[Tensor]:
     """Logits `[tokens, vocabulary]` after each prompt and the answers' tokens before, activations in 8 bits as well."""
     loaded = tiny.load_model(model)
+    reference.limit_windows(loaded)
     quantize.round_activations(loaded)
     found = []
     for prompt, answer in zip(PROMPTS, answers, strict=True):
@@ -90,6 +92,16 @@ def test_same_answers_as_transformers(architecture: str, stages: str, tmp_path: 
     expected = transformers_logits(model, result["tokens"][0], lambda: CompressedCache.from_pretrained(model))
     assert_agree(result["logits"][0], result["tokens"][0], expected)
     assert "start-up canary passed" in result["log"]
+
+
+def test_layers_without_a_codec_are_the_base_s_too(tmp_path: Path) -> None:
+    kinds = ["full_attention", "sliding_attention"] * (tiny.NUM_LAYERS // 2)
+    base = quantized(tmp_path, sliding_window=40, layer_types=kinds)
+    model = compressed(base, tmp_path / "out", "  - method: pca\n  - method: scalar\n    bits: 8\n")
+    result = vllm_engine.run(model, PROMPTS, max_tokens=TOKENS, logits=True)
+    expected = transformers_logits(model, result["tokens"][0], lambda: CompressedCache.from_pretrained(model))
+    assert_agree(result["logits"][0], result["tokens"][0], expected)
+    assert "sliding window of 40" in result["log"]
 
 
 def test_stock_vllm_and_a_lossless_codec_answer_alike(tmp_path: Path) -> None:
