@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from kvcompress import modeling
 from kvcompress.calibration.corpus import Calibration
+from kvcompress.checkpoint.quantized import read_weight
 from kvcompress.checkpoint.reader import Checkpoint
 from kvcompress.checkpoint.rows import read_rows
 from kvcompress.modeling.low_rank import LowRankLinear, ranks_of, replace_linears
@@ -63,6 +64,7 @@ class LayerRunner:
         """Decoder layer `index` with its weights as stored; they are released on leaving.
 
         Computing in float32 must not take a float32 copy of the layer: linear layers cast a few rows at a time.
+        Quantized weights are dequantized here; how the base model quantizes activations is left out.
 
         Raises:
             ValueError: the checkpoint lacks one of its tensors.
@@ -71,7 +73,7 @@ class LayerRunner:
         prefix = f"model.layers.{index}."
         state = {}
         for name, parameter in layer.state_dict().items():
-            tensor = self.checkpoint.read(prefix + name)
+            tensor = read_weight(self.checkpoint, prefix + name, self.dtype)
             if tensor.shape != parameter.shape:
                 raise ValueError(
                     f"{prefix}{name} has shape {tuple(tensor.shape)}; config.json asks for {tuple(parameter.shape)}"

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from kvcompress.checkpoint.manifest import Manifest
+from kvcompress.checkpoint.quantized import method_of
 from kvcompress.recipe import Recipe
 
 
-def model_card(manifest: Manifest, recipe: Recipe) -> str:
-    """Markdown: what was done, what it saves, how to serve it. Quality is added by whoever measures it."""
+def model_card(manifest: Manifest, recipe: Recipe, base: Mapping[str, Any] | None = None) -> str:
+    """Markdown: what was done, what it saves, how to serve it. Quality is added by whoever measures it.
+
+    Args:
+        base: the base model's own quantization_config, if it has one.
+    """
     size, weights = manifest.bytes_per_token, manifest.weights_bytes
     calibration = manifest.calibration
     errors = [layer["relative_error"] for layer in manifest.layers if "relative_error" in layer]
@@ -39,7 +47,7 @@ def model_card(manifest: Manifest, recipe: Recipe) -> str:
         "kvcompress verify THIS_FOLDER",
         "```",
         "",
-        *_without_plug_in(manifest),
+        *(_without_plug_in(manifest) if base is None else _quantized(base)),
         "",
         "## Recipe",
         "",
@@ -96,3 +104,11 @@ def _without_plug_in(manifest: Manifest) -> list[str]:
             "`kvcompress decompress` writes a plain checkpoint, as large as the base model.",
         ]
     return ["Without the plug-in the checkpoint loads as the base model, with an uncompressed cache."]
+
+
+def _quantized(base: Mapping[str, Any]) -> list[str]:
+    return [
+        f"The weights are the base model's, quantized by {method_of(base)}. In transformers, call",
+        "`kvcompress.serving.transformers.register()` before `from_pretrained`: without it weights lack their scales.",
+        "`kvcompress decompress` writes the base model as it was.",
+    ]

@@ -22,7 +22,8 @@ from kvcompress.checkpoint.manifest import (
     is_published,
     package_versions,
 )
-from kvcompress.checkpoint.reader import CONFIG_FILE, CONFIG_VERSION, QUANT_METHOD, Checkpoint
+from kvcompress.checkpoint.quantized import BASE, base_section
+from kvcompress.checkpoint.reader import CONFIG_FILE, CONFIG_VERSION, QUANT_METHOD, Checkpoint, is_compressed
 from kvcompress.checkpoint.verify import CODEC_FILE, STATEMENT_FILE
 from kvcompress.checkpoint.workdir import WorkDir, check_output, remove_published_leftover
 from kvcompress.codec.spec import CodecSpec
@@ -125,7 +126,9 @@ def compress(model: str, recipe: Recipe, out: str | Path, options: Options, prog
             stages=[{"kind": stage.kind, **stage.model_dump(mode="json")} for stage in recipe.stages],
             layers=layers,
         )
-        digests |= writer.write_file(work, writer.CARD_FILE, model_card(manifest, recipe).encode())
+        digests |= writer.write_file(
+            work, writer.CARD_FILE, model_card(manifest, recipe, base_section(config)).encode()
+        )
         manifest.files, manifest.headers, manifest.tensors = digests.files, digests.headers, digests.tensors
         writer.write_file(work, MANIFEST_FILE, manifest.to_bytes())
         work.publish()
@@ -133,9 +136,14 @@ def compress(model: str, recipe: Recipe, out: str | Path, options: Options, prog
 
 
 def _config_section(final: Checkpoint, spec: CodecSpec) -> dict[str, Any]:
-    """What the stages that changed the weights said of them stays; the codec is added."""
+    """What the stages that changed the weights said of them stays, or how the base model quantizes its own; the codec
+    is added.
+    """
     section = {"quant_method": QUANT_METHOD, "version": CONFIG_VERSION, "codec": spec.to_json()}
-    return {**(final.config.get("quantization_config") or {}), **section}
+    before = final.config.get("quantization_config") or {}
+    if before and not is_compressed(final.config):
+        return {**section, BASE: before}
+    return {**before, **section}
 
 
 def _bytes_per_token(plan: Plan, spec: CodecSpec) -> BytesPerToken:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from kvcompress.checkpoint import json_file, writer
 from kvcompress.checkpoint.atomic import check_free_space
 from kvcompress.checkpoint.manifest import Manifest
+from kvcompress.checkpoint.quantized import base_section
 from kvcompress.checkpoint.reader import CONFIG_FILE, Checkpoint, is_compressed
 from kvcompress.checkpoint.safetensors_file import TensorInfo, TensorSpec
 from kvcompress.checkpoint.verify import require_verified, verify
@@ -26,8 +27,9 @@ if TYPE_CHECKING:
 def decompress(directory: str | Path, out: str | Path, progress: Progress) -> None:
     """Write the plain checkpoint of a compressed one.
 
-    A cache codec leaves weights untouched: without other stages every shard is the base model's, byte for byte. Stages
-    that changed the checkpoint itself are undone as far as the compressed weights tell.
+    A cache codec leaves weights untouched: without other stages every shard is the base model's, byte for byte, and
+    weights that the base model quantizes stay quantized. Stages that changed the checkpoint itself are undone as far as
+    the compressed weights tell.
 
     Raises:
         ValueError: not a compressed checkpoint, a damaged one, or `out` cannot be written.
@@ -49,6 +51,8 @@ def decompress(directory: str | Path, out: str | Path, progress: Progress) -> No
         writer.copy_shards(checkpoint, work, transform, bytes_progress(progress, checkpoint.weights_bytes))
         writer.copy_side_files(checkpoint, work)
         config = {key: value for key, value in config.items() if key != "quantization_config"}
+        if (base := base_section(checkpoint.config)) is not None:
+            config["quantization_config"] = base
         writer.write_file(work, CONFIG_FILE, json_file.pretty(config))
         work.publish()
 

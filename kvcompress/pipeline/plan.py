@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from kvcompress.checkpoint.quantized import check_base, scales_of
 from kvcompress.checkpoint.reader import Checkpoint, refuse_compressed
 from kvcompress.codec.spec import CacheSpec, CodecSpec
 from kvcompress.geometry import ModelGeometry
@@ -95,14 +96,11 @@ def make(
         calibration_tokens: samples x length that `compress` will run.
 
     Raises:
-        ValueError: unsupported or already compressed model, or a recipe that does not fit it.
+        ValueError: unsupported, already compressed or otherwise quantized model, or a recipe that does not fit it.
     """
     refuse_compressed(checkpoint)
-    if checkpoint.config.get("quantization_config"):
-        method = checkpoint.config["quantization_config"].get("quant_method")
-        raise ValueError(
-            f"the base model has quantized weights ({method}); calibration needs an unquantized checkpoint"
-        )
+    if check_base(checkpoint):
+        stages.refuse_quantized(recipe)
     base = ModelGeometry.from_config(checkpoint.config)
     after = stages.outlines(recipe, stages.outline_of(checkpoint))
     geometry = ModelGeometry.from_config(after.config)
@@ -185,13 +183,15 @@ def _codec_spec(recipe: Recipe, geometry: ModelGeometry) -> CodecSpec:
 
 
 def _peak_rss(checkpoint: Checkpoint, recipe: Recipe, geometry: ModelGeometry, calibration_tokens: int) -> int:
-    """Runtime, the largest layer as stored, the hidden states (in and out) and what the basis is fitted to."""
+    """Runtime, the largest layer as it is loaded, the hidden states (in and out) and what the basis is fitted to."""
     layers: dict[str, int] = {}
+    quantized = scales_of(checkpoint.tensors)
     for name, info in checkpoint.tensors.items():
         parts = name.split(".")
         if "layers" in parts:
             key = parts[parts.index("layers") + 1]
-            layers[key] = layers.get(key, 0) + info.nbytes
+            dense = _COMPUTE_BYTES * math.prod(info.shape) if name in quantized else 0
+            layers[key] = layers.get(key, 0) + info.nbytes + dense
     hidden = 2 * calibration_tokens * geometry.hidden_size * _COMPUTE_BYTES
     basis, basis_stage = basis_of(recipe)
     fit, _ = basis.fit_bytes(basis_stage, geometry, calibration_tokens)

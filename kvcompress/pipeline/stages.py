@@ -7,12 +7,12 @@ of the weights per stage until the run is over.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvcompress.checkpoint import json_file, writer
 from kvcompress.checkpoint.reader import CONFIG_FILE, Checkpoint
 from kvcompress.checkpoint.workdir import WorkDir
-from kvcompress.methods.base import Outline, TransformMethod
+from kvcompress.methods.base import Method, Outline, TrainedConfig, TransformMethod
 from kvcompress.methods.registry import METHODS
 
 if TYPE_CHECKING:
@@ -26,6 +26,30 @@ def transforms(recipe: Recipe) -> Iterator[tuple[int, TransformMethod[StageConfi
         method = METHODS[stage.method]
         if isinstance(method, TransformMethod):
             yield position, method, stage
+
+
+def refuse_quantized(recipe: Recipe) -> None:
+    """For a base model whose weights are quantized: only what leaves them alone can work on it.
+
+    Raises:
+        ValueError: a stage that changes weights or trains, with its line in the recipe.
+    """
+    fit = [name for name, method in METHODS.items() if not _needs_weights(method)]
+    for stage in recipe.stages:
+        method = METHODS[stage.method]
+        if _needs_weights(method):
+            does = "changes the weights" if isinstance(method, TransformMethod) else "trains on the whole model"
+            raise recipe.locate(
+                stage,
+                ValueError(
+                    f"{stage.method} {does}, and the weights of the base model are quantized; compress the unquantized "
+                    f"model, or use methods of the cache alone: {', '.join(fit)}"
+                ),
+            )
+
+
+def _needs_weights(method: Method[Any]) -> bool:
+    return isinstance(method, TransformMethod) or issubclass(method.config, TrainedConfig)
 
 
 def outlines(recipe: Recipe, before: Outline) -> Outline:

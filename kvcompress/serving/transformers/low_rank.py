@@ -1,7 +1,7 @@
-"""Lets `AutoModelForCausalLM.from_pretrained` load checkpoints with factored weights.
+"""Lets `AutoModelForCausalLM.from_pretrained` load checkpoints with factored or quantized weights.
 
 transformers asks the quantizer named by `quant_method` to prepare the model before weights are read. Unregistered, it
-would warn, load the rest, and leave the factored layers with random weights.
+would warn, load the rest, and leave factored layers with random weights and quantized ones without their scales.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from kvcompress.checkpoint.quantized import base_section
 from kvcompress.checkpoint.reader import QUANT_METHOD
 from kvcompress.modeling.low_rank import ranks_of, replace_linears
+from kvcompress.serving.transformers import base_weights
 
 
 def register() -> None:
@@ -33,13 +35,23 @@ class KVCompressConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 class KVCompressQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Swaps linear layers for factored ones where config.json lists them; a cache codec needs nothing here."""
+    """Swaps linear layers for factored ones where config.json lists them, and dequantizes those that the base model
+    quantizes; a cache codec needs nothing here.
+    """
 
-    def _process_model_before_weight_loading(self, model: Any, **options: Any) -> Any:
-        replace_linears(model, ranks_of({"quantization_config": self.quantization_config.to_dict()}))
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **options: Any) -> Any:
+        config = {"quantization_config": self.quantization_config.to_dict()}
+        replace_linears(model, ranks_of(config))
+        self._base = base_section(config)
+        if self._base is not None:
+            self._dtypes = base_weights.expect(model, checkpoint_files or [], self._base)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **options: Any) -> Any:
+        if self._base is not None:
+            base_weights.dequantize(model, self._dtypes, self._base)
+            # Should the model be saved, its weights are ordinary ones.
+            del self.quantization_config.base
         # Factors are ordinary floating-point parameters: casts and moves of the model stay allowed.
         model.is_quantized = False
         return model

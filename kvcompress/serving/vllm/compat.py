@@ -6,14 +6,18 @@ these files and run the end-to-end tests.
 
 from __future__ import annotations
 
+import copy
 import functools
 import re
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 from vllm.version import __version__ as vllm_version
+
+from kvcompress.checkpoint.quantized import method_of
 
 SUPPORTED_VLLM = ((0, 31), (0, 33))
 """First supported and first unsupported (major, minor)."""
@@ -58,6 +62,7 @@ from vllm.model_executor.layers.linear import (  # noqa: E402
 )
 from vllm.model_executor.layers.quantization import (  # noqa: E402
     QUANTIZATION_METHODS,
+    get_quantization_config,
     register_quantization_config,
 )
 from vllm.model_executor.layers.quantization.base_config import (  # noqa: E402
@@ -94,6 +99,7 @@ __all__ = [
     "BACKEND_NAME",
     "LATENT_BACKEND_NAME",
     "QUANTIZATION_METHODS",
+    "SET_ON_CONFIGS",
     "SHARED_BACKEND_NAME",
     "SUPPORTED_VLLM",
     "Attention",
@@ -139,6 +145,7 @@ __all__ = [
     "metadata_of",
     "num_decoder_layers",
     "output_rank",
+    "quantization_of",
     "register_backend",
     "register_model",
     "register_quantization_config",
@@ -158,6 +165,9 @@ _OWN_NAMES = hasattr(AttentionBackendEnum, "register")
 BACKEND_NAME, SHARED_BACKEND_NAME, LATENT_BACKEND_NAME = (
     ("KVCOMPRESS", "KVCOMPRESS_SHARED", "KVCOMPRESS_LATENT") if _OWN_NAMES else ("CUSTOM",) * 3
 )
+
+SET_ON_CONFIGS = ("packed_modules_mapping", "use_deep_gemm")
+"""What vLLM sets on a model's quantization config once it is made, for the config's own use."""
 
 logger = init_logger("vllm.kvcompress")
 """A child of vLLM's own logger: an operator sees our lines among the engine's."""
@@ -318,6 +328,24 @@ def output_rank(layer: Any, part: int) -> int:
     if isinstance(layer, QKVParallelLinear) and part > 0:
         return rank // int(layer.num_kv_head_replicas)
     return rank
+
+
+def quantization_of(section: Mapping[str, Any]) -> QuantizationConfig:
+    """The config that vLLM makes for a model with this quantization_config.
+
+    Raises:
+        ValueError: vLLM has no such method, or not for this platform, or not with these settings.
+    """
+    name = method_of(section)
+    try:
+        current_platform.verify_quantization(name)
+        # vLLM changes what it is given, and expects its own spelling of the name.
+        return get_quantization_config(name).from_config({**copy.deepcopy(dict(section)), "quant_method": name})
+    except (AssertionError, NotImplementedError, ValueError) as error:
+        reason = str(error) or "it does not know this combination of settings"
+        raise ValueError(
+            f"vLLM {vllm_version} does not serve the base model's own quantization ({name}): {reason}"
+        ) from error
 
 
 def set_weight_loader(parameter: torch.nn.Parameter, load: Any) -> None:

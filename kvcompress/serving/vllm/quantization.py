@@ -2,7 +2,8 @@
 
 `config.json` says `quantization_config: {"quant_method": "kvcompress", "version": 1, "codec": ..., "weights": ...}`. An
 attention layer with a codec gets the compressed cache, before vLLM sizes its cache. Linear layers that `weights` lists
-are served from their factors; all others keep their ordinary weights.
+are served from their factors; all others keep their ordinary weights, or those of the quantization that the section has
+as `base` (`delegation`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 
+from kvcompress.checkpoint.quantized import base_section
 from kvcompress.checkpoint.reader import QUANT_METHOD
 from kvcompress.codec.gear_spec import BlockSpec
 from kvcompress.codec.nested import cut_spec
@@ -21,6 +23,7 @@ from kvcompress.serving.loading import kv_bits, kv_rank, read_spec
 from kvcompress.serving.vllm import compat, gear_backend, limits, shared_backend
 from kvcompress.serving.vllm.backend import CompressedAttentionBackend, CompressedAttentionImpl
 from kvcompress.serving.vllm.cache_spec import cache_spec
+from kvcompress.serving.vllm.delegation import DelegatingConfig
 from kvcompress.serving.vllm.low_rank import LowRankLinearMethod, part_ranks
 from kvcompress.serving.vllm.sentinel import Sentinel
 from kvcompress.serving.vllm.shared_backend import SharedAttentionBackend, SharedAttentionImpl
@@ -28,11 +31,11 @@ from kvcompress.serving.vllm.startup import Startup
 
 
 @compat.register_quantization_config(QUANT_METHOD)
-class KVCompressConfig(compat.QuantizationConfig):  # type: ignore[misc]
+class KVCompressConfig(DelegatingConfig):
     """What config.json says. Made in the front end and sent to the workers, so it holds plain data until they start."""
 
     def __init__(self, section: dict[str, Any]) -> None:
-        super().__init__()
+        super().__init__(base_section({"quantization_config": section}))
         self.stored_spec = read_spec({"quantization_config": section})
         self.codec_spec = cut_spec(self.stored_spec, kv_rank(), kv_bits())
         self.ranks = ranks_of({"quantization_config": section})
@@ -47,11 +50,7 @@ class KVCompressConfig(compat.QuantizationConfig):  # type: ignore[misc]
         return QUANT_METHOD
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        return CompressedAttentionBackend.supported_dtypes
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        return 0
+        return self.supported_dtypes(CompressedAttentionBackend.supported_dtypes)
 
     @staticmethod
     def get_config_filenames() -> list[str]:
@@ -69,9 +68,11 @@ class KVCompressConfig(compat.QuantizationConfig):  # type: ignore[misc]
         """
         if isinstance(layer, compat.LinearBase):
             ranks = part_ranks(prefix, self.packed_modules_mapping, self.ranks)
-            return LowRankLinearMethod(prefix, ranks) if any(ranks) else compat.UnquantizedLinearMethod()
+            if any(ranks):
+                return LowRankLinearMethod(prefix, ranks)
+            return self.base_method(layer, prefix) or compat.UnquantizedLinearMethod()
         if not isinstance(layer, compat.Attention | compat.MLAAttention):
-            return None
+            return self.base_method(layer, prefix)
         known = getattr(layer, "quant_method", None)
         if isinstance(known, CompressedCacheMethod):
             return known
@@ -85,7 +86,7 @@ class KVCompressConfig(compat.QuantizationConfig):  # type: ignore[misc]
             )
         if self.codec_spec.layers[index] is None:
             self._startup.note_uncompressed(index, layer)
-            return None
+            return self.base_method(layer, prefix)
         return CompressedCacheMethod(self, self._startup, index, prefix)
 
     def report(self) -> None:
