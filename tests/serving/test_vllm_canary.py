@@ -249,6 +249,18 @@ def test_a_prefix_hit_reads_what_another_request_wrote() -> None:
     assert hit.steps[0][0] == BLOCK
 
 
+def test_layers_that_share_their_memory_get_blocks_apart() -> None:
+    """As in hybrid models, where layers differ in their block tables only."""
+    members, inputs = canary_layers.make("shared")
+    for member in members[1:]:
+        member.layer.kv_cache = members[0].cache
+    check(members, inputs)
+    lanes = [canary_paths.paths(NUM_BLOCKS, BLOCK, lane, 3) for lane in range(3)]
+    used = [{block for path in paths for block in (*path.blocks, path.ring)} for paths in lanes]
+    assert sum(map(len, used)) == len(set.union(*used))
+    assert 0 not in set.union(*used)
+
+
 def test_a_cache_without_room_is_said_to_have_none(caplog: pytest.LogCaptureFixture) -> None:
     members, inputs = canary_layers.make("per_head")
     members[0].layer.kv_cache = members[0].cache[:2]

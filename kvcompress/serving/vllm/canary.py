@@ -22,6 +22,7 @@ from torch import Tensor
 
 from kvcompress.codec import canary as stated
 from kvcompress.serving.vllm import canary_paths, canary_reference, compat
+from kvcompress.serving.vllm.backend import CompressedMetadata
 from kvcompress.serving.vllm.canary_reference import Inputs
 from kvcompress.serving.vllm.served import Served
 
@@ -115,22 +116,23 @@ def check_paths(config: compat.VllmConfig, members: Sequence[Served], inputs: Se
     """Question 3, for layers that are decoded together. Leaves the cache as it was."""
     cache = members[0].cache
     block_size, device = cache.shape[2], cache.device
-    paths = canary_paths.paths(cache.shape[0], block_size)
-    if not paths:
+    lanes = _lanes(members)
+    paths = [canary_paths.paths(cache.shape[0], block_size, lane, max(lanes) + 1) for lane in lanes]
+    if not paths[0]:
         compat.logger.warning("kvcompress: a cache of %d blocks has no room for the canary's paths", cache.shape[0])
         return
-    longest = max(stop for path in paths for _, stop in path.steps)
+    longest = max(stop for path in paths[0] for _, stop in path.steps)
     inputs = [Inputs(*(canary_paths.stretched(x_THD, longest) for x_THD in given)) for given in inputs]
     expected = canary_reference.rows([_on_device(member) for member in members], inputs)
-    used = sorted({block for path in paths for block in (*path.blocks, path.ring)})
+    used = sorted({block for of_layer in paths for path in of_layer for block in (*path.blocks, path.ring)})
     caches = _caches(members)
     before = [tensor[used].clone() for tensor in caches]
     try:
-        for path in paths:
+        for same in zip(*paths, strict=True):
             lost, total = [0.0] * len(members), [0.0] * len(members)
-            for start, stop in path.steps:
-                step = canary_paths.metadata(path, (start, stop), block_size, device)
-                answers = _answers(config, members, inputs, step, canary_paths.ring_metadata(path, device), start)
+            for start, stop in same[0].steps:
+                steps = [canary_paths.metadata(path, (start, stop), block_size, device) for path in same]
+                answers = _answers(config, members, inputs, steps, canary_paths.ring_metadata(same[0], device), start)
                 for place, (member, answer_QHD) in enumerate(zip(members, answers, strict=True)):
                     query_QHD, scale = inputs[place].query_THD[start:stop], member.layer.impl.scale
                     right_QHD = canary_reference.answer(member.codec, expected[place], query_QHD, start, scale)
@@ -140,7 +142,7 @@ def check_paths(config: compat.VllmConfig, members: Sequence[Served], inputs: Se
                 difference = (error / max(energy, 1e-30)) ** 0.5
                 if not difference <= PATH_TOLERANCE:
                     raise _refusal(
-                        f"{member.name}, {path.name}: attention from compressed pages differs by {difference:.1%} from "
+                        f"{member.name}, {same[0].name}: attention from compressed pages differs by {difference:.1%} from "
                         f"reference attention (tolerance {PATH_TOLERANCE:.0%}); do not trust this installation's "
                         "kernels with this model; KVCOMPRESS_LIBRARY= (empty) serves with torch code instead"
                     )
@@ -153,19 +155,20 @@ def _answers(
     config: compat.VllmConfig,
     members: Sequence[Served],
     inputs: Sequence[Inputs],
-    step: Any,
-    ring: Any,
+    steps: Sequence[CompressedMetadata],
+    ring: CompressedMetadata,
     start: int,
 ) -> list[Tensor]:
-    """What the layers' own implementations answer to one step."""
+    """What the layers' own implementations answer to one step, which each sees with its own blocks."""
     metadata: dict[str, Any] = {}
-    for member in members:
+    for member, step in zip(members, steps, strict=True):
         metadata[member.layer.layer_name] = step
         if member.ring is not None:
             metadata[member.ring.name] = ring
-    rows, answers = slice(start, start + step.num_actual_tokens), []
-    with torch.inference_mode(), compat.running(config, metadata, step.num_actual_tokens):
-        for member, given in zip(members, inputs, strict=True):
+    tokens = steps[0].num_actual_tokens
+    rows, answers = slice(start, start + tokens), []
+    with torch.inference_mode(), compat.running(config, metadata, tokens):
+        for member, given, step in zip(members, inputs, steps, strict=True):
             query, key, value = (x_THD[rows].contiguous() for x_THD in given)
             output = torch.full((*query.shape[:2], value.shape[2]), torch.nan, dtype=query.dtype, device=query.device)
             member.layer.impl.forward(member.layer, query, key, value, member.cache, step, output)
@@ -215,6 +218,14 @@ def _groups(layers: Sequence[Served]) -> list[list[Served]]:
     for served in layers:
         found.setdefault(served.group, []).append(served)
     return list(found.values())
+
+
+def _lanes(members: Sequence[Served]) -> list[int]:
+    """For every layer how many of those before it have the same memory: in hybrid models layers of different block
+    tables share their blocks.
+    """
+    starts = [member.cache.data_ptr() for member in members]
+    return [starts[:place].count(start) for place, start in enumerate(starts)]
 
 
 def _on_device(served: Served) -> Any:

@@ -28,10 +28,15 @@ class Path:
     steps: tuple[tuple[int, int], ...]
 
 
-def paths(num_blocks: int, block_size: int) -> list[Path]:
-    """All paths that a cache of so many blocks has room for, in the order they must run."""
+def paths(num_blocks: int, block_size: int, lane: int = 0, lanes: int = 1) -> list[Path]:
+    """All paths that a cache of so many blocks has room for, in the order they must run.
+
+    Args:
+        lane: of layers whose caches are the same memory, which this one is; they get blocks apart from each other.
+    """
     # The last blocks of the cache, where offsets are largest; block 0 is the engine's own.
     free = range(num_blocks - 1, 0, -1)
+    free = free[lane : len(free) // lanes * lanes : lanes]
     pages = min(_PAGES if block_size <= _LARGE else _LARGE_PAGES, len(free) // 2)
     if pages == 0:
         return []
