@@ -142,8 +142,8 @@ def check_paths(config: compat.VllmConfig, members: Sequence[Served], inputs: Se
                 difference = (error / max(energy, 1e-30)) ** 0.5
                 if not difference <= PATH_TOLERANCE:
                     raise _refusal(
-                        f"{member.name}, {same[0].name}: attention from compressed pages differs by {difference:.1%} from "
-                        f"reference attention (tolerance {PATH_TOLERANCE:.0%}); do not trust this installation's "
+                        f"{member.name}, {same[0].name}: attention from compressed pages differs by {difference:.1%} "
+                        f"from reference attention (tolerance {PATH_TOLERANCE:.0%}); do not trust this installation's "
                         "kernels with this model; KVCOMPRESS_LIBRARY= (empty) serves with torch code instead"
                     )
     finally:

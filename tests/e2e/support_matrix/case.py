@@ -14,7 +14,7 @@ from tests.e2e import http_server, reference, vllm_engine
 from tests.e2e.support_matrix import bench, pressed
 from tests.e2e.support_matrix.methods import METHODS, WINDOW
 
-LENGTHS, TOKENS = [1, 17, 33, 64, 70, 130], 48
+LENGTHS, TOKENS = [1, 17, 33, 64, 70, 130], 72
 FEW, SHORT = 2, 12
 """Prompts and tokens where it is not the number that matters."""
 
