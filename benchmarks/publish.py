@@ -92,7 +92,24 @@ def weights(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"demo": demo, "methods": methods, "weights": weights}
+def slope(results: dict[str, Any]) -> str:
+    """Caches down, contexts across, in milliseconds per token."""
+    rows = results["rows"]
+    contexts = list(rows[0]["ms_per_token"])
+    lines = [f"| ms per token after | {' | '.join(f'{int(c):,}' for c in contexts)} | us per 1K tokens more |"]
+    lines.append("| --- |" + " ---: |" * (len(contexts) + 1))
+    for row in rows:
+        cells = [f"{row['ms_per_token'][context]:.2f}" for context in contexts]
+        lines.append(f"| {row['cache']} | {' | '.join(cells)} | {row['us_per_1k_tokens']:.0f} |")
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "demo": demo,
+    "methods": methods,
+    "weights": weights,
+    "slope": slope,
+}
 
 
 if __name__ == "__main__":
