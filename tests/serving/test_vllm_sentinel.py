@@ -31,7 +31,7 @@ def filled(form: str, monkeypatch: pytest.MonkeyPatch) -> list[Served]:
     members, inputs = canary_layers.make(form)
     path, device = Steps("", TABLE, 1, ((0, 2 * BLOCK + 9),)), torch.device("cpu")
     step = canary_paths.metadata(path, path.steps[0], BLOCK, device)
-    _answers(None, members, inputs, step, canary_paths.ring_metadata(path, device), 0)
+    _answers(None, members, inputs, [step] * len(members), canary_paths.ring_metadata(path, device), 0)
     return members
 
 
