@@ -46,6 +46,7 @@ def test_the_server_shows_our_metrics_and_can_leave_the_canary_out(
     faulty = faults.FAULTS["sign of a basis vector"].plant(balanced, tmp_path / "faulty")["model"]
     options = ["--no-canary", "--enforce-eager", "--max-model-len", "1024", "--dtype", "float32"]
     env = forks.ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    env["VLLM_LOGGING_LEVEL"] = "INFO"  # other tests of this process may have set another one
     log = tmp_path / "log"
     with http_server.command(Path(faulty), log, *options, env=env) as url:
         found = http_server.metrics(url)

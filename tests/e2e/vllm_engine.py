@@ -51,9 +51,9 @@ def run(
     return in_child(_generate, env, scenario=scenario | {"engine": ENGINE | {"model": str(model)} | wanted | engine})
 
 
-def refusals(*attempts: dict[str, Any], env: dict[str, str] | None = None) -> list[str]:
+def refusals(*engines: dict[str, Any], env: dict[str, str] | None = None) -> list[str]:
     """The message with which each engine refuses to start; they are tried one after the other in one process."""
-    errors: list[str] = in_child(attempts, env, engines=[ENGINE | attempt for attempt in attempts])["errors"]
+    errors: list[str] = in_child(attempts, env, engines=[ENGINE | engine for engine in engines])["errors"]
     return errors
 
 
