@@ -27,6 +27,10 @@ SEEDS = [0, 1, 2]
 POOL = 60
 """Blocks; the longest request alone takes 48."""
 PRESSED = {"max_model_len": 1600, "max_num_batched_tokens": 200, "kv_cache_memory_bytes": 256 * 2**20}
+FLIP = 0.2
+"""Standard deviations of the logits: what a latent may move that rounding takes across a quantizer's threshold, which
+prompts chosen by their margin avoid, and these are not chosen. Measured: 1 and 10 of 1,536 tokens, 0.012 and 0.095.
+"""
 CODECS: dict[str, Method] = {
     "trained bases": Method(
         (f"{{method: matryoshka, rank: 0.75, {TRAINING}}}", "{method: scalar, bits: 8}"), pool=POOL
@@ -119,5 +123,5 @@ def test_tokens_are_those_of_transformers_in_the_same_steps(codec: str, compress
         texts |= dict(zip(names, zip(order, answers, strict=True), strict=True))
     lags = replay.lags(model, found["rows"], texts)
     assert len(lags) == 2 * len(SEEDS) * len(LENGTHS) * TOKENS
-    assert max(lags) < reference.MARGIN
-    assert sum(lag > 0 for lag in lags) < 0.02 * len(lags)
+    assert max(lags) < FLIP
+    assert sum(lag > 0 for lag in lags) < 0.01 * len(lags)
