@@ -49,7 +49,8 @@ class Rope:
                 f"the model rotates {2 * rotary.inv_freq.shape[0]} of {head_dim} channels; latents of keys before RoPE "
                 "need all of them rotated; share values only (xkv with share: v)"
             )
-        return cls(rotary.inv_freq.float(), torch.tensor([float(rotary.attention_scaling)]))
+        amplitude_1 = torch.tensor([float(rotary.attention_scaling)], dtype=torch.float32)
+        return cls(rotary.inv_freq.float(), amplitude_1)
 
     def rotate(self, x_THD: Tensor, positions_T: Tensor) -> Tensor:
         """Keys before RoPE to keys after it, float32."""
