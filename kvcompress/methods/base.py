@@ -190,7 +190,7 @@ class TransformMethod(Method[C]):
         """Config and tensors after the stage, from those before it.
 
         The bytes of all tensors together are exact, or where only data can tell, the most it will be. Where single
-        shapes depend on the data, these are nominal ones and `final_config` has the true ones.
+        shapes depend on the data, these are nominal ones and `final_outline` has the true ones.
 
         Raises:
             ValueError: the stage does not fit this model.
@@ -200,9 +200,9 @@ class TransformMethod(Method[C]):
     def transform(self, config: C, context: Context) -> Transform:
         """Do the work on `context.checkpoint`; what comes back replaces tensors while shards are copied."""
 
-    def final_config(self, config: C, before: Outline, context: Context) -> dict[str, Any]:
-        """config.json of the result, asked for after `transform`. Override where it depends on the data."""
-        return self.outline(config, before).config
+    def final_outline(self, config: C, before: Outline, context: Context) -> Outline:
+        """`outline` of what `transform` has come to, asked for after it. Override where that depends on the data."""
+        return self.outline(config, before)
 
     def restore(self, checkpoint: Checkpoint) -> tuple[Transform, dict[str, Any]] | None:
         """The way back: plain tensors and config of the base architecture; None where a stage left it alone."""

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
@@ -79,8 +79,8 @@ class Fwsvd(TransformMethod[FwsvdConfig]):
         linears = find(config.targets, before)
         return factored(before, linears, uniform([linear.shape for linear in linears], config.removed))
 
-    def final_config(self, config: FwsvdConfig, before: Outline, context: Context) -> dict[str, Any]:
-        return factored(before, find(config.targets, before), context.work.data(f"{context.unit}:ranks")).config
+    def final_outline(self, config: FwsvdConfig, before: Outline, context: Context) -> Outline:
+        return factored(before, find(config.targets, before), context.work.data(f"{context.unit}:ranks"))
 
     def transform(self, config: FwsvdConfig, context: Context) -> Factors:
         tensors = {name: (info.dtype, info.shape) for name, info in context.checkpoint.tensors.items()}

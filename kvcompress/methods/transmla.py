@@ -97,13 +97,7 @@ class TransMla(TransformMethod[TransMlaConfig]):
         """As for every stage; where `rope_dim` is auto, v_up's size is that of the first candidate, the largest."""
         geometry = ModelGeometry.from_config(before.config)
         _refuse(before, geometry)
-        choice = candidates(config, geometry)[0]
-        tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
-        for name, (dtype, shape) in before.tensors.items():
-            made = _replacement(name, dtype, shape, choice, config, geometry)
-            for spec in [TensorSpec(name, dtype, shape)] if made is None else made:
-                tensors[spec.name] = (spec.dtype, spec.shape)
-        return Outline(_config(config, before, geometry, choice), tensors)
+        return _outline_of(config, before, geometry, candidates(config, geometry)[0])
 
     def transform(self, config: TransMlaConfig, context: Context) -> Transform:
         from kvcompress.methods import transmla_layers
@@ -112,12 +106,11 @@ class TransMla(TransformMethod[TransMlaConfig]):
         transmla_layers.convert(config, context, choice)
         return _Conversion(config, context, choice)
 
-    def final_config(self, config: TransMlaConfig, before: Outline, context: Context) -> dict[str, Any]:
+    def final_outline(self, config: TransMlaConfig, before: Outline, context: Context) -> Outline:
         from kvcompress.methods import transmla_layers
 
         choice = transmla_layers.choose(config, context, candidates(config, context.geometry))
-        planned = self.outline(config, before).config
-        return {**planned, **_sizes(choice, context.checkpoint.config, context.geometry)}
+        return _outline_of(config, before, context.geometry, choice)
 
     def restore(self, checkpoint: Checkpoint) -> tuple[Transform, dict[str, Any]]:
         """Plain keys and values of every head from the latent, with RoPE on all of them again."""
@@ -253,6 +246,16 @@ def kept_frequencies(theta: Sequence[float], rope_dim: int, head_dim: int, fold:
     pairs = rope_dim * fold // head_dim
     within = [m * fold // pairs if pairs < fold else m % fold for m in range(pairs)]
     return [theta[group * fold + offset] for group in range(len(theta) // fold) for offset in within]
+
+
+def _outline_of(config: TransMlaConfig, before: Outline, geometry: ModelGeometry, choice: Choice) -> Outline:
+    """The checkpoint after the stage, had it come to this choice."""
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, (dtype, shape) in before.tensors.items():
+        made = _replacement(name, dtype, shape, choice, config, geometry)
+        for spec in [TensorSpec(name, dtype, shape)] if made is None else made:
+            tensors[spec.name] = (spec.dtype, spec.shape)
+    return Outline(_config(config, before, geometry, choice), tensors)
 
 
 def _config(config: TransMlaConfig, before: Outline, geometry: ModelGeometry, choice: Choice) -> dict[str, Any]:

@@ -83,17 +83,19 @@ def run(recipe: Recipe, checkpoint: Checkpoint, context_of: Callable[[Checkpoint
         out = context.scratch("checkpoint")
         if not context.work.done(context.unit):
             transform = method.transform(stage, context)
-            config = method.final_config(stage, outline_of(checkpoint), context)
+            final = method.final_outline(stage, outline_of(checkpoint), context)
             with WorkDir.open(out, {"stage": context.unit}, resume=True) as work:
                 total = sum(info.nbytes for info in checkpoint.tensors.values())
                 writer.copy_shards(checkpoint, work, transform, bytes_progress(context.progress, total))
                 writer.copy_side_files(checkpoint, work)
-                writer.write_file(work, CONFIG_FILE, json_file.pretty(config))
+                writer.write_file(work, CONFIG_FILE, json_file.pretty(final.config))
                 work.publish()
+            written = Checkpoint.open(out).weights_bytes
+            assert written == final.weights_bytes, f"{stage.method} wrote {written} bytes"
             context.work.commit(context.unit, {})
         planned = method.outline(stage, outline_of(checkpoint)).weights_bytes
         checkpoint = Checkpoint.open(out)
-        assert checkpoint.weights_bytes <= planned, f"{stage.method} wrote {checkpoint.weights_bytes} bytes"
+        assert checkpoint.weights_bytes <= planned, f"{stage.method} wrote more than planned"
     return checkpoint
 
 
