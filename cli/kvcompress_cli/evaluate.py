@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvcompress.codec.nested import WIDEST
 from kvcompress_cli.options import Json, KvBits, KvRank
 from kvcompress_cli.show import print_json, progress, table
 
@@ -33,7 +34,7 @@ def evaluate(
         str, typer.Option(help="transformers, vllm, or the URL of an OpenAI-compatible server.")
     ] = "transformers",
     kv_rank: KvRank = 1.0,
-    kv_bits: KvBits = 32,
+    kv_bits: KvBits = WIDEST,
     dtype: Annotated[str, typer.Option(help="Precision to run in; auto is float32 on a CPU.")] = "auto",
     text: Annotated[
         Path | None, typer.Option(help="Held-out text for perplexity; by default the model's heldout.txt.")

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from kvcompress.codec.nested import WIDEST
 from kvcompress_cli.options import Directory, KvBits, KvRank
 
 
@@ -24,7 +25,7 @@ def serve(
     context: typer.Context,
     directory: Directory,
     kv_rank: KvRank = 1.0,
-    kv_bits: KvBits = 32,
+    kv_bits: KvBits = WIDEST,
     canary: Annotated[
         bool, typer.Option("--canary/--no-canary", help="Check every layer with a known prompt before serving.")
     ] = True,
@@ -32,7 +33,7 @@ def serve(
     """Serve DIR with vLLM; every further option is vLLM's own. The same as `vllm serve DIR ...`."""
     from kvcompress.checkpoint.reader import Checkpoint, is_compressed
     from kvcompress.codec.nested import cut_spec
-    from kvcompress.serving.loading import CANARY, KV_BITS, KV_RANK, read_spec
+    from kvcompress.serving.loading import CANARY, ask_for, read_spec
 
     checkpoint = Checkpoint.open(directory)
     if not is_compressed(checkpoint.config):
@@ -42,7 +43,7 @@ def serve(
     if not any(point.name == "kvcompress" for point in metadata.entry_points(group="vllm.general_plugins")):
         raise ValueError("the vLLM plug-in is not installed; run `pip install kvcompress` in vLLM's environment")
     cut_spec(read_spec(checkpoint.config), kv_rank, kv_bits)
-    os.environ |= {KV_RANK: f"{kv_rank:g}", KV_BITS: str(kv_bits)}
+    ask_for(kv_rank, kv_bits)
     if not canary:
         os.environ[CANARY] = "0"
     os.execv(sys.executable, [sys.executable, "-m", *_server(directory), *context.args])

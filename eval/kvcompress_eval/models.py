@@ -98,10 +98,10 @@ def describe_models(
     for path, role in given:
         folder = Path(resolve(path))
         config = read_config(folder)
-        # A single uncompressed model is its own reference point.
-        if len(given) == 1 and codec_spec(config) is None:
-            role = "baseline"
         spec = codec_spec(config)
+        # A single uncompressed model is its own reference point.
+        if len(given) == 1 and spec is None:
+            role = "baseline"
         served = None if spec is None else cut_spec(spec, kv_rank, kv_bits)
         models.append(_describe(path, folder, config, role, served, {model.name for model in models}))
     return models

@@ -40,9 +40,10 @@ def cut_spec(spec: CodecSpec, share: float = 1.0, bits: int = WIDEST) -> CodecSp
         ValueError: a share outside (0, 1], bits that are no code width, a layer in a form that cannot be cut, or
             nothing to cut.
     """
-    if check_share(share) == 1.0 and check_bits(bits) == WIDEST:
-        return spec
+    check_share(share)
     check_bits(bits)
+    if share == 1.0 and bits == WIDEST:
+        return spec
     asked = f"KV rank {share:g}" if bits == WIDEST else f"KV bits {bits}"
     if not any(spec.layers):
         raise ValueError(f"found {asked}; no layer of the checkpoint has a codec that could keep less; leave it out")

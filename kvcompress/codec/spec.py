@@ -90,8 +90,7 @@ class SideSpec:
         return sum(band.width for band in self.bands)
 
     def cut(self, share: float, widest: int) -> SideSpec:
-        """The first channels: a share of those kept, in whole groups, at least one group; none in more than `widest`
-        bits."""
+        """The first channels: a share of those kept, in whole groups, at least one; none in more than `widest` bits."""
         left = max(CHANNEL_GROUP, round(share * self.rank / CHANNEL_GROUP) * CHANNEL_GROUP)
         bands: list[Band] = []
         for stored, width in self.bands:
@@ -201,8 +200,7 @@ class LayerSpec:
         }
 
     def cut(self, share: float, widest: int) -> LayerSpec:
-        """What is left at a smaller rank and of narrower codes: bases are nested, so any first channels are a codec of
-        their own."""
+        """What is left at a smaller rank, of narrower codes: bases are nested, any first channels are a codec."""
         return LayerSpec(self.num_kv_heads, self.head_dim, self.k.cut(share, widest), self.v.cut(share, widest))
 
     def to_json(self) -> dict[str, Any]:

@@ -73,13 +73,11 @@ class Pca(BasisMethod[PcaConfig]):
         return channels(config.rank.k, geometry.head_dim), channels(config.rank.v, geometry.head_dim)
 
     def fit(self, config: PcaConfig, statistics: LayerStatistics) -> tuple[LatentBasis, LatentBasis]:
-        sides = statistics.keys, statistics.values
-        if config.metric == "none":
-            keys, values = (_principal_axes(side, None) for side in sides)
-        else:
-            metrics = statistics.query_moment_HDD, statistics.output_moment_HDD
-            keys, values = (_principal_axes(*given) for given in zip(sides, metrics, strict=True))
-        return keys, values
+        seen = config.metric == "attention"
+        return (
+            _principal_axes(statistics.keys, statistics.query_moment_HDD if seen else None),
+            _principal_axes(statistics.values, statistics.output_moment_HDD if seen else None),
+        )
 
 
 def _principal_axes(moments: Moments, metric_HDD: Tensor | None) -> LatentBasis:

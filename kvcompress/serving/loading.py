@@ -31,6 +31,11 @@ def canary_is_asked_for() -> bool:
     return os.environ.get(CANARY) != "0"
 
 
+def ask_for(kv_rank: float, kv_bits: int) -> None:
+    """Have vLLM, here and in processes started from here, serve with that much of the codec."""
+    os.environ |= {KV_RANK: f"{kv_rank:g}", KV_BITS: str(kv_bits)}
+
+
 def kv_rank() -> float:
     """What `KV_RANK` says; 1 where it is not set.
 

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -26,15 +27,16 @@ def forked(model: Path, log: Path, *options: str, env: dict[str, str] | None = N
     """The server in a process forked from one that has imported vLLM. Yields its address."""
     port = _free_port()
     arguments = ["--model", str(model), *_address(port), *options]
-    process = forks.context().Process(target=_serve, args=(arguments, env or {}, log))
-    process.start()
-    try:
-        yield _when_ready(port, log, process.is_alive)
-    finally:
-        process.terminate()
-        process.join(STOP_SECONDS)
-        if process.is_alive():
-            process.kill()
+    with tempfile.TemporaryDirectory() as folder:
+        process = forks.context().Process(target=_serve, args=(arguments, env or {}, log, folder))
+        process.start()
+        try:
+            yield _when_ready(port, log, process.is_alive)
+        finally:
+            process.terminate()
+            process.join(STOP_SECONDS)
+            if process.is_alive():
+                process.kill()
 
 
 @contextmanager
@@ -59,6 +61,19 @@ def post(url: str, **body: Any) -> dict[str, Any]:
     with urllib.request.urlopen(request, timeout=180) as response:
         answer: dict[str, Any] = json.load(response)
     return answer
+
+
+def complete(url: str, model: str, prompt: list[int], tokens: int) -> dict[str, Any]:
+    """The server's greedy continuation of a prompt by so many tokens, with their ids."""
+    return post(
+        f"{url}/v1/completions",
+        model=model,
+        prompt=prompt,
+        max_tokens=tokens,
+        temperature=0,
+        ignore_eos=True,
+        return_token_ids=True,
+    )
 
 
 def metrics(url: str) -> dict[str, float]:
@@ -95,9 +110,11 @@ def _when_ready(port: int, log: Path, lives: Callable[[], bool]) -> str:
     raise AssertionError(f"the server did not start; it wrote:\n{log.read_text(errors='replace')[-5000:]}")
 
 
-def _serve(arguments: list[str], env: dict[str, str], log: Path) -> None:
+def _serve(arguments: list[str], env: dict[str, str], log: Path, folder: str) -> None:
     """In the child: never returns before the server is told to stop."""
     vllm_engine.redirect(log)
+    # A forked process ends without the calls that would remove its temporary files.
+    tempfile.tempdir = folder
     vllm_engine.fork_workers()
     os.environ.update(env)
     sys.argv = ["server", *arguments]

@@ -8,10 +8,7 @@ from typing import Any
 
 import pytest
 
-from kvcompress import recipe as recipes
 from kvcompress.checkpoint.manifest import Manifest
-from kvcompress.methods import registry
-from kvcompress.pipeline import compress as compressing
 from tests.e2e import faults, vllm_engine
 
 pytest.importorskip("vllm")
@@ -21,14 +18,6 @@ ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "assets" / "reference-model"
 PROMPTS = [list(range(3, 203)), list(range(300, 370))]
 ENGINE = {"max_tokens": 100, "max_model_len": 1024}
-
-
-@pytest.fixture(scope="module")
-def balanced(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("faults") / "balanced"
-    recipe = recipes.load(ROOT / "examples" / "recipes" / "balanced.yaml", registry.schemas())
-    compressing.compress(str(MODEL), recipe, out, compressing.Options(samples=8, length=256), lambda *_: None)
-    return out
 
 
 def test_every_fault_stops_the_server_and_is_named(balanced: Path, tmp_path: Path) -> None:

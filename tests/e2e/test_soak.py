@@ -12,7 +12,6 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -110,15 +109,7 @@ class Load:
         raise AssertionError("the stream ended in the middle of an answer")
 
     def probe(self, prompt: list[int]) -> list[int]:
-        answer: dict[str, Any] = http_server.post(
-            f"{self.url}/v1/completions",
-            model="tiny",
-            prompt=prompt,
-            max_tokens=PROBE_ANSWER,
-            temperature=0,
-            ignore_eos=True,
-            return_token_ids=True,
-        )
+        answer = http_server.complete(self.url, "tiny", prompt, PROBE_ANSWER)
         tokens: list[int] = answer["choices"][0]["token_ids"]
         return tokens
 

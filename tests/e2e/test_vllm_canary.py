@@ -6,10 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kvcompress import recipe as recipes
 from kvcompress.checkpoint.manifest import Manifest
-from kvcompress.methods import registry
-from kvcompress.pipeline import compress as compressing
 from kvcompress.serving.loading import CANARY
 from tests.e2e import faults, forks, http_server, vllm_engine
 
@@ -19,15 +16,6 @@ pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "assets" / "reference-model"
 PROMPTS = [list(range(3, 203)), list(range(300, 370))]
-
-
-@pytest.fixture(scope="module")
-def balanced(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("canary") / "balanced"
-    recipe = recipes.load(ROOT / "examples" / "recipes" / "balanced.yaml", registry.schemas())
-    options = compressing.Options(samples=8, length=256)
-    compressing.compress(str(MODEL), recipe, out, options, lambda *_: None)
-    return out
 
 
 def test_numbers_of_worker_processes_reach_the_endpoint_and_every_rank_runs_the_canary(balanced: Path) -> None:

@@ -97,6 +97,7 @@ def _main(
 ) -> None:
     """In the child: everything printed goes to `folder/log`."""
     redirect(folder / "log")
+    tempfile.tempdir = str(folder)
     fork_workers()
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would take precedence over kv_cache_memory_bytes
     os.environ.pop("KVCOMPRESS_METRICS", None)  # may be that of a test that has loaded the plug-in

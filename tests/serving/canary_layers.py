@@ -154,4 +154,3 @@ def without_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(compat, "running", running)
     monkeypatch.setattr(compat, "layer_metadata", current.__getitem__)
-    monkeypatch.setattr(compat, "metadata_of", current.__getitem__)

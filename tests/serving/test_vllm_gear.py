@@ -60,7 +60,7 @@ class Engine:
         order = 1 + torch.randperm(NUM_BLOCKS - 1, generator=self.generator)
         self.tables, self.rings = order[:18].reshape(3, 6), order[18:21, None]
         self.history: dict[int, tuple[Tensor, Tensor]] = {}
-        monkeypatch.setattr(compat, "metadata_of", lambda _: SimpleNamespace(block_table=self.rings[self.running]))
+        monkeypatch.setattr(compat, "layer_metadata", lambda _: SimpleNamespace(block_table=self.rings[self.running]))
 
     def step(self, new_tokens: dict[int, int]) -> tuple[Tensor, Tensor]:
         """Run one step with so many new tokens of each request; returns queries and outputs."""

@@ -14,7 +14,7 @@ pytest.importorskip("vllm")
 
 from kvcompress.serving.vllm import canary_paths, compat, metrics
 from kvcompress.serving.vllm import sentinel as sentinels
-from kvcompress.serving.vllm.canary import _answers
+from kvcompress.serving.vllm.canary import answers_to
 from kvcompress.serving.vllm.canary_paths import Path as Steps
 from kvcompress.serving.vllm.metrics import Collector, Numbers
 from kvcompress.serving.vllm.sentinel import Sentinel, is_sound
@@ -31,7 +31,7 @@ def filled(form: str, monkeypatch: pytest.MonkeyPatch) -> list[Served]:
     members, inputs = canary_layers.make(form)
     path, device = Steps("", TABLE, 1, ((0, 2 * BLOCK + 9),)), torch.device("cpu")
     step = canary_paths.metadata(path, path.steps[0], BLOCK, device)
-    _answers(None, members, inputs, [step] * len(members), canary_paths.ring_metadata(path, device), 0)
+    answers_to(None, members, inputs, [step] * len(members), canary_paths.ring_metadata(path, device), 0)
     return members
 
 

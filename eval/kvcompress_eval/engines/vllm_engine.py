@@ -52,8 +52,9 @@ class VllmEngine:
         kv_bits: int = WIDEST,
         **options: Any,
     ) -> None:
-        # The plug-in's only way to learn of them.
-        os.environ |= {"KVCOMPRESS_KV_RANK": f"{kv_rank:g}", "KVCOMPRESS_KV_BITS": str(kv_bits)}
+        from kvcompress.serving.loading import ask_for
+
+        ask_for(kv_rank, kv_bits)
         for key, value in ENVIRONMENT.items():
             os.environ.setdefault(key, value)
         try:

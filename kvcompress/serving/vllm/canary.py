@@ -132,7 +132,7 @@ def check_paths(config: compat.VllmConfig, members: Sequence[Served], inputs: Se
             lost, total = [0.0] * len(members), [0.0] * len(members)
             for start, stop in same[0].steps:
                 steps = [canary_paths.metadata(path, (start, stop), block_size, device) for path in same]
-                answers = _answers(config, members, inputs, steps, canary_paths.ring_metadata(same[0], device), start)
+                answers = answers_to(config, members, inputs, steps, canary_paths.ring_metadata(same[0], device), start)
                 for place, (member, answer_QHD) in enumerate(zip(members, answers, strict=True)):
                     query_QHD, scale = inputs[place].query_THD[start:stop], member.layer.impl.scale
                     right_QHD = canary_reference.answer(member.codec, expected[place], query_QHD, start, scale)
@@ -151,7 +151,7 @@ def check_paths(config: compat.VllmConfig, members: Sequence[Served], inputs: Se
             tensor[used] = content
 
 
-def _answers(
+def answers_to(
     config: compat.VllmConfig,
     members: Sequence[Served],
     inputs: Sequence[Inputs],

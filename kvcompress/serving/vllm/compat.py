@@ -142,7 +142,6 @@ __all__ = [
     "layer_metadata",
     "layer_parallel",
     "logger",
-    "metadata_of",
     "num_decoder_layers",
     "output_rank",
     "quantization_of",
@@ -205,11 +204,6 @@ def add_cache_layer(config: VllmConfig, name: str, layer: AttentionLayerBase) ->
     if name in layers:
         raise ValueError(f"vLLM has two layers named {name}")
     layers[name] = layer
-
-
-def metadata_of(name: str) -> Any:
-    """The running step's attention metadata of a layer."""
-    return get_forward_context().attn_metadata[name]
 
 
 def attention_layers(config: VllmConfig) -> list[Any]:

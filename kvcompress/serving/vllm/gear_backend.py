@@ -100,7 +100,7 @@ class BlockAttentionImpl(CompressedAttentionImpl):
         spec = codec.spec
         per_page = kv_cache.shape[2] // spec.block
         pages_NHMB = kv_cache.view(kv_cache.shape[0], spec.num_kv_heads, per_page, spec.record_bytes)
-        rings = compat.metadata_of(ring.name).block_table[:, 0].tolist()
+        rings = compat.layer_metadata(ring.name).block_table[:, 0].tolist()
         starts, lengths = batch.query_starts.tolist(), batch.seq_lens.tolist()
         running = []
         for request, length in enumerate(lengths):

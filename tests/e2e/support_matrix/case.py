@@ -60,18 +60,7 @@ class Case:
         prompts, _ = self.expected
         log = self.folder / "server.log"
         with self._server(log) as url:
-            answers = [
-                http_server.post(
-                    f"{url}/v1/completions",
-                    model="tiny",
-                    prompt=prompt,
-                    max_tokens=SHORT,
-                    temperature=0,
-                    ignore_eos=True,
-                    return_token_ids=True,
-                )
-                for prompt in prompts[-FEW:]
-            ]
+            answers = [http_server.complete(url, "tiny", prompt, SHORT) for prompt in prompts[-FEW:]]
             measured = vllm_engine.in_child(
                 bench.run, url=url, model="tiny", tokenizer=str(self.model), folder=str(self.folder)
             )
