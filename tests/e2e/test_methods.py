@@ -105,17 +105,23 @@ def test_logits_are_the_base_models_where_nothing_is_cut(
 ) -> None:
     """At full rank, in floats or with every entry exact: logits within 1e-3, in transformers and in vLLM."""
 
-    def full(shapes: list[Shape], removed: float) -> Ranks:
-        return [min(shape.out_features, shape.in_features) for shape in shapes]
-
-    monkeypatch.setattr(fwsvd, "uniform", full)
-    model = compress(base_model, tmp_path, LOSSLESS[method])
+    model = compress_nothing(method, base_model, tmp_path, monkeypatch)
     prompts, tokens, expected = base_answers
     for prompt, answer in zip(prompts, tokens, strict=True):
         ids = torch.tensor([prompt + answer])
         base, ours = (_logits(path, ids) for path in (base_model, model))
         torch.testing.assert_close(ours, base, rtol=0.0, atol=1e-3)
     torch.testing.assert_close(_served_logits(model, prompts), expected, rtol=0.0, atol=1e-3)
+
+
+def compress_nothing(method: str, base: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkpoint of a method of `LOSSLESS`."""
+
+    def full(shapes: list[Shape], removed: float) -> Ranks:
+        return [min(shape.out_features, shape.in_features) for shape in shapes]
+
+    monkeypatch.setattr(fwsvd, "uniform", full)
+    return compress(base, folder, LOSSLESS[method])
 
 
 def _served_logits(model: Path, prompts: list[list[int]]) -> torch.Tensor:

@@ -65,12 +65,13 @@ def test_no_crash_no_leaked_block_and_the_same_answers_throughout(
         assert _at_rest(load) == 0.0, "blocks that nothing uses are not free"
         counters = http_server.metrics(url)
         seconds = time.monotonic() - began
+        # Before the server is told to stop: its processes stop in any order, and each misses the others.
+        written = log.read_text()
     assert finished.count(True) > 0.5 * REQUESTS
     assert finished.count(False) > 0.1 * REQUESTS, "no request was dropped"
     assert rounds >= 1, "no round of probes beside the load"
     assert counters["vllm:num_preemptions_total"] > 0
     assert seconds < LIMIT_SECONDS
-    written = log.read_text()
     assert "Traceback" not in written
     assert "ERROR" not in written
     print(
