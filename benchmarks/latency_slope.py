@@ -1,6 +1,9 @@
-"""Time per output token against context: stock vLLM and every codec on the reference model, in one run.
+"""Time per output token against context: stock vLLM and every codec in one run.
 
     python benchmarks/latency_slope.py --work build/slope [--contexts 512 2048 8192 16384] [--repeats 5]
+    python benchmarks/latency_slope.py --work build/slope --model llama-8b-layers --contexts 4096 16384 65536
+
+The second model has two random layers of Llama-3.1-8B's shape: the time of a layer of a real model, without its memory.
 
 Every engine lives in a process of its own and all of them stay up: one repetition times each once, one after the other,
 so that other load on the machine falls on all of them. The prompt is in the prefix cache when a time is taken, and what
@@ -14,6 +17,7 @@ import datetime
 import json
 import multiprocessing
 import os
+import shutil
 import statistics
 import time
 from dataclasses import dataclass
@@ -33,7 +37,7 @@ CODECS = {
     "pca + scalar, 8x": ("{method: pca}", "{method: scalar, target_bits_per_channel: 1.75}"),
     "matryoshka, 2x": ("{method: matryoshka, rank: 0.5, steps: 2, samples: 8}", "{method: scalar, bits: 16}"),
     "xkv + scalar, 4x": (
-        "{method: xkv, group: 4, rank: 1.0}",
+        "{method: xkv, group: GROUP, rank: 1.0}",
         "{method: scalar, target_bits_per_channel: {k: 3.75, v: 3.75}}",
     ),
     "gear, 4x": ("{method: gear, bits: 2, outliers: 0.015}",),
@@ -58,6 +62,7 @@ class Worker:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints")
+    parser.add_argument("--model", choices=MODELS, default="reference-model")
     parser.add_argument("--contexts", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192, 16384])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
@@ -66,7 +71,9 @@ def main() -> None:
     args = parser.parse_args()
     wanted = [word for word in args.only.split(",") if word]
     names = [name for name in CODECS if not wanted or any(word in name for word in wanted)]
-    folders = {"vLLM": MODEL} | {name: compressed(name, args.work) for name in names}
+    args.work.mkdir(parents=True, exist_ok=True)
+    base = MODELS[args.model](args.work)
+    folders = {"vLLM": base} | {name: compressed(name, base, args.work / args.model) for name in names}
     longest = max(args.contexts) + TOKENS + 2
     workers = [start(name, folder, longest, args.threads) for name, folder in folders.items()]
     times: dict[str, dict[int, list[float]]] = {worker.name: {} for worker in workers}
@@ -81,8 +88,13 @@ def main() -> None:
         worker.ask("stop")
         worker.process.join()
     rows = [row(name, found) for name, found in times.items()]
-    stem = f"{datetime.date.today()}-{machine_name()}-slope"
-    result = {"what": "decode, batch 1", "machine": machine(args.threads), "note": args.note, "rows": rows}
+    stem = f"{datetime.date.today()}-{machine_name()}-slope" + f"-{args.model}" * (args.model != "reference-model")
+    result = {
+        "what": f"decode, batch 1, {args.model}",
+        "machine": machine(args.threads),
+        "note": args.note,
+        "rows": rows,
+    }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{stem}.json").write_text(json.dumps(result, indent=1) + "\n")
     plot(rows, RESULTS / f"{stem}.svg")
@@ -114,8 +126,10 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
 
 
-def compressed(name: str, work: Path) -> Path:
+def compressed(name: str, base: Path, work: Path) -> Path:
     """The checkpoint of a codec, made once."""
+    from kvcompress_eval.models import read_config
+
     from kvcompress import recipe as recipes
     from kvcompress.methods import registry
     from kvcompress.pipeline.compress import Options, compress
@@ -123,9 +137,40 @@ def compressed(name: str, work: Path) -> Path:
     out = work / "".join(letter if letter.isalnum() else "-" for letter in name)
     if not out.is_dir():
         work.mkdir(parents=True, exist_ok=True)
-        recipe = recipes.parse(f"version: 1\nstages: [{', '.join(CODECS[name])}]\n", registry.schemas())
-        compress(str(MODEL), recipe, out, Options(samples=16, length=256, resume=True), lambda *_: None)
+        group = min(4, read_config(base)["num_hidden_layers"])
+        stages = ", ".join(CODECS[name]).replace("GROUP", str(group))
+        recipe = recipes.parse(f"version: 1\nstages: [{stages}]\n", registry.schemas())
+        compress(str(base), recipe, out, Options(samples=16, length=256, resume=True), lambda *_: None)
     return out
+
+
+def llama_8b_layers(work: Path) -> Path:
+    """A random model of two layers, with the reference model's vocabulary; made once."""
+    import torch
+    from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+
+    out = work / "llama-8b-layers-base"
+    if not out.is_dir():
+        config = LlamaConfig(
+            vocab_size=AutoConfig.from_pretrained(MODEL).vocab_size,
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_hidden_layers=2,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            head_dim=128,
+            max_position_embeddings=131072,
+        )
+        torch.manual_seed(0)
+        draft = work / "draft"
+        LlamaForCausalLM(config).bfloat16().save_pretrained(draft)
+        for path in MODEL.glob("tokenizer*"):
+            shutil.copy(path, draft)
+        draft.rename(out)
+    return out
+
+
+MODELS = {"reference-model": lambda _: MODEL, "llama-8b-layers": llama_8b_layers}
 
 
 def start(name: str, folder: Path, longest: int, threads: int) -> Worker:
