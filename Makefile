@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup test lint types unit e2e slow soak matrix previous demo bench clean
+.PHONY: help setup test lint types unit e2e slow soak matrix previous demo bench slope clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -23,7 +23,8 @@ help:
 	@echo "make soak    500 requests against a server whose cache is too small for them"
 	@echo "make matrix  test every method with every feature of vLLM; writes docs/support-matrix.md"
 	@echo "make previous  the end-to-end tests with the oldest vLLM that is supported, in an environment of its own"
-	@echo "make bench   CPU kernel benchmark; writes benchmarks/results"
+	@echo "make bench   CPU kernels beside vLLM's and torch's, and compressing a checkpoint; writes benchmarks/results"
+	@echo "make slope   time per output token against context, every codec and stock vLLM; writes benchmarks/results"
 
 setup: $(VENV)/.ready
 
@@ -81,7 +82,12 @@ demo: setup
 	@$(BIN)/python examples/demo/run.py --out demo
 
 bench: setup
-	@$(BIN)/python benchmarks/cpu_decode.py
+	@$(BIN)/python benchmarks/cpu_decode.py --contexts 1024 4096 8192 16384 32768 65536
+	@$(BIN)/python benchmarks/compress.py --work build/bench
+
+slope: setup
+	@$(BIN)/python benchmarks/latency_slope.py --work build/bench
+	@$(BIN)/python benchmarks/latency_slope.py --work build/bench --model llama-8b-layers --contexts 4096 16384 65536
 
 clean:
 	rm -rf $(VENV) build demo .pytest_cache .mypy_cache .ruff_cache

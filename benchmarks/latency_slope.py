@@ -17,7 +17,6 @@ import datetime
 import json
 import multiprocessing
 import os
-import shutil
 import statistics
 import time
 from dataclasses import dataclass
@@ -27,9 +26,8 @@ from typing import Any
 
 import numpy as np
 from cpu_decode import RESULTS, machine, machine_name
+from models import MODELS
 
-ROOT = Path(__file__).resolve().parents[1]
-MODEL = ROOT / "assets" / "reference-model"
 TOKENS = 16
 
 CODECS = {
@@ -142,35 +140,6 @@ def compressed(name: str, base: Path, work: Path) -> Path:
         recipe = recipes.parse(f"version: 1\nstages: [{stages}]\n", registry.schemas())
         compress(str(base), recipe, out, Options(samples=16, length=256, resume=True), lambda *_: None)
     return out
-
-
-def llama_8b_layers(work: Path) -> Path:
-    """A random model of two layers, with the reference model's vocabulary; made once."""
-    import torch
-    from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
-
-    out = work / "llama-8b-layers-base"
-    if not out.is_dir():
-        config = LlamaConfig(
-            vocab_size=AutoConfig.from_pretrained(MODEL).vocab_size,
-            hidden_size=4096,
-            intermediate_size=14336,
-            num_hidden_layers=2,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            head_dim=128,
-            max_position_embeddings=131072,
-        )
-        torch.manual_seed(0)
-        draft = work / "draft"
-        LlamaForCausalLM(config).bfloat16().save_pretrained(draft)
-        for path in MODEL.glob("tokenizer*"):
-            shutil.copy(path, draft)
-        draft.rename(out)
-    return out
-
-
-MODELS = {"reference-model": lambda _: MODEL, "llama-8b-layers": llama_8b_layers}
 
 
 def start(name: str, folder: Path, longest: int, threads: int) -> Worker:
