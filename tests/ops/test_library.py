@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import re
+import shutil
+import subprocess
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +34,29 @@ def test_structs_have_the_sizes_the_library_was_built_with() -> None:
     sizes = (ctypes.c_int64 * 2)()
     compiled.kvc_struct_sizes(sizes)
     assert list(sizes) == [ctypes.sizeof(library.AttendArgs), ctypes.sizeof(library.AppendArgs)]
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="no readelf to look into the library with")
+def test_the_library_needs_neither_torch_nor_python() -> None:
+    """One wheel for every version of both: nothing is linked but the compiler's and the system's libraries."""
+    compiled = library.load()
+    assert compiled is not None
+    written = subprocess.run(
+        ["readelf", "--dynamic", compiled._name], capture_output=True, text=True, check=True
+    ).stdout
+    needed = re.findall(r"NEEDED.*\[(.+?)\.so", written)
+    assert set(needed) <= {
+        "libgomp",
+        "libomp",
+        "libstdc++",
+        "libm",
+        "libgcc_s",
+        "libc",
+        "libpthread",
+        "ld-linux-x86-64",
+    }
+    assert "libc" in needed
 
 
 @pytest.mark.usefixtures("fresh")
