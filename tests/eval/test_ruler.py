@@ -78,7 +78,7 @@ def expected(
     )
 
 
-@pytest.mark.parametrize("length", [1536, 4096])
+@pytest.mark.parametrize("length", [2048, 4096])
 @pytest.mark.parametrize("name", sorted(set(TASKS) - set(OFFICIAL)))
 def test_other_tasks_equal_the_second_implementation(
     name: str, length: int, large_tokenizer: TextTokenizer, sources: Sources
@@ -227,16 +227,16 @@ def test_the_cache_tells_templates_and_files_apart(large_tokenizer: TextTokenize
     folder.mkdir()
     sources = write_sources(folder)
     options: dict[str, Any] = {"samples": 1, "sources": sources, "cache_dir": tmp_path / "cache"}
-    make("qa_1", large_tokenizer, 1536, **options)
-    make("niah_single_2", large_tokenizer, 1536, **options)
+    make("qa_1", large_tokenizer, 2048, **options)
+    make("niah_single_2", large_tokenizer, 2048, **options)
     assert sets() == 2
-    make("qa_1", large_tokenizer, 1536, template=ModelTemplate("own", "[", "]"), **options)
+    make("qa_1", large_tokenizer, 2048, template=ModelTemplate("own", "[", "]"), **options)
     assert sets() == 3
     essay = sources.path("essay")
     essay.write_text(essay.read_text().replace("the", "a"))
-    make("qa_1", large_tokenizer, 1536, **options)
+    make("qa_1", large_tokenizer, 2048, **options)
     assert sets() == 3, "a file that the task does not read changes nothing"
-    make("niah_single_2", large_tokenizer, 1536, **options)
+    make("niah_single_2", large_tokenizer, 2048, **options)
     assert sets() == 4
 
 

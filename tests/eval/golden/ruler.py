@@ -12,8 +12,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,8 @@ Case = tuple[str, str, int, int]
 
 def cases(
     tokenizers: Sequence[str] = tuple(TOKENIZERS), lengths: Sequence[int] = LENGTHS, seeds: Sequence[int] = SEEDS
-) -> Iterator[Case]:
-    for tokenizer in tokenizers:
-        for task in TASKS:
-            for length in lengths:
-                for seed in seeds:
-                    yield tokenizer, task, length, seed
+) -> list[Case]:
+    return list(product(tokenizers, TASKS, lengths, seeds))
 
 
 def name(case: Case) -> str:

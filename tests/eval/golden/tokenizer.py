@@ -2,8 +2,8 @@
 
     python tests/eval/golden/tokenizer.py
 
-It marks words as SentencePiece does, falls back to bytes for what it does not know, and keeps numbers in one piece where
-it has seen them; the reference model's works on bytes and takes digits one by one.
+It marks words as SentencePiece does, falls back to bytes for what it does not know, and joins digits; the reference
+model's works on bytes and takes digits one by one.
 """
 
 from __future__ import annotations
