@@ -2,8 +2,8 @@
 
     python benchmarks/ruler_speed.py [--model assets/reference-model] [--threads 2] [--keep]
 
-Essays and questions come from small invented files, so every task runs under its own name. A task that cannot be made at
-a length is counted apart, with the time that finding out took. `--keep` writes the figures to benchmarks/results.
+Essays and questions come from small invented files, so every task runs under its own name. A task that cannot be made
+at a length is counted apart, with the time that finding out took. `--keep` writes the figures to benchmarks/results.
 """
 
 from __future__ import annotations
