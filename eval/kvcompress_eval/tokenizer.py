@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,8 @@ class TextTokenizer:
         from transformers import AutoTokenizer
 
         self.model = str(model)
+        # One text at a time: threads of the tokenizer's own would only make it warn when an engine forks.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(self.model, trust_remote_code=False)
         except (OSError, ValueError) as error:

@@ -29,7 +29,7 @@ from kvcompress_eval.tasks.text import HeldOutText, find_text, read_text
 from kvcompress_eval.tokenizer import TextTokenizer
 
 MAX_THREADS = 8
-"""Of prompt making; every thread holds prompts of one task and length."""
+"""That make prompts; more than the tokenizer's share of the work would keep busy."""
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much is done, and how much there is."""
@@ -159,7 +159,8 @@ def _units(
     units: list[Unit] = []
     skipped: list[Skipped] = []
     wanted = [(name, length) for length in suite.lengths for name in suite.tasks]
-    progress("making prompts", 0, len(wanted))
+    if wanted:
+        progress("making prompts", 0, len(wanted))
     threads = min(os.cpu_count() or 1, MAX_THREADS)
     for done, (name, length), made in zip(count(1), wanted, side_by_side(make, wanted, threads), strict=False):
         progress("making prompts", done, len(wanted))

@@ -13,14 +13,14 @@ NAMES = ("Ada", "Bela", "Cem", "Dora", "Emre", "Fay", "Goran", "Hila", "Ivo", "J
 THINGS = ("mill", "bridge", "chapel", "granary", "tower", "harbour", "library", "orchard", "well", "ferry")
 
 
-def write_sources(folder: Path, questions: int = 120) -> Sources:
+def write_sources(folder: Path, questions: int = 120, sentences_each: int = 3) -> Sources:
     """All files but the word list."""
     sentences = prose(40_000).replace("\n\n", " ").split(". ")
     random = Random(1)
 
     def paragraph(fact: str) -> str:
-        told = [f"{sentence}." for sentence in random.sample(sentences, 3)]
-        told.insert(random.randrange(4), fact)
+        told = [f"{sentence}." for sentence in random.sample(sentences, sentences_each)]
+        told.insert(random.randrange(sentences_each + 1), fact)
         return " ".join(told)
 
     facts = [

@@ -15,7 +15,7 @@ from pathlib import Path
 from random import Random
 
 from kvcompress_eval.tasks.ruler.prose import prose
-from kvcompress_eval.tasks.ruler.sources import read_json
+from kvcompress_eval.tasks.ruler.sources import kept, read_json, read_text
 
 DEPTHS = tuple(round(100 * step / 39) for step in range(40))
 """Percent of the sentences before a needle: 40 rounded points from 0 to 100."""
@@ -46,14 +46,14 @@ class Essay:
         return " ".join([*interleaved, segments[-1]])
 
 
-@cache
+@kept
 def essay(path: Path) -> Essay:
     """The essays of a file: JSON with a `text`, or plain text.
 
     Raises:
         ValueError: the file holds no text.
     """
-    text = path.read_text("utf-8") if path.suffix != ".json" else read_json(path)
+    text = read_text(path) if path.suffix != ".json" else read_json(path)
     if isinstance(text, dict):
         text = text.get("text")
     if not isinstance(text, str) or not text.strip():

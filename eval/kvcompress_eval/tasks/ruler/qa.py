@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import ClassVar, Literal
@@ -18,7 +18,7 @@ from typing import ClassVar, Literal
 from kvcompress_eval.tasks.ruler.sample import NotApplicableError, Request, Sample, split_sample
 from kvcompress_eval.tasks.ruler.scoring import Metric
 from kvcompress_eval.tasks.ruler.sizing import Drawn, draw_fitting, search_size
-from kvcompress_eval.tasks.ruler.sources import read_json
+from kvcompress_eval.tasks.ruler.sources import kept, read_json
 from kvcompress_eval.tasks.ruler.strings import strings
 from kvcompress_eval.tasks.ruler.task import Task
 
@@ -106,7 +106,7 @@ class Qa(Task):
         return [texts[place] for place in chosen]
 
 
-@cache
+@kept
 def squad(path: Path) -> Questions:
     """SQuAD 2.0.
 
@@ -132,7 +132,7 @@ def squad(path: Path) -> Questions:
     return _checked(path, questions, texts)
 
 
-@cache
+@kept
 def hotpotqa(path: Path) -> Questions:
     """HotpotQA, distractor setting.
 

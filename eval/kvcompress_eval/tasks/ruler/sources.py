@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+Made = TypeVar("Made")
 
 OPTIONS = {
     "essay": ("--essay", "the essays (PaulGrahamEssays.json or a text file)"),
@@ -60,6 +62,32 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def kept(read: Callable[[Path], Made]) -> Callable[[Path], Made]:
+    """`read`, which makes something of a file once and again only when the file has other bytes."""
+
+    @lru_cache(maxsize=4)
+    def by_content(path: Path, digest: str) -> Made:
+        return read(path)
+
+    @wraps(read)
+    def reading(path: Path) -> Made:
+        return by_content(path, sha256(path))
+
+    return reading
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text file.
+
+    Raises:
+        ValueError: it is not UTF-8.
+    """
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+
+
 def read_json(path: Path) -> Any:
     """A JSON file.
 
@@ -67,16 +95,16 @@ def read_json(path: Path) -> Any:
         ValueError: it is not JSON.
     """
     try:
-        return json.loads(path.read_text("utf-8"))
-    except ValueError as error:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
 
 
-@cache
+@kept
 def more_words(path: Path) -> tuple[str, ...]:
     """Words of a file: a JSON list, the values of a JSON object, or one word per line."""
     if path.suffix != ".json":
-        return tuple(line.strip() for line in path.read_text("utf-8").splitlines() if line.strip())
+        return tuple(line.strip() for line in read_text(path).splitlines() if line.strip())
     content = read_json(path)
     words = list(content.values()) if isinstance(content, dict) else content
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
