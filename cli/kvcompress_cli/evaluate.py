@@ -24,9 +24,13 @@ def evaluate(
     models: Annotated[list[str], typer.Argument(metavar="DIR...", help="Checkpoints to evaluate, compressed or not.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for results.json, report.html and samples.")],
     baseline: Annotated[str | None, typer.Option(help="The model to compare with; its rows get verdicts.")] = None,
-    suite: Annotated[str, typer.Option(help="quick, ruler, needle-ref or text.")] = "quick",
+    suite: Annotated[str, typer.Option(help="quick, ruler, ruler-syn, ruler-13, needle-ref or text.")] = "quick",
+    tasks: Annotated[
+        str | None, typer.Option(help="RULER tasks, e.g. vt,niah_single_2_syn; the suite's own by default.")
+    ] = None,
     lengths: Annotated[
-        str | None, typer.Option(help="Context lengths, e.g. 512,1024; the suite's own by default.")
+        str | None,
+        typer.Option("--lengths", "--length", help="Context lengths, e.g. 512,1024; the suite's own by default."),
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Samples per task and length.")] = None,
     limit: Annotated[int | None, typer.Option(help="At most this many samples per task.")] = None,
@@ -36,6 +40,15 @@ def evaluate(
     kv_rank: KvRank = 1.0,
     kv_bits: KvBits = WIDEST,
     dtype: Annotated[str, typer.Option(help="Precision to run in; auto is float32 on a CPU.")] = "auto",
+    template: Annotated[
+        str, typer.Option(help="Around RULER's prompts: base, meta-llama3, Phi3, ...; chat for the tokenizer's own.")
+    ] = "base",
+    essay: Annotated[Path | None, typer.Option(help="Essays for RULER: PaulGrahamEssays.json, or a text file.")] = None,
+    squad: Annotated[Path | None, typer.Option(help="SQuAD 2.0's dev-v2.0.json, for RULER's qa_1.")] = None,
+    hotpotqa: Annotated[Path | None, typer.Option(help="hotpot_dev_distractor_v1.json, for RULER's qa_2.")] = None,
+    words: Annotated[
+        Path | None, typer.Option(help="More English words, for RULER's cwe at lengths that its own do not fill.")
+    ] = None,
     text: Annotated[
         Path | None, typer.Option(help="Held-out text for perplexity; by default the model's heldout.txt.")
     ] = None,
@@ -48,6 +61,7 @@ def evaluate(
     """Measure what compression cost. Exit code 1 when the verdict is 'worse'."""
     from kvcompress_eval.evaluate import run
     from kvcompress_eval.report import write_report
+    from kvcompress_eval.tasks.ruler.sources import Sources
 
     with progress() as report:
         results = run(
@@ -55,6 +69,7 @@ def evaluate(
             out=out,
             baseline=baseline,
             suite=suite,
+            tasks=tasks.split(",") if tasks else None,
             lengths=_numbers(lengths),
             samples=samples,
             limit=limit,
@@ -62,6 +77,8 @@ def evaluate(
             kv_rank=kv_rank,
             kv_bits=kv_bits,
             dtype=dtype,
+            template=template,
+            sources=Sources(essay=essay, squad=squad, hotpotqa=hotpotqa, words=words),
             text=text,
             margin=margin,
             serving_context=serving_context,

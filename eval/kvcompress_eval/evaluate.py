@@ -17,7 +17,7 @@ from kvcompress_eval.engines import check_engine, is_url, open_engine
 from kvcompress_eval.models import Model, describe_models
 from kvcompress_eval.suite import Suite, find_suite
 from kvcompress_eval.tasks.agreement import Reference
-from kvcompress_eval.tasks.ruler import ruler_task
+from kvcompress_eval.tasks.ruler import NO_FILES, Sources, model_template, provenance, ruler_task
 from kvcompress_eval.tokenizer import TextTokenizer
 from kvcompress_eval.work import Progress, Work, default_cache_dir, prepare
 
@@ -40,6 +40,8 @@ def run(
     kv_bits: int = WIDEST,
     dtype: str = "auto",
     seed: int = 42,
+    template: str = "base",
+    sources: Sources = NO_FILES,
     text: str | Path | None = None,
     margin: float = 1.0,
     full_generations: bool = False,
@@ -62,6 +64,9 @@ def run(
         kv_rank: share of the stored channels at which compressed models run.
         kv_bits: the most bits in which they store a channel.
         dtype: of the computation; auto is the checkpoint's, float32 on a CPU.
+        template: what stands around RULER's prompts: a name of the benchmark's (base, meta-llama3, Phi3, ...), or chat
+            for the tokenizer's own chat template.
+        sources: local files that some RULER tasks are made from.
         text: held-out text file; by default the `heldout.txt` of a model folder.
         margin: loss in points that the verdict tolerates.
         full_generations: generate every token, even once all references have been found. Scores are the same.
@@ -94,6 +99,8 @@ def run(
         models,
         tokenizer,
         seed=seed,
+        template=model_template(template, tokenizer.chat_turn),
+        sources=sources,
         text=text,
         cache_dir=Path(cache_dir).expanduser() if cache_dir else default_cache_dir(),
         serving_context=serving_context,
@@ -107,6 +114,8 @@ def run(
         "full_generations": full_generations,
         "tokenizer_sha256": tokenizer.sha256,
         "seed": seed,
+        "template": template,
+        "files": provenance(sources),
     }
     results = _run_models(models, work, tokenizer, Path(out), how, margin=margin, resume=resume, tell=tell)
     _write_json(Path(out) / RESULTS, results)

@@ -13,7 +13,6 @@ from kvcompress_eval.engines import Engine
 from kvcompress_eval.models import Model
 from kvcompress_eval.rows import RowFile
 from kvcompress_eval.tasks import agreement, perplexity, serving
-from kvcompress_eval.tasks.ruler import score
 from kvcompress_eval.work import Progress, Unit, Work, prompt_sha256
 
 ROWS_VERSION = 1
@@ -136,7 +135,7 @@ def _run_unit(engine: Engine, file: RowFile, unit: Unit, *, full_generations: bo
                     "prediction": generation.text,
                     "predicted_tokens": len(generation.tokens),
                     "references": list(expected),
-                    "score": score(generation.text, expected),
+                    "score": unit.score(generation.text, expected),
                 }
             )
         progress(end, total)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvcompress_eval.tasks.ruler.registry import OFFICIAL
+from kvcompress_eval.tasks.ruler.registry import ALL, OFFICIAL, SYNTHETIC
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,18 @@ SUITES: dict[str, Suite] = {
     "ruler": Suite(
         summary="the six RULER tasks that need no download, as the benchmark defines them",
         tasks=tuple(OFFICIAL),
+        lengths=(4096,),
+        samples=500,
+    ),
+    "ruler-syn": Suite(
+        summary="those six and RULER's five essay tasks on generated prose, named apart because scores differ",
+        tasks=(*OFFICIAL, *SYNTHETIC),
+        lengths=(4096,),
+        samples=500,
+    ),
+    "ruler-13": Suite(
+        summary="all thirteen RULER tasks; needs --essay, --squad and --hotpotqa",
+        tasks=tuple(ALL),
         lengths=(4096,),
         samples=500,
     ),

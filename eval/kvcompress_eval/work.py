@@ -7,14 +7,29 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import count
 from pathlib import Path
 
 from kvcompress_eval.models import Model
 from kvcompress_eval.suite import Suite
 from kvcompress_eval.tasks.perplexity import Window, windows
-from kvcompress_eval.tasks.ruler import NotApplicableError, generate, ruler_task
+from kvcompress_eval.tasks.ruler import (
+    ModelTemplate,
+    NotApplicableError,
+    Sample,
+    Sources,
+    check_sources,
+    generate,
+    ruler_task,
+    score,
+    side_by_side,
+)
 from kvcompress_eval.tasks.text import HeldOutText, find_text, read_text
 from kvcompress_eval.tokenizer import TextTokenizer
+
+MAX_THREADS = 8
+"""That make prompts; more than the tokenizer's share of the work would keep busy."""
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much is done, and how much there is."""
@@ -31,6 +46,8 @@ class Unit:
     max_tokens: int
     mean_length: float
     """Tokens used on average, generated ones included."""
+    score: Callable[[str, Sequence[str]], float]
+    """Of a prediction and its references, 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +83,8 @@ def prepare(
     tokenizer: TextTokenizer,
     *,
     seed: int,
+    template: ModelTemplate,
+    sources: Sources,
     text: str | Path | None,
     cache_dir: Path,
     serving_context: int,
@@ -77,7 +96,18 @@ def prepare(
     Raises:
         ValueError: a model cannot take the lengths, there is no text where one is needed, or nothing is left to do.
     """
-    units, skipped = _units(suite, tokenizer, seed, cache_dir, progress)
+    check_sources(suite.tasks, sources)
+    make = partial(
+        generate,
+        samples=suite.samples,
+        seed=seed,
+        count=tokenizer.count,
+        tokenizer_sha256=tokenizer.sha256,
+        template=template,
+        sources=sources,
+        cache_dir=cache_dir,
+    )
+    units, skipped = _units(suite, tokenizer, lambda task, length: make(task, length=length), progress)
     limits = [model.context for model in models if model.context]
     limit = min(limits) if limits else None
     units = [_fitted(unit, limit, len(tokenizer.prefix)) for unit in units]
@@ -124,38 +154,31 @@ def prompt_sha256(prompt: Sequence[int]) -> str:
 
 
 def _units(
-    suite: Suite, tokenizer: TextTokenizer, seed: int, cache_dir: Path, progress: Progress
+    suite: Suite, tokenizer: TextTokenizer, make: Callable[[str, int], list[Sample]], progress: Progress
 ) -> tuple[list[Unit], list[Skipped]]:
     units: list[Unit] = []
     skipped: list[Skipped] = []
-    total = len(suite.tasks) * len(suite.lengths)
-    for done, (name, length) in enumerate((name, length) for length in suite.lengths for name in suite.tasks):
-        progress("making prompts", done, total)
-        try:
-            samples = generate(
-                name,
-                length=length,
-                samples=suite.samples,
-                seed=seed,
-                count=tokenizer.count,
-                tokenizer_sha256=tokenizer.sha256,
-                cache_dir=cache_dir,
-            )
-        except NotApplicableError as error:
-            skipped.append(Skipped(name, length, str(error)))
+    wanted = [(name, length) for length in suite.lengths for name in suite.tasks]
+    if wanted:
+        progress("making prompts", 0, len(wanted))
+    threads = min(os.cpu_count() or 1, MAX_THREADS)
+    for done, (name, length), made in zip(count(1), wanted, side_by_side(make, wanted, threads), strict=False):
+        progress("making prompts", done, len(wanted))
+        if isinstance(made, NotApplicableError):
+            skipped.append(Skipped(name, length, str(made)))
             continue
+        task = ruler_task(name)
         units.append(
             Unit(
                 task=name,
                 length=length,
-                prompts=[tokenizer.encode(sample.prompt) for sample in samples],
-                references=[sample.outputs for sample in samples],
-                max_tokens=ruler_task(name).tokens_to_generate,
-                mean_length=sum(sample.length for sample in samples) / len(samples),
+                prompts=[tokenizer.encode_prompt(sample.prompt) for sample in made],
+                references=[sample.outputs for sample in made],
+                max_tokens=task.tokens_to_generate,
+                mean_length=sum(sample.length for sample in made) / len(made),
+                score=partial(score, metric=task.metric),
             )
         )
-    if total:
-        progress("making prompts", total, total)
     return units, skipped
 
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from kvcompress_cli import main
@@ -285,6 +286,33 @@ def test_file_size_limit(run: Run, base_model: Path, recipe_file: Path, tmp_path
     assert code == 2
     assert "space" in stderr.splitlines()[-1]
     assert not out.parent.exists()
+
+
+def test_eval_hands_ruler_its_tasks_lengths_template_and_files(
+    run: Run, base_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import kvcompress_eval.evaluate
+    import kvcompress_eval.report
+
+    asked: dict[str, Any] = {}
+
+    def evaluate(models: list[str], **options: Any) -> dict[str, Any]:
+        asked.update(options)
+        return {"overall": []}
+
+    monkeypatch.setattr(kvcompress_eval.evaluate, "run", evaluate)
+    monkeypatch.setattr(kvcompress_eval.report, "write_report", lambda *parts: None)
+    essay = tmp_path / "essay.txt"
+    essay.write_text("One. Two.")
+    command = ["eval", base_model, "-o", tmp_path / "out", "--suite", "ruler", "--json"]
+    ruler = ["--tasks", "vt,niah_single_2", "--length", "4096", "--samples", "7", "--template", "chat"]
+    code, _, stderr = run(*command, *ruler, "--essay", essay)
+    assert code == 0, stderr
+    assert (asked["tasks"], asked["lengths"], asked["samples"]) == (["vt", "niah_single_2"], [4096], 7)
+    assert (asked["template"], asked["sources"].essay, asked["sources"].squad) == ("chat", essay, None)
+    code, _, stderr = run(*command, "--squad", tmp_path / "gone.json")
+    assert code == 2
+    assert "gone.json, which --squad names" in stderr.splitlines()[-1]
 
 
 def test_help_is_fast_and_imports_nothing_heavy() -> None:

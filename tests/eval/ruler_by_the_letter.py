@@ -1,4 +1,4 @@
-"""A second implementation of RULER's six download-free tasks, written from the specification sentence by sentence.
+"""A second implementation of RULER's tasks, written from the specification sentence by sentence.
 
 It shares nothing with the product but the strings: it seeds Python's and numpy's global generators as the benchmark
 does, holds all word keys in one list, and keeps no state in objects. Slow and plain on purpose.
@@ -6,7 +6,9 @@ does, holds all word keys in one list, and keeps no state in objects. Slow and p
 
 from __future__ import annotations
 
+import json
 import random
+import re
 import string
 import uuid
 from collections.abc import Callable
@@ -37,6 +39,15 @@ def all_keys() -> list[str]:
     return sorted({f"{adjective}-{noun}" for adjective in lines("adjective") for noun in lines("noun")})
 
 
+class TooShort(Exception):
+    """No sample fits, however often it is drawn."""
+
+
+def prompt_template(family: str, around: tuple[str, str]) -> str:
+    """The model template applied to the task's, then the answer prefix."""
+    return around[0] + STRINGS[family]["template"] + around[1] + STRINGS[family]["answer_prefix"]
+
+
 def shuffled(seed: int, items: list[str]) -> list[str]:
     """With a generator of its own."""
     copy = list(items)
@@ -61,15 +72,48 @@ def best_size(make: Callable[[int], int], inc: int, upper: int) -> int:
     return inc if best is None else best
 
 
+def draw_until_it_fits(
+    make: Callable[[int], tuple[str, list[str]]], tokens: Tokens, n: int, inc: int, limit: int
+) -> tuple[str, list[str], int]:
+    """Draw at n, smaller by inc after each miss; at inc and below, again and again."""
+    for _ in range(200 + n // inc):
+        prompt, answers = make(n)
+        if tokens(prompt) <= limit:
+            return prompt, answers, tokens(prompt)
+        if n > inc:
+            n -= inc
+    raise TooShort
+
+
 # --- needle in a haystack -------------------------------------------------------------------------------------------
 
 
+def sentences_of(text: str) -> list[str]:
+    """Cut at spaces after a full stop, a question or an exclamation mark, which quotes and brackets may follow."""
+    ends = [match.end() for match in re.finditer(r"[.!?][\"')\]\u2019\u201d]*(?= )", text)]
+    starts = [0, *[end + 1 for end in ends]]
+    return [text[start:end] for start, end in zip(starts, [*ends, len(text)], strict=True)]
+
+
 def niah(
-    tokens: Tokens, length: int, count: int, seed: int, haystack: str, type_k: str, type_v: str, k: int, v: int, q: int
+    tokens: Tokens,
+    length: int,
+    count: int,
+    seed: int,
+    haystack: str,
+    type_k: str,
+    type_v: str,
+    k: int,
+    v: int,
+    q: int,
+    essay: str = "",
+    around: tuple[str, str] = ("", ""),
 ) -> Rows:
     random.seed(seed)
     np.random.seed(seed)
     text, generated, k = STRINGS["niah"], 128, max(k, q)
+    essay_words = re.sub(r"\s+", " ", essay).split(" ")
+    depths = list(np.round(np.linspace(0, 100, num=40)).astype(int))
 
     def a_random(kind: str) -> str:
         if kind == "words":
@@ -81,16 +125,7 @@ def niah(
     def needle(key: str, value: str) -> str:
         return text["needle"].replace("{type_needle_v}", type_v).replace("{key}", key).replace("{value}", value)
 
-    def sample(n: int) -> tuple[str, list[str]]:
-        table: list[tuple[str, list[str]]] = []
-        needles = []
-        for _ in range(k):
-            key, values = a_random(type_k), []
-            for _ in range(v):
-                values.append(a_random(type_v))
-                needles.append(needle(key, values[-1]))
-            table.append((key, values))
-        needles = shuffled(seed, needles)
+    def in_lines(n: int, needles: list[str]) -> str:
         context = []
         for _ in range(n):
             if haystack == "noise":
@@ -103,40 +138,66 @@ def niah(
         places.reverse()
         for place, item in zip(places, needles, strict=True):
             context[place:place] = [item]
+        return "\n".join(context)
+
+    def in_essay(n: int, needles: list[str]) -> str:
+        words = []
+        while len(words) < n:
+            words += essay_words
+        found = sentences_of(" ".join(words[:n]).strip())
+        places = sorted([int(len(found) * (depth / 100)) for depth in random.sample(depths, len(needles))])
+        out, last = [], 0
+        for place, item in zip(places, needles, strict=True):
+            out += [" ".join(found[last:place]), item]
+            last = place
+        return " ".join([*out, " ".join(found[last:])])
+
+    def sample(n: int) -> tuple[str, list[str]]:
+        table: list[tuple[str, list[str]]] = []
+        needles = []
+        for _ in range(k):
+            key, values = a_random(type_k), []
+            for _ in range(v):
+                values.append(a_random(type_v))
+                needles.append(needle(key, values[-1]))
+            table.append((key, values))
+        needles = shuffled(seed, needles)
+        body = in_essay(n, needles) if haystack == "essay" else in_lines(n, needles)
         chosen = [table[i] for i in random.sample(range(k), q)]
         names = [key for key, _ in chosen]
         query = names[0]
         if q > 1:
             query = ", ".join(names[:-1]) + ", and " + names[-1]
-        prompt, kind = text["template"] + text["answer_prefix"], type_v
+        prompt, kind = prompt_template("niah", around), type_v
         if q * v == 1:
             prompt = prompt.replace("Some", "A").replace("are all", "is").replace("are", "is")
             prompt = prompt.replace("answers", "answer")
             kind = {"numbers": "number", "words": "word", "uuids": "uuid"}[type_v]
         prompt = prompt.replace("{type_needle_v}", kind).replace("{query}", query)
-        return prompt.replace("{context}", "\n".join(context)), [value for _, values in chosen for value in values]
+        return prompt.replace("{context}", body), [value for _, values in chosen for value in values]
 
-    inc = 5 if length < 4096 else 25
+    inc = 500 if haystack == "essay" else 5 if length < 4096 else 25
     per_unit = tokens(sample(inc)[0]) / inc
     size = best_size(lambda n: tokens(sample(n)[0]) + generated - length, inc, max(int(length / per_unit * 3), 2 * inc))
     rows: Rows = []
     for index in range(count):
-        n = size
-        while True:
-            prompt, answers = sample(n)
-            total = tokens(prompt) + generated
-            if total <= length:
-                break
-            if n > inc:
-                n -= inc
-        rows.append(row(index, prompt, answers, text["answer_prefix"], total))
+        prompt, answers, used = draw_until_it_fits(sample, tokens, size, inc, length - generated)
+        rows.append(row(index, prompt, answers, text["answer_prefix"], used + generated))
     return rows
 
 
 # --- variable tracking ----------------------------------------------------------------------------------------------
 
 
-def vt(tokens: Tokens, length: int, count: int, seed: int, chains: int = 1, hops: int = 4) -> Rows:
+def vt(
+    tokens: Tokens,
+    length: int,
+    count: int,
+    seed: int,
+    chains: int = 1,
+    hops: int = 4,
+    around: tuple[str, str] = ("", ""),
+) -> Rows:
     random.seed(seed)
     np.random.seed(seed)
     text, generated = STRINGS["vt"], 30
@@ -163,17 +224,13 @@ def vt(tokens: Tokens, length: int, count: int, seed: int, chains: int = 1, hops
             for j in range(len(chain)):
                 context.insert(places[j] + j, chain[j])
         body = "\n".join(context).replace(". \n", ".\n")
-        prompt = (text["template"] + text["answer_prefix"]).replace("{num_v}", str(hops + 1))
+        prompt = prompt_template("vt", ("", "") if example else around).replace("{num_v}", str(hops + 1))
         return prompt.replace("{query}", first_value).replace("{context}", body), names[:links]
 
     # The in-context example: the same routine, one sample, at most 500 tokens, nothing generated, inc 5.
     per_unit = tokens(sample(5, True)[0]) / 5
     n = best_size(lambda m: tokens(sample(m, True)[0]) - 500, 5, max(int(500 / per_unit * 3), 10))
-    prompt, answers = sample(n, True)
-    while tokens(prompt) > 500:
-        if n > 5:
-            n -= 5
-        prompt, answers = sample(n, True)
+    prompt, answers, _ = draw_until_it_fits(lambda m: sample(m, True), tokens, n, 5, 500)
     shown = prompt + " " + " ".join(answers) + "\n"
     shown_tokens = tokens(shown)
 
@@ -184,30 +241,27 @@ def vt(tokens: Tokens, length: int, count: int, seed: int, chains: int = 1, hops
         inc,
         max(int(length / per_unit * 3), 2 * inc),
     )
+
+    def shown_and_sample(m: int) -> tuple[str, list[str]]:
+        prompt, answers = sample(m, False)
+        renewed = shown
+        for old in shown.split()[-(hops + 1) :]:
+            renewed = renewed.replace(old, name(len(old)))
+        renewed = renewed.replace("12345", str(np.random.randint(10000, 99999)))
+        start = prompt.find(text["template"][:20])
+        return prompt[:start] + renewed + "\n" + prompt[start:], answers
+
     rows: Rows = []
     for index in range(count):
-        n = size
-        while True:
-            prompt, answers = sample(n, False)
-            renewed = shown
-            for old in shown.split()[-(hops + 1) :]:
-                renewed = renewed.replace(old, name(len(old)))
-            renewed = renewed.replace("12345", str(np.random.randint(10000, 99999)))
-            start = prompt.find(text["template"][:20])
-            joined = prompt[:start] + renewed + "\n" + prompt[start:]
-            total = tokens(joined) + generated
-            if total <= length:
-                break
-            if n > inc:
-                n -= inc
-        rows.append(row(index, joined, answers, text["answer_prefix"], total))
+        joined, answers, used = draw_until_it_fits(shown_and_sample, tokens, size, inc, length - generated)
+        rows.append(row(index, joined, answers, text["answer_prefix"], used + generated))
     return rows
 
 
 # --- common words extraction ----------------------------------------------------------------------------------------
 
 
-def cwe(tokens: Tokens, length: int, count: int, seed: int) -> Rows:
+def cwe(tokens: Tokens, length: int, count: int, seed: int, around: tuple[str, str] = ("", "")) -> Rows:
     random.seed(seed)
     text, generated = STRINGS["cwe"], 120
     pool = shuffled(seed, sorted(set(lines("noun") + lines("adjective") + lines("verb"))))
@@ -234,7 +288,7 @@ def cwe(tokens: Tokens, length: int, count: int, seed: int) -> Rows:
         else:
             example, solved = word_list(40, 10, 3)
             main, answers = word_list(n, 30, 3)
-        prompt = text["template"] + text["answer_prefix"]
+        prompt = prompt_template("cwe", around)
         head = prompt.replace("{context}", example) + " " + numbered(solved) + "\n"
         return head + prompt.replace("{context}", main), answers
 
@@ -242,22 +296,15 @@ def cwe(tokens: Tokens, length: int, count: int, seed: int) -> Rows:
     size = best_size(lambda n: tokens(sample(n)[0]) + generated - length, 10, max(int(length // per_word) * 2, 20))
     rows: Rows = []
     for index in range(count):
-        n = size
-        while True:
-            prompt, answers = sample(n)
-            total = tokens(prompt) + generated
-            if total <= length:
-                break
-            if n > 10:
-                n -= 10
-        rows.append(row(index, prompt, answers, text["answer_prefix"], total))
+        prompt, answers, used = draw_until_it_fits(sample, tokens, size, 10, length - generated)
+        rows.append(row(index, prompt, answers, text["answer_prefix"], used + generated))
     return rows
 
 
 # --- frequent words extraction --------------------------------------------------------------------------------------
 
 
-def fwe(tokens: Tokens, length: int, count: int, seed: int) -> Rows:
+def fwe(tokens: Tokens, length: int, count: int, seed: int, around: tuple[str, str] = ("", "")) -> Rows:
     random.seed(seed)
     np.random.seed(seed)
     text, generated = STRINGS["fwe"], 50
@@ -275,7 +322,7 @@ def fwe(tokens: Tokens, length: int, count: int, seed: int) -> Rows:
         coded: list[str] = []
         for rank, word in enumerate(ranked, start=1):
             coded += [word] * int(n * float(rank) ** -2.0 / zeta(2.0))
-        return (text["template"] + text["answer_prefix"]).replace("{context}", " ".join(shuffled(seed, coded)))
+        return prompt_template("fwe", around).replace("{context}", " ".join(shuffled(seed, coded)))
 
     ranked, n = vocabulary(), room // 6
     while tokens(prompt_of(ranked, n)) < room:
@@ -291,20 +338,119 @@ def fwe(tokens: Tokens, length: int, count: int, seed: int) -> Rows:
     return rows
 
 
-def task(name: str, tokens: Tokens, length: int, count: int, seed: int) -> Rows:
+# --- questions --------------------------------------------------------------------------------------------------------
+
+
+def read_squad(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    data = json.loads(path.read_text("utf-8"))["data"]
+    documents = sorted({paragraph["context"] for article in data for paragraph in article["paragraphs"]})
+    questions = []
+    for article in data:
+        for paragraph in article["paragraphs"]:
+            mine = documents.index(paragraph["context"])
+            article_places = [documents.index(other["context"]) for other in article["paragraphs"]]
+            for qa in paragraph["qas"]:
+                if qa["is_impossible"]:
+                    continue
+                answers = [answer["text"] for answer in qa["answers"]]
+                more = [place for place in article_places if place != mine]
+                questions.append({"query": qa["question"], "outputs": answers, "own": [mine], "more": more})
+    return questions, documents
+
+
+def read_hotpotqa(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    data = json.loads(path.read_text("utf-8"))
+
+    def document(title: str, lines: list[str]) -> str:
+        return title + "\n" + "".join(lines)
+
+    documents = sorted({document(*entry) for item in data for entry in item["context"]})
+    questions = []
+    for item in data:
+        own = [documents.index(document(*entry)) for entry in item["context"]]
+        questions.append({"query": item["question"], "outputs": [item["answer"]], "own": own, "more": []})
+    return questions, documents
+
+
+def qa(
+    tokens: Tokens,
+    length: int,
+    count: int,
+    seed: int,
+    data: tuple[list[dict[str, Any]], list[str]],
+    around: tuple[str, str] = ("", ""),
+) -> Rows:
+    random.seed(seed)
+    text, generated = STRINGS["qa"], 32
+    questions, documents = data
+
+    def sample(index: int, n: int) -> tuple[str, list[str]]:
+        question = questions[index]
+        own, more = question["own"], question["more"]
+        if n >= len(documents):
+            shown = []
+            while len(shown) < n:
+                shown += documents
+            shown = shown[:n]
+        else:
+            if n - len(own) > len(more):
+                rest = [place for place in range(len(documents)) if place not in own and place not in more]
+                places = own + more + random.sample(rest, n - len(own) - len(more))
+            else:
+                places = own + random.sample(more, n - len(own))
+            shown = [documents[place] for place in places]
+        context = "\n\n".join(f"Document {i + 1}:\n{body}" for i, body in enumerate(shuffled(seed, shown)))
+        prompt = prompt_template("qa", around).replace("{query}", question["query"])
+        return prompt.replace("{context}", context), question["outputs"]
+
+    per_document = tokens(sample(0, 10)[0]) / 10
+    upper = max(int(length / per_document * 3), 20)
+    size = best_size(lambda n: tokens(sample(0, n)[0]) + generated - length, 10, upper)
+    rows: Rows = []
+    for index in range(count):
+        prompt, answers, used = draw_until_it_fits(
+            lambda n, at=index: sample(at, n), tokens, size, 10, length - generated
+        )
+        rows.append(row(index, prompt, answers, text["answer_prefix"], used + generated))
+    return rows
+
+
+def task(
+    name: str,
+    tokens: Tokens,
+    length: int,
+    count: int,
+    seed: int,
+    around: tuple[str, str] = ("", ""),
+    essay: str = "",
+    squad: Path | None = None,
+    hotpotqa: Path | None = None,
+) -> Rows:
     """A task by name, with the parameters of the specification's table."""
-    if name == "niah_single_1":
-        return niah(tokens, length, count, seed, "noise", "words", "numbers", 1, 1, 1)
-    if name == "niah_multikey_2":
-        return niah(tokens, length, count, seed, "needle", "words", "numbers", 1, 1, 1)
-    if name == "niah_multikey_3":
-        return niah(tokens, length, count, seed, "needle", "uuids", "uuids", 1, 1, 1)
-    if name == "niah_noise_multikey":
-        return niah(tokens, length, count, seed, "noise", "words", "numbers", 4, 1, 1)
-    if name == "niah_noise_multivalue":
-        return niah(tokens, length, count, seed, "noise", "words", "numbers", 1, 4, 1)
-    if name == "niah_noise_multiquery":
-        return niah(tokens, length, count, seed, "noise", "words", "numbers", 1, 1, 4)
+    asked = (tokens, length, count, seed)
+    words_to_numbers = ("words", "numbers")
+    lines = {
+        "niah_single_1": ("noise", *words_to_numbers, 1, 1, 1),
+        "niah_multikey_2": ("needle", *words_to_numbers, 1, 1, 1),
+        "niah_multikey_3": ("needle", "uuids", "uuids", 1, 1, 1),
+        "niah_noise_multikey": ("noise", *words_to_numbers, 4, 1, 1),
+        "niah_noise_multivalue": ("noise", *words_to_numbers, 1, 4, 1),
+        "niah_noise_multiquery": ("noise", *words_to_numbers, 1, 1, 4),
+        "niah_single_2": ("essay", *words_to_numbers, 1, 1, 1),
+        "niah_single_3": ("essay", "words", "uuids", 1, 1, 1),
+        "niah_multikey_1": ("essay", *words_to_numbers, 4, 1, 1),
+        "niah_multivalue": ("essay", *words_to_numbers, 1, 4, 1),
+        "niah_multiquery": ("essay", *words_to_numbers, 1, 1, 4),
+    }
+    name = name.removesuffix("_syn")
+    if name in lines:
+        return niah(*asked, *lines[name], essay=essay, around=around)
     if name == "vt_2hop":
-        return vt(tokens, length, count, seed, 1, 2)
-    return {"vt": vt, "cwe": cwe, "fwe": fwe}[name](tokens, length, count, seed)
+        return vt(*asked, hops=2, around=around)
+    if name == "qa_1":
+        assert squad is not None
+        return qa(*asked, read_squad(squad), around)
+    if name == "qa_2":
+        assert hotpotqa is not None
+        return qa(*asked, read_hotpotqa(hotpotqa), around)
+    return {"vt": vt, "cwe": cwe, "fwe": fwe}[name](*asked, around=around)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import socket
@@ -14,11 +15,13 @@ from kvcompress_eval import evaluate
 from kvcompress_eval.engines import transformers_engine
 from kvcompress_eval.models import bytes_per_token, codec_spec, describe_models, read_config
 from kvcompress_eval.suite import SUITES, Suite
-from kvcompress_eval.tasks.ruler import generate, ruler_task
+from kvcompress_eval.tasks.ruler import BASE, generate, ruler_task
 from kvcompress_eval.tokenizer import TextTokenizer
+from kvcompress_eval.work import prepare
 
 from tests import tiny
 from tests.eval.conftest import train_tokenizer
+from tests.eval.ruler_files import write_sources
 
 SMALL = Suite(
     summary="for tests",
@@ -199,6 +202,8 @@ def test_bad_input_is_refused_before_any_model_is_loaded(
     refused("expected positive numbers", lengths=[-1])
     refused("made for 2048 tokens", lengths=[4096])
     refused("decode speed after 2047 tokens does not fit", serving_context=2047)
+    refused("unknown prompt template 'llama'", template="llama")
+    refused("niah_single_2: .* name the file with --essay", tasks=["vt", "niah_single_2"])
     refused("no text file at", text=tmp_path / "missing.txt")
     refused("a URL serves one model", model=compressed, baseline=base, engine="http://127.0.0.1:9")
     refused("at least one model", model=[])
@@ -229,6 +234,32 @@ def test_the_tokens_a_tokenizer_adds_do_not_make_a_length_impossible(
     rows = [json.loads(row) for row in (options["out"] / "samples/fwe-400-tight.jsonl").read_text().splitlines()]
     assert max(row["prompt_tokens"] for row in rows) + ruler_task("fwe").tokens_to_generate == context + 1
     assert max(row["prompt_tokens"] + row["predicted_tokens"] for row in rows) <= context
+
+
+def test_questions_count_any_answer_and_name_their_file(base: Path, options: dict[str, Any], tmp_path: Path) -> None:
+    options["suite"] = Suite(summary="", tasks=("qa_1",), lengths=(2048,), samples=2)
+    sources = write_sources(tmp_path, questions=10, sentences_each=1)
+    results = kvcompress_eval.run(base, sources=sources, **options)
+    expected = hashlib.sha256(sources.path("squad").read_bytes()).hexdigest()
+    assert results["environment"]["files"]["squad"] == expected
+    assert results["environment"]["template"] == "base"
+    rows = [json.loads(line) for line in (options["out"] / "samples/qa_1-2048-base.jsonl").read_text().splitlines()]
+    assert [len(row["references"]) for row in rows] == [2, 2]
+    unit = prepare(
+        options["suite"],
+        describe_models([base], None),
+        TextTokenizer(base),
+        seed=1,
+        template=BASE,
+        sources=sources,
+        text=None,
+        cache_dir=options["cache_dir"],
+        serving_context=0,
+        serving_tokens=0,
+        progress=lambda *state: None,
+    ).units[0]
+    assert unit.score(rows[0]["references"][1], rows[0]["references"]) == 1.0
+    assert unit.score("", rows[0]["references"]) == 0.0
 
 
 def test_models_are_described(base: Path, compressed: Path, tmp_path: Path) -> None:

@@ -16,25 +16,21 @@ from scipy.special import zeta
 from kvcompress_eval.tasks.ruler.sample import NotApplicableError, Request, Sample, split_sample
 from kvcompress_eval.tasks.ruler.sizing import Drawn
 from kvcompress_eval.tasks.ruler.strings import strings
+from kvcompress_eval.tasks.ruler.task import Task
 
 LETTERS = 6
 ANSWERS = 3
 
 
 @dataclass(frozen=True)
-class Fwe:
+class Fwe(Task):
     """Parameters of fwe: the exponent of the zeta distribution."""
 
     alpha: float = 2.0
 
     family = "fwe"
 
-    @property
-    def tokens_to_generate(self) -> int:
-        return strings("fwe").tokens_to_generate
-
     def generate(self, request: Request) -> Iterator[Sample]:
-        """Samples in order; each depends on all before it."""
         random = Random(request.seed)
         budget = request.length - self.tokens_to_generate
         vocabulary_size, step = budget // 50, budget // 32
@@ -67,7 +63,7 @@ class Fwe:
         counts = (size * ranks**-self.alpha / zeta(self.alpha)).astype(int)
         text = [word for word, count in zip(words, counts, strict=True) for _ in range(count)]
         Random(request.seed).shuffle(text)
-        prompt = strings("fwe").prompt.format(context=" ".join(text))
+        prompt = request.prompt_template("fwe").format(context=" ".join(text))
         return Drawn(prompt, words[1 : 1 + ANSWERS], request.count(prompt))
 
 

@@ -1,4 +1,4 @@
-"""RULER's needle in a haystack: one file for every variant on the noise and the needle haystack.
+"""RULER's needle in a haystack: one file for every variant and haystack.
 
 Specification: NVIDIA/RULER v1. `random` stands for the benchmark's one global stream; shuffles use a generator of their
 own, seeded alike for every sample.
@@ -12,19 +12,23 @@ from dataclasses import dataclass
 from random import Random
 from typing import Literal
 
+from kvcompress_eval.tasks.ruler.essay import Essay, essay, generated_essay
 from kvcompress_eval.tasks.ruler.sample import NotApplicableError, Request, Sample, split_sample
 from kvcompress_eval.tasks.ruler.sizing import Drawn, draw_fitting, search_size
 from kvcompress_eval.tasks.ruler.strings import strings
+from kvcompress_eval.tasks.ruler.task import Task
 from kvcompress_eval.tasks.ruler.words import word_keys
 
 ValueKind = Literal["numbers", "words", "uuids"]
+Haystack = Literal["noise", "needle", "essay", "prose"]
+"""`prose` is `essay` with a generated text in place of the benchmark's."""
 
 
 @dataclass(frozen=True)
-class Niah:
+class Niah(Task):
     """Parameters of a niah task. `keys` is raised to at least `queries`."""
 
-    haystack: Literal["noise", "needle"]
+    haystack: Haystack
     key_kind: ValueKind = "words"
     value_kind: ValueKind = "numbers"
     keys: int = 1
@@ -34,17 +38,17 @@ class Niah:
     family = "niah"
 
     @property
-    def tokens_to_generate(self) -> int:
-        return strings("niah").tokens_to_generate
+    def needs(self) -> tuple[str, ...]:
+        return ("essay",) if self.haystack == "essay" else ()
 
     def generate(self, request: Request) -> Iterator[Sample]:
-        """Samples in order; each depends on all before it."""
         random = Random(request.seed)
         budget = request.length - self.tokens_to_generate
-        step = 5 if request.length < 4096 else 25
+        text = self._essay(request)
+        step = 500 if text else 5 if request.length < 4096 else 25
 
         def draw(size: int) -> Drawn:
-            prompt, outputs = self._draw(random, request.seed, size)
+            prompt, outputs = self._draw(random, request, text, size)
             return Drawn(prompt, outputs, request.count(prompt))
 
         tokens_per_unit = draw(step).tokens / step
@@ -55,9 +59,13 @@ class Niah:
             length = drawn.tokens + self.tokens_to_generate
             yield split_sample(index, drawn.prompt, drawn.outputs, strings("niah").answer_prefix, length)
 
-    def _draw(self, random: Random, seed: int, size: int) -> tuple[str, list[str]]:
-        """One prompt over `size` haystack lines, and its answers."""
-        text = strings("niah")
+    def _essay(self, request: Request) -> Essay | None:
+        if self.haystack == "prose":
+            return generated_essay()
+        return essay(request.sources.path("essay")) if self.haystack == "essay" else None
+
+    def _draw(self, random: Random, request: Request, text: Essay | None, size: int) -> tuple[str, list[str]]:
+        """One prompt over `size` words of an essay, or as many lines, and its answers."""
         keys: list[str] = []
         values: list[list[str]] = []
         needles: list[str] = []
@@ -67,12 +75,23 @@ class Niah:
             for _ in range(self.values):
                 values[-1].append(random_word(random, self.value_kind))
                 needles.append(self._needle(keys[-1], values[-1][-1]))
-        Random(seed).shuffle(needles)
+        Random(request.seed).shuffle(needles)
+        context = text.with_needles(random, size, needles) if text else self._lines(random, size, needles)
+
+        asked = random.sample(range(len(keys)), self.queries)
+        outputs = [value for index in asked for value in values[index]]
+        template, kind = request.prompt_template("niah"), str(self.value_kind)
+        if len(outputs) == 1:
+            template, kind = singular(template), kind[:-1]
+        query = enumeration([keys[index] for index in asked])
+        return template.format(type_needle_v=kind, context=context, query=query), outputs
+
+    def _lines(self, random: Random, size: int, needles: list[str]) -> str:
+        """`size` lines of noise or of other needles, with the needles at random places among them."""
         if size < len(needles):
             raise NotApplicableError(f"too short: {len(needles)} needles need as many lines, {size} fit")
-
         if self.haystack == "noise":
-            lines = [text.noise] * size
+            lines = [strings("niah").noise] * size
         else:
             lines = [
                 self._needle(random_word(random, self.key_kind), random_word(random, self.value_kind))
@@ -81,16 +100,7 @@ class Niah:
         positions = sorted(random.sample(range(size), len(needles)), reverse=True)
         for position, needle in zip(positions, needles, strict=True):
             lines.insert(position, needle)
-
-        asked = random.sample(range(len(keys)), self.queries)
-        outputs = [value for index in asked for value in values[index]]
-        template, kind = text.prompt, str(self.value_kind)
-        if len(outputs) == 1:
-            template, kind = singular(template), kind[:-1]
-        prompt = template.format(
-            type_needle_v=kind, context="\n".join(lines), query=enumeration([keys[index] for index in asked])
-        )
-        return prompt, outputs
+        return "\n".join(lines)
 
     def _needle(self, key: str, value: str) -> str:
         return strings("niah").needle.format(type_needle_v=self.value_kind, key=key, value=value)

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from kvcompress_eval.tasks.ruler.sources import NO_FILES, Sources
+from kvcompress_eval.tasks.ruler.strings import strings
+from kvcompress_eval.tasks.ruler.templates import BASE, ModelTemplate
+
 Count = Callable[[str], int]
 """Tokens of a text, no special tokens."""
 
@@ -21,6 +25,13 @@ class Request:
     samples: int
     seed: int
     count: Count
+    template: ModelTemplate = BASE
+    sources: Sources = NO_FILES
+
+    def prompt_template(self, family: str) -> str:
+        """What a prompt of the family is formatted from: the wrapped task template, then the answer prefix."""
+        text = strings(family)
+        return self.template.wrap(text.template) + text.answer_prefix
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,12 @@
-"""RULER's metric `all`: the share of references found in the prediction, case ignored."""
+"""RULER's two metrics, both by substrings with case ignored: `all` for retrieval, `part` for questions."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Literal
+
+Metric = Literal["all", "part"]
 
 CONTROL = re.compile(r"[\x00-\x1f]")
 
@@ -13,10 +16,11 @@ def clean(prediction: str) -> str:
     return CONTROL.sub("\n", prediction).strip()
 
 
-def score(prediction: str, references: Sequence[str]) -> float:
-    """Share of references that occur in the prediction, 0 to 1."""
+def score(prediction: str, references: Sequence[str], metric: Metric = "all") -> float:
+    """Score of one sample, 0 to 1: the share of references that occur in the prediction, or whether one does."""
     text = clean(prediction).lower()
-    return sum(reference.lower() in text for reference in references) / len(references)
+    found = [reference.lower() in text for reference in references]
+    return float(any(found)) if metric == "part" else sum(found) / len(found)
 
 
 def task_score(scores: Sequence[float]) -> float:

@@ -17,13 +17,14 @@ import numpy as np
 from kvcompress_eval.tasks.ruler.sample import NotApplicableError, Request, Sample, split_sample
 from kvcompress_eval.tasks.ruler.sizing import Drawn, draw_fitting, search_size
 from kvcompress_eval.tasks.ruler.strings import strings
+from kvcompress_eval.tasks.ruler.task import Task
 
 EXAMPLE_LENGTH = 500
 EXAMPLE_VALUE = "12345"
 
 
 @dataclass(frozen=True)
-class Vt:
+class Vt(Task):
     """Parameters of a vt task: number of chains and assignments per chain after the first."""
 
     chains: int = 1
@@ -31,53 +32,52 @@ class Vt:
 
     family = "vt"
 
-    @property
-    def tokens_to_generate(self) -> int:
-        return strings("vt").tokens_to_generate
-
     def generate(self, request: Request) -> Iterator[Sample]:
-        """Samples in order; each depends on all before it."""
         text = strings("vt")
         streams = Streams(Random(request.seed), np.random.RandomState(request.seed))
         example = self._example(streams, request)
         example_tokens = request.count(example)
         budget = request.length - self.tokens_to_generate
         step = 5 if request.length < 4096 else 10
+        template = request.prompt_template("vt")
 
         def draw(size: int) -> Drawn:
-            prompt, outputs = self._draw(streams, size)
+            prompt, outputs = self._draw(streams, template, size)
             cut = prompt.index(text.template[:20])
             prompt = prompt[:cut] + self._renamed(streams, example) + "\n" + prompt[cut:]
             return Drawn(prompt, outputs, request.count(prompt))
 
         # The search draws no example: it counts the one that was built.
-        size = self._search(streams, request, step, budget - example_tokens)
+        size = self._search(streams, template, request, step, budget - example_tokens)
         for index in range(request.samples):
             drawn = draw_fitting(draw, size, step, budget)
             length = drawn.tokens + self.tokens_to_generate
             yield split_sample(index, drawn.prompt, drawn.outputs, text.answer_prefix, length)
 
     def _example(self, streams: Streams, request: Request) -> str:
-        """A solved prompt of at most 500 tokens, answers included in the text."""
+        """A solved prompt of at most 500 tokens, answers included in the text, as a base model would be shown it."""
+        template = strings("vt").prompt
         short = Vt(self.chains, min(10, self.hops))
         example_request = Request(EXAMPLE_LENGTH, 1, request.seed, request.count)
 
         def draw(size: int) -> Drawn:
-            prompt, outputs = short._draw(streams, size, is_example=True)
+            prompt, outputs = short._draw(streams, template, size, is_example=True)
             return Drawn(prompt, outputs, request.count(prompt))
 
-        size = short._search(streams, example_request, 5, EXAMPLE_LENGTH, is_example=True)
+        size = short._search(streams, template, example_request, 5, EXAMPLE_LENGTH, is_example=True)
         drawn = draw_fitting(draw, size, 5, EXAMPLE_LENGTH)
         return drawn.prompt + " " + " ".join(drawn.outputs) + "\n"
 
-    def _search(self, streams: Streams, request: Request, step: int, budget: int, *, is_example: bool = False) -> int:
+    def _search(
+        self, streams: Streams, template: str, request: Request, step: int, budget: int, *, is_example: bool = False
+    ) -> int:
         def tokens_at(size: int) -> int:
-            return request.count(self._draw(streams, size, is_example=is_example)[0])
+            return request.count(self._draw(streams, template, size, is_example=is_example)[0])
 
         upper = max(int(request.length / (tokens_at(step) / step) * 3), 2 * step)
         return search_size(tokens_at, step, upper, budget)
 
-    def _draw(self, streams: Streams, size: int, *, is_example: bool = False) -> tuple[str, list[str]]:
+    def _draw(self, streams: Streams, template: str, size: int, *, is_example: bool = False) -> tuple[str, list[str]]:
         """One prompt over `size` noise lines, and the names of its first chain."""
         names_per_chain = self.hops + 1
         wanted = self.chains * names_per_chain
@@ -98,7 +98,7 @@ class Vt:
             for shift, (position, assignment) in enumerate(zip(positions, assignments, strict=True)):
                 lines.insert(position + shift, assignment)
         context = "\n".join(lines).replace(". \n", ".\n")
-        prompt = strings("vt").prompt.format(context=context, query=values[0], num_v=names_per_chain)
+        prompt = template.format(context=context, query=values[0], num_v=names_per_chain)
         return prompt, chains[0]
 
     def _renamed(self, streams: Streams, example: str) -> str:
