@@ -39,6 +39,17 @@ class TextTokenizer:
         """Token ids of the text, with the tokens that the tokenizer puts around a prompt if `special`."""
         return [int(token) for token in self._tokenizer.encode(text, add_special_tokens=special)]
 
+    def chat(self, messages: Sequence[dict[str, str]]) -> str:
+        """A conversation (role and content each) in the model's chat template, open for the assistant's answer.
+
+        Raises:
+            ValueError: the tokenizer has no chat template.
+        """
+        if not getattr(self._tokenizer, "chat_template", None):
+            raise ValueError(f"the tokenizer of {self.model} has no chat template; ask without --chat")
+        made = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        return str(made)
+
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of generated tokens, special tokens left out, spaces as they are."""
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
