@@ -24,7 +24,16 @@ def evaluate(
     models: Annotated[list[str], typer.Argument(metavar="DIR...", help="Checkpoints to evaluate, compressed or not.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for results.json, report.html and samples.")],
     baseline: Annotated[str | None, typer.Option(help="The model to compare with; its rows get verdicts.")] = None,
-    suite: Annotated[str, typer.Option(help="quick, ruler, needle-ref or text.")] = "quick",
+    suite: Annotated[
+        str,
+        typer.Option(
+            help="quick, ruler, needle-ref, text, longbench, longbench-no-jieba, longbench-e, longbench2, "
+            "longbench2-cot, infinitebench, needle-grid, mrcr, multi-turn or drift."
+        ),
+    ] = "quick",
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks by name, e.g. vt,longbench_qasper; else the suite's.")
+    ] = None,
     lengths: Annotated[
         str | None, typer.Option(help="Context lengths, e.g. 512,1024; the suite's own by default.")
     ] = None,
@@ -36,6 +45,12 @@ def evaluate(
     kv_rank: KvRank = 1.0,
     kv_bits: KvBits = WIDEST,
     dtype: Annotated[str, typer.Option(help="Precision to run in; auto is float32 on a CPU.")] = "auto",
+    template: Annotated[str, typer.Option(help="base, or chat to ask through the tokenizer's chat template.")] = "base",
+    data: Annotated[Path | None, typer.Option(help="Folder with LongBench's files, as they ship.")] = None,
+    allow_network: Annotated[
+        bool, typer.Option("--allow-network", help="Download what --data does not hold. Nothing is otherwise.")
+    ] = False,
+    drift_tokens: Annotated[int | None, typer.Option(help="Tokens over which suite drift follows the models.")] = None,
     text: Annotated[
         Path | None, typer.Option(help="Held-out text for perplexity; by default the model's heldout.txt.")
     ] = None,
@@ -55,6 +70,7 @@ def evaluate(
             out=out,
             baseline=baseline,
             suite=suite,
+            tasks=tasks.split(",") if tasks else None,
             lengths=_numbers(lengths),
             samples=samples,
             limit=limit,
@@ -62,6 +78,10 @@ def evaluate(
             kv_rank=kv_rank,
             kv_bits=kv_bits,
             dtype=dtype,
+            template=template,
+            data=data,
+            allow_network=allow_network,
+            drift_tokens=drift_tokens,
             text=text,
             margin=margin,
             serving_context=serving_context,

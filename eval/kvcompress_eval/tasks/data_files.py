@@ -1,4 +1,4 @@
-"""Data sets as files: from a local folder as they ship, or through the `datasets` library where the network is allowed."""
+"""Data sets as files: from a local folder as they ship, or through `datasets` where the network is allowed."""
 
 from __future__ import annotations
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from random import Random
+from typing import TypeVar
 
 from kvcompress_eval.tasks.ruler import NotApplicableError
 from kvcompress_eval.tokenizer import TextTokenizer
+
+Drawn = TypeVar("Drawn")
 
 
 def most_that_fits(tokens_at: Callable[[int], int], room: int) -> int:
     """The largest n for which `tokens_at(n) <= room`.
 
-    `tokens_at` grows about evenly with n, so each guess is drawn from the ones before; a handful of calls suffice, which
-    matters as each one tokenizes a whole prompt.
+    `tokens_at` grows about evenly with n, so each guess is drawn from the ones before; a handful of calls suffice,
+    which matters as each one tokenizes a whole prompt.
 
     Raises:
         NotApplicableError: not even n = 0 fits.
@@ -51,3 +55,19 @@ def cut_middle(text: str, tokenizer: TextTokenizer, room: int | None) -> tuple[s
             return joined, True
         half -= (excess + 1) // 2
     raise NotApplicableError(f"too short: {room} tokens leave nothing of the prompt")
+
+
+def draw_fitting(
+    draw: Callable[[Random, int], Drawn], seed: str, size: int, tokens: Callable[[Drawn], list[int]], room: int
+) -> tuple[list[int], Drawn]:
+    """Draw a sample of the size, from its own random stream, or of the next smaller one that fits.
+
+    Raises:
+        NotApplicableError: not even size 0 fits.
+    """
+    for smaller in range(size, -1, -1):
+        drawn = draw(Random(seed), smaller)
+        prompt = tokens(drawn)
+        if len(prompt) <= room:
+            return prompt, drawn
+    raise NotApplicableError(f"too short: the bare question takes {len(prompt)} tokens, {room} are left for it")

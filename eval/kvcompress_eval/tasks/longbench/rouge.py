@@ -1,8 +1,8 @@
 """ROUGE-L as the package `rouge` 1.0.1 defines it, which is what LongBench's published scores are made of.
 
-Summary level: texts are cut into sentences at full stops; every reference sentence is aligned with every sentence of the
-answer, the words of all longest common subsequences are united, and precision and recall are shares of *distinct* words.
-`rouge-score`, Google's package, counts occurrences instead and gives other numbers.
+Summary level: texts are cut into sentences at full stops; every reference sentence is aligned with every sentence of
+the answer, the words of all longest common subsequences are united, and precision and recall are shares of *distinct*
+words. `rouge-score`, Google's package, counts occurrences instead and gives other numbers.
 
 One difference: the package walks the alignment recursively and fails where two sentences have together more words than
 Python's recursion limit, which LongBench scores 0. Here such sentences are scored.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.resources import files
+from typing import Any
 
 import yaml
 
@@ -62,7 +63,7 @@ def make(name: str, ask: Ask, *, even: bool = False) -> Questions:
     items = []
     for record in records:
         prompt, was_cut = cut_middle(chosen.prompt.format(**record), ask.tokenizer, room)
-        details = {"cut": was_cut}
+        details: dict[str, Any] = {"cut": was_cut}
         if even:
             details["words"] = length_group(int(record["length"]))
         items.append(
