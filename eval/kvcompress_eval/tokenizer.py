@@ -46,7 +46,7 @@ class TextTokenizer:
             ValueError: the tokenizer has no chat template.
         """
         if not getattr(self._tokenizer, "chat_template", None):
-            raise ValueError(f"the tokenizer of {self.model} has no chat template; ask without --chat")
+            raise ValueError(f"the tokenizer of {self.model} has no chat template; ask without --template chat")
         made = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         return str(made)
 

@@ -126,8 +126,8 @@ def test_conversations_repeat_one_request(small_tokenizer: TextTokenizer) -> Non
     for seed in range(30):
         drawn = mrcr.draw(Random(seed), 20, 4)
         asked = re.fullmatch(
-            r"Prepend (\w{10}) to the (\d)(?:st|nd|rd|th) \(1 indexed\) (.+) about (\S+)\. Do not include any other text "
-            r"in your response\.",
+            r"Prepend (\w{10}) to the (\d)(?:st|nd|rd|th) \(1 indexed\) (.+) about (\S+)\. "
+            r"Do not include any other text in your response\.",
             drawn.request,
         )
         assert asked is not None
