@@ -52,6 +52,7 @@ def _answer(item: Question, made: Generation) -> dict[str, Any]:
         "prompt_tokens": len(item.prompt),
         "prediction": made.text,
         "predicted_tokens": len(made.tokens),
+        "tokens": list(made.tokens),
         "references": list(item.references),
         **item.details,
         **cached,

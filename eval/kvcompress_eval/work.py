@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -91,8 +91,8 @@ def prepare(
     ruler = replace(suite, tasks=tuple(name for name in suite.tasks if name not in others))
     units, skipped = _units(ruler, tokenizer, seed, cache_dir, progress)
     ask = Ask(None, suite.samples, seed, tokenizer, data, chat)
-    for made in _asked_units(others, suite.lengths, ask, limit, progress):
-        (skipped if isinstance(made, Skipped) else units).append(made)  # type: ignore[arg-type]
+    asked, not_asked = _asked_units(others, suite.lengths, ask, limit, progress)
+    units, skipped = units + asked, skipped + not_asked
     units = [_fitted(unit, limit, len(tokenizer.prefix)) for unit in units]
     window = min(suite.window, limit - 1) if limit else suite.window
     stride = min(suite.stride, window // 2)
@@ -178,10 +178,13 @@ def _units(
 
 def _asked_units(
     names: Sequence[str], lengths: Sequence[int], ask: Ask, limit: int | None, progress: Progress
-) -> Iterator[Unit | Skipped]:
+) -> tuple[list[Unit], list[Skipped]]:
     """Units of the tasks beside RULER's. Without lengths, those from files get as much room as the models have."""
+    units: list[Unit] = []
+    skipped: list[Skipped] = []
     wanted = [(name, length) for length in lengths or (0,) for name in names]
-    for done, (name, length) in enumerate(wanted, start=1):
+    for done, (name, length) in enumerate(wanted):
+        progress("making prompts", done, len(wanted))
         task = catalogue.TASKS[name]
         room = length or limit
         if task.from_files and limit and length > limit:
@@ -189,19 +192,23 @@ def _asked_units(
         try:
             made = task.make(replace(ask, room=room))
         except NotApplicableError as error:
-            yield Skipped(name, room or 0, str(error))
+            skipped.append(Skipped(name, room or 0, str(error)))
             continue
         prompts = [item.prompt for item in made.items]
-        yield Unit(
-            task=name,
-            length=room or made.needs,
-            prompts=prompts,
-            references=[item.references for item in made.items],
-            max_tokens=made.max_tokens,
-            mean_length=sum(map(len, prompts)) / len(prompts) + made.max_tokens,
-            questions=made,
+        units.append(
+            Unit(
+                task=name,
+                length=room or made.needs,
+                prompts=prompts,
+                references=[item.references for item in made.items],
+                max_tokens=made.max_tokens,
+                mean_length=sum(map(len, prompts)) / len(prompts) + made.max_tokens,
+                questions=made,
+            )
         )
-        progress("making prompts", done, len(wanted))
+    if wanted:
+        progress("making prompts", len(wanted), len(wanted))
+    return units, skipped
 
 
 def _fitted(unit: Unit, limit: int | None, special: int) -> Unit:

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on a compressed checkpoint, as docs/lm-eval.md describes it: one local task, through a server."""
+"""lm-evaluation-harness on a compressed checkpoint, as docs/lm-eval.md has it: one local task, through a server."""
 
 from __future__ import annotations
 

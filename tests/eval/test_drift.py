@@ -49,12 +49,12 @@ def test_a_model_does_not_drift_from_itself() -> None:
     reference = drift.collect_reference(FakeEngine(), PROMPTS, 40, progress=silent)
     found = drift.measure(FakeEngine(), reference, seed=0, progress=silent)
     assert (found["prompts"], found["new_tokens"]) == (2, 40)
-    assert [(row["start"], row["end"], row["tokens"]) for row in found["buckets"]] == [
+    assert [(row["position"], row["end"], row["tokens"]) for row in found["points"]] == [
         (0, 16, 32),
         (16, 32, 32),
         (32, 40, 16),
     ]
-    for row in found["buckets"]:
+    for row in found["points"]:
         assert (row["top1"], row["nll_increase"], row["kl"], row["kl_ci95"]) == (1.0, 0.0, 0.0, [0.0, 0.0])
 
 
@@ -65,7 +65,7 @@ def test_where_a_candidate_fades_is_where_it_shows() -> None:
     # Position 32 of the continuation is the entry of the token before it.
     found = drift.measure(Fading(3 - 1 + 32, 0.6), reference, seed=0, progress=silent)
     expected = 0.9 * np.log(0.9 / 0.6) + 0.1 * np.log(0.1 / 0.4)
-    first, second, third = found["buckets"]
+    first, second, third = found["points"]
     assert first["kl"] == second["kl"] == 0.0
     assert third["kl"] == pytest.approx(expected, rel=1e-5)
     assert third["nll_increase"] == pytest.approx(np.log(0.9 / 0.6), rel=1e-5)
@@ -76,7 +76,7 @@ def test_another_rule_never_agrees_with_the_bases_text() -> None:
     reference = drift.collect_reference(FakeEngine(), PROMPTS, 20, progress=silent)
     candidate = FakeEngine(step=3)
     found = drift.measure(candidate, reference, seed=0, progress=silent)
-    assert [row["top1"] for row in found["buckets"]] == [0.0, 0.0]
+    assert [row["top1"] for row in found["points"]] == [0.0, 0.0]
     assert candidate.continued == [], "the candidate is fed the base's text and writes none"
     assert candidate.scored == [item.tokens for item in reference]
 
@@ -85,6 +85,6 @@ def test_engines_without_distributions_give_top1_and_loss() -> None:
     blind = FakeEngine(certainty=0.6)
     blind.has_distribution = False
     reference = drift.collect_reference(FakeEngine(), PROMPTS, 20, progress=silent)
-    for row in drift.measure(blind, reference, seed=0, progress=silent)["buckets"]:
+    for row in drift.measure(blind, reference, seed=0, progress=silent)["points"]:
         assert (row["top1"], row["kl"], row["kl_tokens"]) == (1.0, None, 0)
         assert row["nll_increase"] == pytest.approx(np.log(0.9 / 0.6), rel=1e-5)

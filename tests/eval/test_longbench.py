@@ -223,7 +223,8 @@ def test_longbench2_direct(small_tokenizer: TextTokenizer, tmp_path: Path) -> No
     text = small_tokenizer.decode(made.items[0].prompt)
     assert text == (
         "Please read the following text and answer the question below.\n\n<text>\nIt costs $Q$ 5.\n</text>\n\n"
-        "What is the correct answer to this question: What is red?\nChoices:\n(A) apple\n(B) sky\n(C) sea\n(D) $DOC$\n\n"
+        "What is the correct answer to this question: What is red?\nChoices:\n(A) apple\n(B) sky\n(C) sea\n(D) $DOC$"
+        "\n\n"
         'Format your response as follows: "The correct answer is (insert answer here)".'
     ), "marks inside of the texts stay, outer white space goes"
     assert [item.details["difficulty"] for item in made.items] == ["hard", "easy"]

@@ -1,4 +1,4 @@
-"""Needle grid, multi-turn reuse, multi-round retrieval and InfiniteBench's tasks: what is drawn, and how it is judged."""
+"""Needle grid, multi-turn reuse, multi-round retrieval and InfiniteBench: what is drawn, and how it is judged."""
 
 from __future__ import annotations
 

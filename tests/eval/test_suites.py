@@ -141,7 +141,7 @@ def test_a_model_does_not_drift_from_itself(options: dict[str, Any]) -> None:
     [row] = results["agreement"]["models"]
     assert row["model"] == "reference-model-2"
     assert (row["drift"]["prompts"], row["drift"]["new_tokens"]) == (4, 40)
-    for bucket in row["drift"]["buckets"]:
+    for bucket in row["drift"]["points"]:
         assert bucket["top1"] == 1.0
         assert bucket["kl"] == pytest.approx(0.0, abs=1e-9)
 
@@ -159,7 +159,7 @@ def test_compressed_models_see_the_same_prompts_and_drift(
 
     options["out"] = options["out"].parent / "drift"
     results = kvcompress_eval.run([compressed, crushed], baseline=base, suite="drift", drift_tokens=40, **options)
-    four, two = (row["drift"]["buckets"] for row in results["agreement"]["models"])
+    four, two = (row["drift"]["points"] for row in results["agreement"]["models"])
     for mild, strong in zip(four, two, strict=True):
         assert 0 < mild["kl"] < strong["kl"]
         assert mild["top1"] > strong["top1"]

@@ -54,9 +54,10 @@ def measure(
     """A candidate's distance from the base by position.
 
     Returns:
-        prompts, new_tokens, and `buckets`: start and end (positions after the prompt), tokens, top1 (share of equal
-        most probable tokens), nll_increase (nats per token of the base's text), kl (mean KL(base || candidate) in
-        nats, None where the engine has no distributions) with its interval over positions, and their number kl_tokens.
+        prompts, new_tokens, and `points`, one per bucket: position and end (counted from the end of the prompt),
+        tokens, top1 (share of equal most probable tokens), nll_increase (nats per token of the base's text), kl (mean
+        KL(base || candidate) in nats, None where the engine has no distributions) with its interval over positions,
+        and their number kl_tokens.
     """
     same: list[np.ndarray[Any, Any]] = []
     losses: list[np.ndarray[Any, Any]] = []
@@ -76,11 +77,11 @@ def measure(
     return {
         "prompts": len(reference),
         "new_tokens": longest,
-        "buckets": [_bucket(span, same, losses, divergences, seed) for span in buckets(longest)],
+        "points": [_point(span, same, losses, divergences, seed) for span in buckets(longest)],
     }
 
 
-def _bucket(
+def _point(
     span: tuple[int, int],
     same: Sequence[np.ndarray[Any, Any]],
     losses: Sequence[np.ndarray[Any, Any]],
@@ -92,7 +93,7 @@ def _bucket(
     kl = np.array([value for at, value in divergences if start <= at < end])
     interval = bootstrap_interval(kl[:, None], statistic=lambda means: means[:, 0], seed=seed) if len(kl) else None
     return {
-        "start": start,
+        "position": start,
         "end": end,
         "tokens": len(hits),
         "top1": float(hits.mean()),

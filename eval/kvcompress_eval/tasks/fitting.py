@@ -60,14 +60,17 @@ def cut_middle(text: str, tokenizer: TextTokenizer, room: int | None) -> tuple[s
 def draw_fitting(
     draw: Callable[[Random, int], Drawn], seed: str, size: int, tokens: Callable[[Drawn], list[int]], room: int
 ) -> tuple[list[int], Drawn]:
-    """Draw a sample of the size, from its own random stream, or of the next smaller one that fits.
+    """Draw a sample of the size, from its own random stream, or a smaller one that fits.
 
     Raises:
         NotApplicableError: not even size 0 fits.
     """
-    for smaller in range(size, -1, -1):
-        drawn = draw(Random(seed), smaller)
+    while True:
+        drawn = draw(Random(seed), size)
         prompt = tokens(drawn)
-        if len(prompt) <= room:
+        excess = len(prompt) - room
+        if excess <= 0:
             return prompt, drawn
-    raise NotApplicableError(f"too short: the bare question takes {len(prompt)} tokens, {room} are left for it")
+        if size == 0:
+            raise NotApplicableError(f"too short: the bare question takes {len(prompt)} tokens, {room} are left for it")
+        size -= max(1, excess * size // len(prompt))

@@ -7,6 +7,7 @@ whatever the model said, so that all models and engines see the same prompts.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from random import Random
 
 from kvcompress_eval.tasks.fitting import draw_fitting, most_that_fits
@@ -19,27 +20,37 @@ MAX_TOKENS = 32
 KEYS = 4
 
 
+@dataclass(frozen=True)
 class Drawn:
-    """A context with its two questions, each with the words that begin its answer, and the answers."""
+    """A context with the first question, the second question, the words that begin each answer, and the answers."""
 
-    def __init__(self, random: Random, lines: int) -> None:
-        text = strings("niah")
-        keys: list[str] = []
-        while len(keys) < KEYS:
-            key = random_word(random, "words")
-            keys += [] if key in keys else [key]
-        values = [random_word(random, "numbers") for _ in keys]
-        haystack = [text.noise] * lines
-        for key, value in zip(keys, values, strict=True):
-            needle = text.needle.format(type_needle_v="numbers", key=key, value=value)
-            haystack.insert(random.randint(0, len(haystack)), needle)
-        template, prefix = singular(text.template), singular(text.answer_prefix)
-        context = "\n".join(haystack)
-        filled = [{"type_needle_v": "number", "query": key, "context": context} for key in keys[:2]]
-        self.first = template.format(**filled[0])
-        self.second = template[template.index("{context}") + len("{context}\n") :].format(**filled[1])
-        self.prefixes = [prefix.format(**values) for values in filled]
-        self.answers = values[:2]
+    first: str
+    second: str
+    prefixes: tuple[str, str]
+    answers: tuple[str, str]
+
+
+def draw(random: Random, lines: int) -> Drawn:
+    """Four numbers in lines of noise, two of which are asked for."""
+    text = strings("niah")
+    keys: list[str] = []
+    while len(keys) < KEYS:
+        key = random_word(random, "words")
+        keys += [] if key in keys else [key]
+    values = [random_word(random, "numbers") for _ in keys]
+    haystack = [text.noise] * lines
+    for key, value in zip(keys, values, strict=True):
+        needle = text.needle.format(type_needle_v="numbers", key=key, value=value)
+        haystack.insert(random.randint(0, len(haystack)), needle)
+    template, prefix = singular(text.template), singular(text.answer_prefix)
+    asked = template[template.index("{context}") + len("{context}\n") :]
+    one, other = ({"type_needle_v": "number", "query": key} for key in keys[:2])
+    return Drawn(
+        template.format(context="\n".join(haystack), **one),
+        asked.format(**other),
+        (prefix.format(**one), prefix.format(**other)),
+        (values[0], values[1]),
+    )
 
 
 def make(ask: Ask) -> Questions:
@@ -50,11 +61,11 @@ def make(ask: Ask) -> Questions:
     """
     assert ask.room is not None, "generated tasks are given a length"
     room = ask.room - MAX_TOKENS
-    size = most_that_fits(lambda lines: len(both_prompts(ask, Drawn(Random(ask.seed), lines))[1]), room)
+    size = most_that_fits(lambda lines: len(both_prompts(ask, draw(Random(ask.seed), lines))[1]), room)
     items, seconds = [], {}
     for index in range(ask.samples):
         seed = f"{ask.seed} multi_turn {ask.room} {index}"
-        _, drawn = draw_fitting(Drawn, seed, size, lambda drawn: both_prompts(ask, drawn)[1], room)
+        _, drawn = draw_fitting(draw, seed, size, lambda drawn: both_prompts(ask, drawn)[1], room)
         first, second = both_prompts(ask, drawn)
         shared = next((at for at, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), len(first))
         items.append(Question(first, (drawn.answers[0],), {"index": index}))

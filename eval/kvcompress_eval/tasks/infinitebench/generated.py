@@ -47,6 +47,6 @@ def make(name: str, ask: Ask) -> Questions:
     items = []
     for index in range(ask.samples):
         prompt, drawn = draw_fitting(task.draw, f"{ask.seed} {name} {ask.room} {index}", size, tokens, room)
-        details = {} if drawn.depth is None else {"depth": round(drawn.depth, 1)}
+        details = {} if drawn.depth is None else {"depth": 10 * round(drawn.depth / 10)}
         items.append(Question(prompt, (drawn.answer,), details))
     return Questions(items, max_tokens, task.score)
