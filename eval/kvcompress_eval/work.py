@@ -265,11 +265,10 @@ def _drift_prompts(
             f"drift over {suite.drift_tokens} tokens after {size} does not fit a model made for {limit} tokens; choose "
             "fewer with --drift-tokens"
         )
-    pieces = [held_out.tokens[at * size : (at + 1) * size] for at in range(suite.drift_prompts)]
-    whole = [[*tokenizer.prefix, *piece] for piece in pieces if len(piece) == size]
-    if not whole:
+    if len(held_out.tokens) < size:
         raise ValueError(f"{held_out.name} has {len(held_out.tokens)} tokens; drift needs at least {size}")
-    return whole
+    count = min(suite.drift_prompts, len(held_out.tokens) // size)
+    return [[*tokenizer.prefix, *held_out.tokens[at * size : (at + 1) * size]] for at in range(count)]
 
 
 def _serving_prompt(units: Sequence[Unit], texts: Sequence[Sequence[int]], context: int) -> list[int]:

@@ -38,6 +38,7 @@ metric_list:
   - {metric: exact_match, aggregation: mean, higher_is_better: true}
 """
 QUESTIONS = 6
+SERVER = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
 
@@ -52,7 +53,7 @@ def test_a_local_task_through_a_server(balanced: Path, tmp_path: Path) -> None:
     questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "local_retrieval.yaml").write_text(TASK.replace("QUESTIONS", str(questions)))
     tokenizer = TextTokenizer(balanced)
-    with http_server.forked(balanced, tmp_path / "server.log", "--dtype", "float32", "--max-model-len", "1024") as url:
+    with http_server.command(balanced, tmp_path / "server.log", env=SERVER) as url:
         model = f"model={balanced},tokenizer={balanced},base_url={url}/v1/completions,num_concurrent=2,max_length=1024"
         words = ["--model", "local-completions", "--model_args", model, "--tasks", "local_retrieval"]
         words += ["--include_path", str(tmp_path), "--output_path", str(tmp_path / "out"), "--log_samples"]

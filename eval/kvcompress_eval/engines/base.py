@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -16,7 +16,7 @@ class Generation:
 
     tokens: tuple[int, ...]
     text: str
-    cached_tokens: int | None = None
+    cached_tokens: int | None = field(default=None, compare=False)
     """Tokens of the prompt that were found in the prefix cache, where the engine says so."""
 
 
