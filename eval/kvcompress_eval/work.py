@@ -187,7 +187,7 @@ def _asked_units(
         progress("making prompts", done, len(wanted))
         task = catalogue.TASKS[name]
         room = length or limit
-        if task.from_files and limit and length > limit:
+        if limit and length > limit:
             raise ValueError(f"{name} at {length} tokens does not fit models made for {limit}; choose shorter lengths")
         try:
             made = task.make(replace(ask, room=room))
