@@ -24,9 +24,15 @@ def evaluate(
     models: Annotated[list[str], typer.Argument(metavar="DIR...", help="Checkpoints to evaluate, compressed or not.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for results.json, report.html and samples.")],
     baseline: Annotated[str | None, typer.Option(help="The model to compare with; its rows get verdicts.")] = None,
-    suite: Annotated[str, typer.Option(help="quick, ruler, ruler-syn, ruler-13, needle-ref or text.")] = "quick",
+    suite: Annotated[
+        str,
+        typer.Option(
+            help="quick, ruler, ruler-syn, ruler-13, needle-ref, text, longbench, longbench-no-jieba, longbench-e, "
+            "longbench2, longbench2-cot, infinitebench, needle-grid, mrcr, multi-turn or drift."
+        ),
+    ] = "quick",
     tasks: Annotated[
-        str | None, typer.Option(help="RULER tasks, e.g. vt,niah_single_2_syn; the suite's own by default.")
+        str | None, typer.Option(help="Tasks by name, e.g. vt,niah_single_2_syn,longbench_qasper; else the suite's.")
     ] = None,
     lengths: Annotated[
         str | None,
@@ -41,7 +47,8 @@ def evaluate(
     kv_bits: KvBits = WIDEST,
     dtype: Annotated[str, typer.Option(help="Precision to run in; auto is float32 on a CPU.")] = "auto",
     template: Annotated[
-        str, typer.Option(help="Around RULER's prompts: base, meta-llama3, Phi3, ...; chat for the tokenizer's own.")
+        str,
+        typer.Option(help="Around prompts: base; chat for the tokenizer's own; RULER's: meta-llama3, Phi3, ..."),
     ] = "base",
     essay: Annotated[Path | None, typer.Option(help="Essays for RULER: PaulGrahamEssays.json, or a text file.")] = None,
     squad: Annotated[Path | None, typer.Option(help="SQuAD 2.0's dev-v2.0.json, for RULER's qa_1.")] = None,
@@ -49,6 +56,11 @@ def evaluate(
     words: Annotated[
         Path | None, typer.Option(help="More English words, for RULER's cwe at lengths that its own do not fill.")
     ] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder with LongBench's files, as they ship.")] = None,
+    allow_network: Annotated[
+        bool, typer.Option("--allow-network", help="Download what --data does not hold. Nothing is otherwise.")
+    ] = False,
+    drift_tokens: Annotated[int | None, typer.Option(help="Tokens over which suite drift follows the models.")] = None,
     text: Annotated[
         Path | None, typer.Option(help="Held-out text for perplexity; by default the model's heldout.txt.")
     ] = None,
@@ -79,6 +91,9 @@ def evaluate(
             dtype=dtype,
             template=template,
             sources=Sources(essay=essay, squad=squad, hotpotqa=hotpotqa, words=words),
+            data=data,
+            allow_network=allow_network,
+            drift_tokens=drift_tokens,
             text=text,
             margin=margin,
             serving_context=serving_context,

@@ -17,7 +17,9 @@ from kvcompress_eval.engines import check_engine, is_url, open_engine
 from kvcompress_eval.models import Model, describe_models
 from kvcompress_eval.suite import Suite, find_suite
 from kvcompress_eval.tasks.agreement import Reference
-from kvcompress_eval.tasks.ruler import NO_FILES, Sources, model_template, provenance, ruler_task
+from kvcompress_eval.tasks.catalogue import TASKS, check_task
+from kvcompress_eval.tasks.data_files import DataSource
+from kvcompress_eval.tasks.ruler import BASE, CHAT, NO_FILES, Sources, model_template, provenance
 from kvcompress_eval.tokenizer import TextTokenizer
 from kvcompress_eval.work import Progress, Work, default_cache_dir, prepare
 
@@ -42,6 +44,9 @@ def run(
     seed: int = 42,
     template: str = "base",
     sources: Sources = NO_FILES,
+    data: str | Path | None = None,
+    allow_network: bool = False,
+    drift_tokens: int | None = None,
     text: str | Path | None = None,
     margin: float = 1.0,
     full_generations: bool = False,
@@ -57,16 +62,18 @@ def run(
         model_dir: one candidate, or several (folders or hub ids).
         baseline: the model they are compared with.
         suite: name of a suite, or one's own.
-        tasks: RULER tasks in place of the suite's; `lengths` and `samples` likewise.
+        tasks: tasks in place of the suite's; `lengths`, `samples` and `drift_tokens` likewise.
         limit: at most this many samples per task.
         engine: transformers, vllm, or the URL of a server that serves the one model given.
         engine_options: further arguments of the engine's class.
         kv_rank: share of the stored channels at which compressed models run.
         kv_bits: the most bits in which they store a channel.
         dtype: of the computation; auto is the checkpoint's, float32 on a CPU.
-        template: what stands around RULER's prompts: a name of the benchmark's (base, meta-llama3, Phi3, ...), or chat
-            for the tokenizer's own chat template.
+        template: base; chat to ask through the tokenizer's chat template where a benchmark allows it; or, for RULER
+            only, one of its own templates (meta-llama3, Phi3, ...).
         sources: local files that some RULER tasks are made from.
+        data: folder with the files of LongBench, as they ship.
+        allow_network: download what `data` does not hold, through the `datasets` library.
         text: held-out text file; by default the `heldout.txt` of a model folder.
         margin: loss in points that the verdict tolerates.
         full_generations: generate every token, even once all references have been found. Scores are the same.
@@ -82,7 +89,9 @@ def run(
         ValueError: bad arguments, models that do not belong together, or lengths a model cannot take.
     """
     check_engine(engine)
-    chosen = choose_suite(suite, tasks=tasks, lengths=lengths, samples=samples, limit=limit)
+    chosen = choose_suite(suite, tasks=tasks, lengths=lengths, samples=samples, limit=limit, drift_tokens=drift_tokens)
+    if template not in (BASE.name, CHAT) and any(name in TASKS for name in chosen.tasks):
+        raise ValueError(f"found template {template!r}; expected base or chat, since only RULER has templates of its own")
     given = [model_dir] if isinstance(model_dir, str | Path) else list(model_dir)
     models = describe_models(given, baseline, kv_rank, kv_bits)
     smaller: dict[str, Any] = {} if kv_rank == 1.0 else {"kv_rank": kv_rank}
@@ -106,7 +115,11 @@ def run(
         serving_context=serving_context,
         serving_tokens=serving_tokens,
         progress=tell,
+        data=DataSource(Path(data).expanduser() if data else None, allow_network),
+        chat=template == CHAT,
     )
+    if work.drift_prompts and (baseline is None or len(models) < 2):
+        raise ValueError("drift compares candidates with a baseline; name one with --baseline")
     how = {
         "engine": engine,
         "engine_options": {**(engine_options or {}), **smaller},
@@ -174,6 +187,7 @@ def choose_suite(
     lengths: Sequence[int] | None = None,
     samples: int | None = None,
     limit: int | None = None,
+    drift_tokens: int | None = None,
 ) -> Suite:
     """A suite with parts of it replaced.
 
@@ -186,12 +200,15 @@ def choose_suite(
         tasks=tuple(tasks or chosen.tasks),
         lengths=tuple(lengths or chosen.lengths),
         samples=chosen.samples if samples is None else samples,
+        drift_tokens=chosen.drift_tokens if drift_tokens is None else drift_tokens,
     )
     if limit is not None:
         chosen = replace(chosen, samples=min(limit, chosen.samples))
     for name in chosen.tasks:
-        ruler_task(name)
-    if chosen.tasks and (not chosen.lengths or chosen.samples < 1 or min(chosen.lengths) < 1):
+        check_task(name)
+    own_lengths = all(name in TASKS and TASKS[name].from_files for name in chosen.tasks)
+    missing = not chosen.lengths and not own_lengths
+    if chosen.tasks and (missing or chosen.samples < 1 or any(length < 1 for length in chosen.lengths)):
         raise ValueError(
             f"found lengths {list(chosen.lengths)} and {chosen.samples} samples; expected positive numbers of both"
         )

@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from kvcompress_eval.asking import run_questions
 from kvcompress_eval.engines import Engine
 from kvcompress_eval.models import Model
 from kvcompress_eval.rows import RowFile
-from kvcompress_eval.tasks import agreement, perplexity, serving
+from kvcompress_eval.tasks import agreement, drift, perplexity, serving
+from kvcompress_eval.tasks.ruler import score
 from kvcompress_eval.work import Progress, Unit, Work, prompt_sha256
 
 ROWS_VERSION = 1
@@ -52,8 +55,9 @@ class Records:
         self.perplexity = rows("perplexity", "jsonl", text)
         self.serving = rows("serving", "json", work.serving_prompt, work.serving_tokens)
         self.agreement: RowFile | None = None
-        if reference_model is not None and (work.agreement_texts or work.agreement_prompts):
+        if reference_model is not None and (work.agreement_texts or work.agreement_prompts or work.drift_prompts):
             asked = [work.agreement_texts, work.agreement_prompts, work.suite.agreement_new_tokens]
+            asked += [work.drift_prompts, work.suite.drift_tokens]
             self.agreement = rows("agreement", "json", reference_model.fingerprint, asked)
 
     @property
@@ -74,6 +78,9 @@ class Records:
         """Run what is missing, except the agreement."""
         for file, unit in zip(self.tasks, self._work.units, strict=True):
             what = f"{unit.task} at {unit.length}: {self.model.name}"
+            if unit.questions is not None:
+                run_questions(engine, file, unit, progress=partial(tell, what))
+                continue
             _run_unit(engine, file, unit, full_generations=full_generations, progress=partial(tell, what))
         windows = self._work.windows
         missing = windows[len(self.perplexity.rows) :]
@@ -88,26 +95,31 @@ class Records:
     def collect_reference(self, engine: Engine, *, tell: Progress) -> agreement.Reference:
         """What this model says where the others are to agree with it."""
         work = self._work
-        return agreement.collect_reference(
+        reference = agreement.collect_reference(
             engine,
             work.agreement_texts,
             work.agreement_prompts,
             new_tokens=work.suite.agreement_new_tokens,
             progress=partial(tell, f"agreement: {self.model.name}"),
         )
+        told = partial(tell, f"drift: {self.model.name}")
+        continued = drift.collect_reference(engine, work.drift_prompts, work.suite.drift_tokens, progress=told)
+        return replace(reference, drift=continued)
 
     def measure_agreement(self, engine: Engine, reference: agreement.Reference, *, seed: int, tell: Progress) -> None:
         """Compare this model with the reference."""
         assert self.agreement is not None
-        self.agreement.append(
-            agreement.measure(
-                engine,
-                reference,
-                new_tokens=self._work.suite.agreement_new_tokens,
-                seed=seed,
-                progress=partial(tell, f"agreement: {self.model.name}"),
-            )
+        found = agreement.measure(
+            engine,
+            reference,
+            new_tokens=self._work.suite.agreement_new_tokens,
+            seed=seed,
+            progress=partial(tell, f"agreement: {self.model.name}"),
         )
+        if reference.drift:
+            told = partial(tell, f"drift: {self.model.name}")
+            found["drift"] = drift.measure(engine, reference.drift, seed=seed, progress=told)
+        self.agreement.append(found)
 
 
 def _keep_matching(file: RowFile, unit: Unit) -> None:
@@ -119,6 +131,7 @@ def _keep_matching(file: RowFile, unit: Unit) -> None:
 
 
 def _run_unit(engine: Engine, file: RowFile, unit: Unit, *, full_generations: bool, progress: Any) -> None:
+    assert unit.score is not None, "units with questions are run by `asking`"
     total = len(unit.prompts)
     while len(file.rows) < total:
         start = len(file.rows)

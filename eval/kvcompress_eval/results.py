@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from kvcompress_eval.breakdown import breakdown
 from kvcompress_eval.environment import environment
 from kvcompress_eval.models import MANIFEST, Model
 from kvcompress_eval.records import Records
@@ -32,6 +33,7 @@ def summarise(
         "models": [_model(record.model) for record in records],
         "overall": [_overall_row(record, base, work, margin, seed) for record in records] if work.units else [],
         "tasks": tasks,
+        "breakdown": breakdown(work.units, {record.model.name: record.tasks for record in records}),
         "skipped": [vars(item) for item in work.skipped],
         "perplexity": _perplexity(records, base, work, seed),
         "agreement": _agreement(records, base),

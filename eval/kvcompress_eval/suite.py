@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvcompress_eval.tasks.catalogue import INFINITEBENCH, LONGBENCH, MRCR
 from kvcompress_eval.tasks.ruler.registry import ALL, OFFICIAL, SYNTHETIC
+
+LONG = (4096, 8192, 16384, 32768)
+LONGBENCH_SAMPLES = 503
+"""No file of LongBench, v1 or v2, has more records."""
+NEED_JIEBA = ("longbench_multifieldqa_zh", "longbench_dureader", "longbench_vcsum")
 
 
 @dataclass(frozen=True)
 class Suite:
-    """One suite. Lengths in tokens, generated ones included; a part with zero tokens or prompts is left out."""
+    """One suite. Lengths in tokens, generated ones included; a part with zero tokens or prompts is left out.
+
+    Without lengths, tasks from files get as much room as the models have.
+    """
 
     summary: str
     tasks: tuple[str, ...] = ()
@@ -24,6 +33,10 @@ class Suite:
     agreement_prompts: int = 0
     """Task prompts, taken from all tasks in turn."""
     agreement_new_tokens: int = 64
+    drift_prompts: int = 0
+    """Pieces of held-out text, of `drift_context` tokens each, which the baseline continues by `drift_tokens`."""
+    drift_context: int = 128
+    drift_tokens: int = 0
 
 
 SUITES: dict[str, Suite] = {
@@ -72,6 +85,48 @@ SUITES: dict[str, Suite] = {
         summary="perplexity and agreement on held-out text only",
         perplexity_tokens=32768,
         agreement_windows=16,
+    ),
+    "longbench": Suite(
+        summary="the 21 data sets of LongBench, from their files; three need jieba",
+        tasks=tuple(name for name in LONGBENCH if not name.startswith("longbench_e_")),
+        samples=LONGBENCH_SAMPLES,
+    ),
+    "longbench-no-jieba": Suite(
+        summary="LongBench without the three data sets whose metric needs jieba",
+        tasks=tuple(name for name in LONGBENCH if not name.startswith(("longbench_e_", *NEED_JIEBA))),
+        samples=LONGBENCH_SAMPLES,
+    ),
+    "longbench-e": Suite(
+        summary="the 13 data sets of LongBench-E, broken down by length",
+        tasks=tuple(name for name in LONGBENCH if name.startswith("longbench_e_")),
+        samples=LONGBENCH_SAMPLES,
+    ),
+    "longbench2": Suite(summary="LongBench v2, answered directly", tasks=("longbench2",), samples=LONGBENCH_SAMPLES),
+    "longbench2-cot": Suite(
+        summary="LongBench v2, answered after a chain of thought", tasks=("longbench2_cot",), samples=LONGBENCH_SAMPLES
+    ),
+    "infinitebench": Suite(
+        summary="the tasks of InfiniteBench that can be generated",
+        tasks=tuple(INFINITEBENCH),
+        lengths=LONG,
+        samples=100,
+    ),
+    "needle-grid": Suite(
+        summary="one needle at eleven depths of several lengths", tasks=("needle_grid",), lengths=LONG, samples=110
+    ),
+    "mrcr": Suite(
+        summary="one of several equal requests of a conversation, asked for again",
+        tasks=tuple(MRCR),
+        lengths=LONG,
+        samples=100,
+    ),
+    "multi-turn": Suite(
+        summary="a second question on a context that the cache holds", tasks=("multi_turn",), lengths=LONG, samples=100
+    ),
+    "drift": Suite(
+        summary="agreement by position in a long generation of the baseline; needs a baseline",
+        drift_prompts=4,
+        drift_tokens=2048,
     ),
 }
 

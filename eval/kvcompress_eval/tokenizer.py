@@ -49,6 +49,17 @@ class TextTokenizer:
         size = len(self.prefix)
         return tokens[size:] if size and tokens[size : 2 * size] == self.prefix else tokens
 
+    def chat(self, messages: Sequence[dict[str, str]]) -> str:
+        """A conversation (role and content each) in the model's chat template, open for the assistant's answer.
+
+        Raises:
+            ValueError: the tokenizer has no chat template.
+        """
+        if not getattr(self._tokenizer, "chat_template", None):
+            raise ValueError(f"the tokenizer of {self.model} has no chat template; ask without --template chat")
+        made = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        return str(made)
+
     def chat_turn(self) -> tuple[str, str]:
         """What the chat template puts before and after a user's only message, up to where the assistant speaks.
 
@@ -56,10 +67,7 @@ class TextTokenizer:
             ValueError: there is no chat template, or it does not show the message once and as it is.
         """
         message = "The message of the user."
-        if not getattr(self._tokenizer, "chat_template", None):
-            raise ValueError(f"the tokenizer of {self.model} has no chat template; choose another prompt template")
-        turn = [{"role": "user", "content": message}]
-        text = str(self._tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+        text = self.chat([{"role": "user", "content": message}])
         if text.count(message) != 1:
             raise ValueError(f"the chat template of {self.model} shows a message {text.count(message)} times, not once")
         before, after = text.split(message)

@@ -6,14 +6,17 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
 
 from kvcompress_eval.models import Model
 from kvcompress_eval.suite import Suite
+from kvcompress_eval.tasks import catalogue
+from kvcompress_eval.tasks.data_files import DataSource
 from kvcompress_eval.tasks.perplexity import Window, windows
+from kvcompress_eval.tasks.questions import Ask, Questions
 from kvcompress_eval.tasks.ruler import (
     ModelTemplate,
     NotApplicableError,
@@ -46,8 +49,10 @@ class Unit:
     max_tokens: int
     mean_length: float
     """Tokens used on average, generated ones included."""
-    score: Callable[[str, Sequence[str]], float]
-    """Of a prediction and its references, 0 to 1."""
+    score: Callable[[str, Sequence[str]], float] | None = None
+    """Of a prediction and its references, 0 to 1, where the task is RULER's."""
+    questions: Questions | None = None
+    """Where it is not: the same prompts, how they are judged, and what is asked after them."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,7 @@ class Work:
     serving_prompt: list[int]
     serving_tokens: int
     max_context: int
+    drift_prompts: list[list[int]]
 
 
 def prepare(
@@ -90,13 +96,19 @@ def prepare(
     serving_context: int,
     serving_tokens: int,
     progress: Progress,
+    data: DataSource = DataSource(),  # noqa: B008, it is frozen
+    chat: bool = False,
 ) -> Work:
     """Make every prompt and window.
 
     Raises:
         ValueError: a model cannot take the lengths, there is no text where one is needed, or nothing is left to do.
     """
-    check_sources(suite.tasks, sources)
+    limits = [model.context for model in models if model.context]
+    limit = min(limits) if limits else None
+    others = tuple(name for name in suite.tasks if name in catalogue.TASKS)
+    ruler = replace(suite, tasks=tuple(name for name in suite.tasks if name not in others))
+    check_sources(ruler.tasks, sources)
     make = partial(
         generate,
         samples=suite.samples,
@@ -107,20 +119,24 @@ def prepare(
         sources=sources,
         cache_dir=cache_dir,
     )
-    units, skipped = _units(suite, tokenizer, lambda task, length: make(task, length=length), progress)
-    limits = [model.context for model in models if model.context]
-    limit = min(limits) if limits else None
+    units, skipped = _units(ruler, tokenizer, lambda task, length: make(task, length=length), progress)
+    ask = Ask(None, suite.samples, seed, tokenizer, data, chat)
+    asked, not_asked = _asked_units(others, suite.lengths, ask, limit, progress)
+    units, skipped = units + asked, skipped + not_asked
     units = [_fitted(unit, limit, len(tokenizer.prefix)) for unit in units]
     window = min(suite.window, limit - 1) if limit else suite.window
     stride = min(suite.stride, window // 2)
     held_out, cut, texts = _text(suite, models, tokenizer, text, window, stride)
     prompts = _agreement_prompts(units, suite, limit)
+    drift = _drift_prompts(suite, held_out, tokenizer, limit)
     serving = _serving_prompt(units, texts, serving_context) if serving_context else []
     if serving and limit and serving_context + serving_tokens + 1 > limit:
         raise ValueError(
             f"decode speed after {serving_context} tokens does not fit a model made for {limit}; choose fewer tokens"
         )
     needs = [len(prompt) + unit.max_tokens for unit in units for prompt in unit.prompts]
+    needs += [unit.questions.needs for unit in units if unit.questions is not None]
+    needs += [len(prompt) + suite.drift_tokens + 1 for prompt in drift]
     needs += [len(window.tokens) + 1 for window in cut] + [len(item) + 1 for item in texts]
     needs += [len(prompt) + suite.agreement_new_tokens + 1 for prompt in prompts]
     needs += [len(serving) + serving_tokens + 1] if serving else []
@@ -140,6 +156,7 @@ def prepare(
         serving_prompt=serving,
         serving_tokens=serving_tokens,
         max_context=min(max(needs), limit) if limit else max(needs),
+        drift_prompts=drift,
     )
 
 
@@ -182,6 +199,41 @@ def _units(
     return units, skipped
 
 
+def _asked_units(
+    names: Sequence[str], lengths: Sequence[int], ask: Ask, limit: int | None, progress: Progress
+) -> tuple[list[Unit], list[Skipped]]:
+    """Units of the tasks beside RULER's. Without lengths, those from files get as much room as the models have."""
+    units: list[Unit] = []
+    skipped: list[Skipped] = []
+    wanted = [(name, length) for length in lengths or (0,) for name in names]
+    for done, (name, length) in enumerate(wanted):
+        progress("making prompts", done, len(wanted))
+        task = catalogue.TASKS[name]
+        room = length or limit
+        if limit and length > limit:
+            raise ValueError(f"{name} at {length} tokens does not fit models made for {limit}; choose shorter lengths")
+        try:
+            made = task.make(replace(ask, room=room))
+        except NotApplicableError as error:
+            skipped.append(Skipped(name, room or 0, str(error)))
+            continue
+        prompts = [item.prompt for item in made.items]
+        units.append(
+            Unit(
+                task=name,
+                length=room or made.needs,
+                prompts=prompts,
+                references=[item.references for item in made.items],
+                max_tokens=made.max_tokens,
+                mean_length=sum(map(len, prompts)) / len(prompts) + made.max_tokens,
+                questions=made,
+            )
+        )
+    if wanted:
+        progress("making prompts", len(wanted), len(wanted))
+    return units, skipped
+
+
 def _fitted(unit: Unit, limit: int | None, special: int) -> Unit:
     """The unit with its generation cut by the special tokens that the benchmark does not count, if they overflow.
 
@@ -205,13 +257,15 @@ def _text(
     window: int,
     stride: int,
 ) -> tuple[HeldOutText | None, list[Window], list[list[int]]]:
-    wanted = max(suite.perplexity_tokens, suite.agreement_windows * suite.stride)
+    wanted = max(
+        suite.perplexity_tokens, suite.agreement_windows * suite.stride, suite.drift_prompts * suite.drift_context
+    )
     if not wanted:
         return None, [], []
     path = find_text(text, [model.folder for model in models])
     if path is None:
         raise ValueError(
-            "perplexity and agreement need a text, and no model folder has a heldout.txt; name a file with --text"
+            "perplexity, agreement and drift need a text, and no model folder has a heldout.txt; name one with --text"
         )
     held_out = read_text(path, tokenizer, wanted)
     cut: list[Window] = []
@@ -220,6 +274,24 @@ def _text(
     starts = range(0, min(len(held_out.tokens), suite.agreement_windows * stride), stride)
     pieces = (held_out.tokens[start : start + stride] for start in starts)
     return held_out, cut, [[*tokenizer.prefix, *piece] for piece in pieces if len(piece) > 1]
+
+
+def _drift_prompts(
+    suite: Suite, held_out: HeldOutText | None, tokenizer: TextTokenizer, limit: int | None
+) -> list[list[int]]:
+    """Beginnings of text that the baseline will continue."""
+    if not suite.drift_prompts or held_out is None:
+        return []
+    size = suite.drift_context
+    if limit and len(tokenizer.prefix) + size + suite.drift_tokens + 1 > limit:
+        raise ValueError(
+            f"drift over {suite.drift_tokens} tokens after {size} does not fit a model made for {limit} tokens; choose "
+            "fewer with --drift-tokens"
+        )
+    if len(held_out.tokens) < size:
+        raise ValueError(f"{held_out.name} has {len(held_out.tokens)} tokens; drift needs at least {size}")
+    count = min(suite.drift_prompts, len(held_out.tokens) // size)
+    return [[*tokenizer.prefix, *held_out.tokens[at * size : (at + 1) * size]] for at in range(count)]
 
 
 def _serving_prompt(units: Sequence[Unit], texts: Sequence[Sequence[int]], context: int) -> list[int]:

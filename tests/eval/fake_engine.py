@@ -35,7 +35,7 @@ class FakeEngine:
         ]
         return [Generation(tokens, " ".join(map(str, tokens))) for tokens in made]
 
-    def score(self, tokens: Sequence[int], *, distribution: bool = False) -> Scores:
+    def score(self, tokens: Sequence[int], *, distribution: bool = False, rows: Sequence[int] | None = None) -> Scores:
         self.scored.append(tuple(tokens))
         sequence = np.asarray(tokens)
         rest = (1 - self.certainty) / (self.vocabulary - 1)
@@ -43,7 +43,8 @@ class FakeEngine:
         whole = np.full((len(top1), self.vocabulary), rest)
         whole[np.arange(len(top1)), top1] = self.certainty
         log_probs = np.log(whole[np.arange(len(top1)), sequence[1:]]).astype(np.float32)
-        return Scores(log_probs, top1, np.log(whole).astype(np.float32) if distribution else None)
+        picked = whole if rows is None else whole[list(rows)]
+        return Scores(log_probs, top1, np.log(picked).astype(np.float32) if distribution else None)
 
     def capacity_tokens(self) -> int | None:
         return 4096

@@ -197,7 +197,7 @@ def test_bad_input_is_refused_before_any_model_is_loaded(
 
     refused("unknown engine", engine="onnx")
     refused("unknown suite 'slow'; known: quick", suite="slow")
-    refused("unknown RULER task", tasks=["niah_double"])
+    refused("unknown task 'niah_double'", tasks=["niah_double"])
     refused("expected positive numbers", samples=0)
     refused("expected positive numbers", lengths=[-1])
     refused("made for 2048 tokens", lengths=[4096])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,15 @@ def test_capacity_is_reported(both: dict[str, Any]) -> None:
 
 
 def test_an_evaluation_gives_the_same_scores_on_both_engines(base: Path, compressed: Path, tmp_path: Path) -> None:
-    suite = Suite(summary="", tasks=("fwe",), lengths=(400,), samples=2, perplexity_tokens=300, window=128, stride=64)
+    suite = Suite(
+        summary="",
+        tasks=("fwe", "multi_turn"),
+        lengths=(700,),
+        samples=2,
+        perplexity_tokens=300,
+        window=128,
+        stride=64,
+    )
     results = {
         kind: kvcompress_eval.run(
             compressed,
@@ -77,7 +86,19 @@ def test_an_evaluation_gives_the_same_scores_on_both_engines(base: Path, compres
         assert ours["score"] == theirs["score"]
     for ours, theirs in zip(*(results[kind]["perplexity"]["models"] for kind in results), strict=True):
         assert ours["nll"] == pytest.approx(theirs["nll"], abs=2e-3)
+    for name in ("base", "compressed"):
+        rows = {kind: _rows(tmp_path / kind / "samples" / f"multi_turn-700-{name}.jsonl") for kind in results}
+        for ours, theirs in zip(rows["vllm"], rows["transformers"], strict=True):
+            for place in (lambda row: row, lambda row: row["follow_up"]):
+                assert place(ours)["prompt_sha256"] == place(theirs)["prompt_sha256"]
+            # Whole blocks are found again; one on the CPU has 128 tokens at most.
+            shared = ours["follow_up"]["shared_tokens"]
+            assert shared - 128 < ours["follow_up"]["cached_tokens"] <= shared
     capacity = {row["model"]: row["capacity_tokens_reported"] for row in results["vllm"]["serving"]["models"]}
     sizes = {model["name"]: model["bytes_per_token"] for model in results["vllm"]["models"]}
     # Blocks are whole, so the ratio of capacities is that of the bytes per token to within a few percent.
     assert capacity["compressed"] / capacity["base"] == pytest.approx(sizes["base"] / sizes["compressed"], rel=0.03)
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -16,6 +16,8 @@ class Generation:
 
     tokens: tuple[int, ...]
     text: str
+    cached_tokens: int | None = field(default=None, compare=False)
+    """Tokens of the prompt that were found in the prefix cache, where the engine says so."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Scores:
     top1_T: NDArray[np.int64]
     """Most probable token, [T - 1]."""
     distribution_TV: NDArray[np.float32] | None = None
-    """Log probabilities of the whole vocabulary, [T - 1, V], where asked for and the engine has them."""
+    """Log probabilities of the whole vocabulary, [T - 1, V] or the rows asked for, where the engine has them."""
 
 
 class Engine(Protocol):
@@ -61,8 +63,13 @@ class Engine(Protocol):
             ignore_end: continue past the end-of-sequence token, which is then part of the continuation.
         """
 
-    def score(self, tokens: Sequence[int], *, distribution: bool = False) -> Scores:
-        """Score one sequence. A compressed model attends every token in its stored form."""
+    def score(self, tokens: Sequence[int], *, distribution: bool = False, rows: Sequence[int] | None = None) -> Scores:
+        """Score one sequence. A compressed model attends every token in its stored form.
+
+        Args:
+            rows: the entries, in rising order, of which the distribution is wanted; all by default. A long sequence's
+                distributions would not fit in memory.
+        """
 
     def capacity_tokens(self) -> int | None:
         """Tokens that the engine says its KV cache holds, or None where it has no fixed cache."""

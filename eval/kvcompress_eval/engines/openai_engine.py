@@ -67,15 +67,15 @@ class OpenAIEngine:
             tokens = self._tokenizer.encode(choice["text"], special=False)
         return Generation(tuple(tokens), choice["text"])
 
-    def score(self, tokens: Sequence[int], *, distribution: bool = False) -> Scores:
+    def score(self, tokens: Sequence[int], *, distribution: bool = False, rows: Sequence[int] | None = None) -> Scores:
         if distribution:
             raise ValueError("a server gives no whole distributions; use engine transformers for the KL divergence")
         choice = self._complete(prompt=list(tokens), max_tokens=1, prompt_logprobs=1)["choices"][0]
-        rows = choice.get("prompt_logprobs")
-        if rows is None:
+        entries = choice.get("prompt_logprobs")
+        if entries is None:
             raise ValueError("the server returned no prompt_logprobs, which perplexity and agreement need; vLLM does")
-        log_probs = [row[str(token)]["logprob"] for row, token in zip(rows[1:], tokens[1:], strict=True)]
-        top1 = [int(next(token for token, entry in row.items() if entry["rank"] == 1)) for row in rows[1:]]
+        log_probs = [row[str(token)]["logprob"] for row, token in zip(entries[1:], tokens[1:], strict=True)]
+        top1 = [int(next(token for token, entry in row.items() if entry["rank"] == 1)) for row in entries[1:]]
         return Scores(np.asarray(log_probs, np.float32), np.asarray(top1, np.int64))
 
     def _complete(self, **body: Any) -> Any:

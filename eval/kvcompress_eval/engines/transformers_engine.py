@@ -93,7 +93,7 @@ class TransformersEngine:
             next_token = int(self._forward([next_token], cache, last_only=True)[-1].argmax())
         return Generation(tuple(made), text)
 
-    def score(self, tokens: Sequence[int], *, distribution: bool = False) -> Scores:
+    def score(self, tokens: Sequence[int], *, distribution: bool = False, rows: Sequence[int] | None = None) -> Scores:
         import torch
 
         log_probs, top1, distributions = [], [], []
@@ -107,7 +107,10 @@ class TransformersEngine:
             log_probs.append(log_probs_TV.gather(1, follow_T[:, None])[:, 0].cpu().numpy())
             top1.append(logits_TV.argmax(-1).cpu().numpy())
             if distribution:
-                distributions.append(log_probs_TV.cpu().numpy())
+                wanted = (
+                    slice(None) if rows is None else [at - start for at in rows if start <= at < start + len(chunk)]
+                )
+                distributions.append(log_probs_TV[wanted].cpu().numpy())
             start += size
         return Scores(
             np.concatenate(log_probs), np.concatenate(top1), np.concatenate(distributions) if distribution else None

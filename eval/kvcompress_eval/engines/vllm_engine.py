@@ -120,13 +120,13 @@ class VllmEngine:
                 text = self._tokenizer.decode(tokens)
                 answered = bool(until and until[index]) and contains_all(text, until[index] if until else ())
                 if output.finished or answered:
-                    done[index] = Generation(tuple(tokens), text)
+                    done[index] = Generation(tuple(tokens), text, output.num_cached_tokens)
                 if answered and not output.finished:
                     engine.abort_request([output.request_id])
         assert all(item is not None for item in done), "vLLM dropped a request"
         return [item for item in done if item is not None]
 
-    def score(self, tokens: Sequence[int], *, distribution: bool = False) -> Scores:
+    def score(self, tokens: Sequence[int], *, distribution: bool = False, rows: Sequence[int] | None = None) -> Scores:
         if distribution:
             raise ValueError("vLLM gives no whole distributions; use engine transformers for the KL divergence")
         if self._exact_steps:
@@ -138,9 +138,9 @@ class VllmEngine:
 
         params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1, detokenize=False)
         prompt = {"prompt_token_ids": list(tokens)}
-        rows = self._llm.generate([prompt], params, use_tqdm=False)[0].prompt_logprobs[1:]
-        log_probs = [row[token].logprob for row, token in zip(rows, tokens[1:], strict=True)]
-        top1 = [next(token for token, entry in row.items() if entry.rank == 1) for row in rows]
+        entries = self._llm.generate([prompt], params, use_tqdm=False)[0].prompt_logprobs[1:]
+        log_probs = [row[token].logprob for row, token in zip(entries, tokens[1:], strict=True)]
+        top1 = [next(token for token, entry in row.items() if entry.rank == 1) for row in entries]
         return Scores(np.asarray(log_probs, np.float32), np.asarray(top1, np.int64))
 
     def capacity_tokens(self) -> int | None:

@@ -7,13 +7,15 @@ first divergence compares free-running greedy continuations.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from kvcompress_eval.engines.base import Engine, Scores
 from kvcompress_eval.statistics import bootstrap_interval
+from kvcompress_eval.tasks.divergence import kl_rows
+from kvcompress_eval.tasks.drift import Continued
 
 MAX_DISTRIBUTION_BYTES = 2**30
 """The base model's distributions wait in memory for the candidates; beyond this the KL covers fewer sequences."""
@@ -37,6 +39,7 @@ class Reference:
     scores: list[Scores]
     prompts: list[list[int]]
     continuations: list[tuple[int, ...]]
+    drift: list[Continued] = field(default_factory=list)
 
 
 def collect_reference(
@@ -130,10 +133,7 @@ def measure(
 
 def kl_sum(base_TV: np.ndarray[Any, Any], other_TV: np.ndarray[Any, Any]) -> float:
     """Sum over tokens of KL(base || other) in nats, from log probabilities [T, V]."""
-    base, other = base_TV.astype(np.float64), other_TV.astype(np.float64)
-    # A probability of zero contributes nothing, and its logarithm must not turn that into nan.
-    gap = np.subtract(base, other, out=np.zeros_like(base), where=np.isfinite(base))
-    return float((np.exp(base) * gap).sum())
+    return float(kl_rows(base_TV, other_TV).sum())
 
 
 def first_difference(expected: Sequence[int], found: Sequence[int]) -> int | None:

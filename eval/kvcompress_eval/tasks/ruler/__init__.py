@@ -5,11 +5,12 @@ from kvcompress_eval.tasks.ruler.registry import ALL, OFFICIAL, SYNTHETIC, TASKS
 from kvcompress_eval.tasks.ruler.sample import NotApplicableError, Request, Sample
 from kvcompress_eval.tasks.ruler.scoring import score, task_score
 from kvcompress_eval.tasks.ruler.sources import NO_FILES, Sources
-from kvcompress_eval.tasks.ruler.templates import BASE, ModelTemplate, model_template
+from kvcompress_eval.tasks.ruler.templates import BASE, CHAT, ModelTemplate, model_template
 
 __all__ = [
     "ALL",
     "BASE",
+    "CHAT",
     "NO_FILES",
     "OFFICIAL",
     "SYNTHETIC",

@@ -1,0 +1,40 @@
+"""Scores of a task by one of its samples' details: needle depth, difficulty, length group, turn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from kvcompress_eval.rows import RowFile
+from kvcompress_eval.tasks.ruler import task_score
+from kvcompress_eval.work import Unit
+
+
+def breakdown(units: Sequence[Unit], files: Mapping[str, Sequence[RowFile]]) -> list[dict[str, Any]]:
+    """Rows of `task, length, model, by, value, score, n`, in points, 0 to 100.
+
+    A heat map of needles is the rows whose `by` is depth; a conversation's first and second answer go by turn.
+
+    Args:
+        files: the units' rows, by model.
+    """
+    found = []
+    for index, unit in enumerate(units):
+        if unit.questions is None:
+            continue
+        for model, tasks in files.items():
+            groups: dict[tuple[str, Any], list[float]] = {}
+            for row in tasks[index].rows[: len(unit.prompts)]:
+                for key, score in _parts(row, unit.questions.split_by):
+                    groups.setdefault(key, []).append(score)
+            for (by, value), scores in sorted(groups.items(), key=lambda item: item[0]):
+                place = {"task": unit.task, "length": unit.length, "model": model, "by": by, "value": value}
+                found.append({**place, "score": task_score(scores), "n": len(scores)})
+    return found
+
+
+def _parts(row: Mapping[str, Any], split_by: Sequence[str]) -> Iterator[tuple[tuple[str, Any], float]]:
+    for name in split_by:
+        yield (name, row[name]), row["score"]
+    for turn, score in enumerate(row.get("turns", ()), start=1):
+        yield ("turn", turn), score

@@ -1,0 +1,1 @@
+"""InfiniteBench: the tasks that are generated, and their metrics."""
