@@ -73,7 +73,7 @@ def samples(out: Path) -> dict[str, list[dict[str, Any]]]:
     [
         ("needle-grid", {"lengths": [512], "samples": 11}, ["needle_grid"]),
         ("multi-turn", {"lengths": [768], "samples": 2}, ["multi_turn"]),
-        ("mrcr", {"lengths": [800], "samples": 1}, list(MRCR)),
+        ("mrcr", {"lengths": [1024], "samples": 1}, list(MRCR)),
         ("infinitebench", {"lengths": [600], "samples": 1}, list(INFINITEBENCH)),
         ("longbench2", {"lengths": [800], "limit": 2}, ["longbench2"]),
         ("longbench", {"lengths": [700], "limit": 1, "tasks": ["longbench_trec", "longbench_multifieldqa_zh"]}, None),
