@@ -91,7 +91,9 @@ def run(
     check_engine(engine)
     chosen = choose_suite(suite, tasks=tasks, lengths=lengths, samples=samples, limit=limit, drift_tokens=drift_tokens)
     if template not in (BASE.name, CHAT) and any(name in TASKS for name in chosen.tasks):
-        raise ValueError(f"found template {template!r}; expected base or chat, since only RULER has templates of its own")
+        raise ValueError(
+            f"found template {template!r}; expected base or chat, since only RULER has templates of its own"
+        )
     given = [model_dir] if isinstance(model_dir, str | Path) else list(model_dir)
     models = describe_models(given, baseline, kv_rank, kv_bits)
     smaller: dict[str, Any] = {} if kv_rank == 1.0 else {"kv_rank": kv_rank}

@@ -15,7 +15,6 @@ from kvcompress_eval.engines import Engine
 from kvcompress_eval.models import Model
 from kvcompress_eval.rows import RowFile
 from kvcompress_eval.tasks import agreement, drift, perplexity, serving
-from kvcompress_eval.tasks.ruler import score
 from kvcompress_eval.work import Progress, Unit, Work, prompt_sha256
 
 ROWS_VERSION = 1
