@@ -273,7 +273,7 @@ def test_what_cannot_be_done_is_refused_in_one_sentence(
     refused("drift compares candidates with a baseline", suite="drift", drift_tokens=64)
     refused("drift over 2048 tokens after 128 does not fit a model made for 2048", suite="drift")
     refused("has no chat template; ask without --template chat", suite="multi-turn", lengths=[700], template="chat")
-    refused("unknown template 'alpaca'", suite="multi-turn", template="alpaca")
+    refused("found template 'alpaca'", suite="multi-turn", template="alpaca")
     refused("unknown task 'longbench_qaser'; known: ", tasks=["longbench_qaser"], lengths=[700])
 
 
