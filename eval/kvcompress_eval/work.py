@@ -6,8 +6,9 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from kvcompress_eval.models import Model
 from kvcompress_eval.suite import Suite
@@ -31,6 +32,8 @@ class Unit:
     max_tokens: int
     mean_length: float
     """Tokens used on average, generated ones included."""
+    labels: list[dict[str, Any]] = field(default_factory=list)
+    """Per prompt, what its row carries besides the answer (see `rows`); nothing where empty."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +69,11 @@ def prepare(
     tokenizer: TextTokenizer,
     *,
     seed: int,
-    text: str | Path | None,
     cache_dir: Path,
-    serving_context: int,
-    serving_tokens: int,
     progress: Progress,
+    text: str | Path | None = None,
+    serving_context: int = 0,
+    serving_tokens: int = 0,
 ) -> Work:
     """Make every prompt and window.
 
@@ -152,11 +155,19 @@ def _units(
                 references=[sample.outputs for sample in samples],
                 max_tokens=ruler_task(name).tokens_to_generate,
                 mean_length=sum(sample.length for sample in samples) / len(samples),
+                labels=[_depth(sample.prompt, sample.outputs) for sample in samples],
             )
         )
     if total:
         progress("making prompts", total, total)
     return units, skipped
+
+
+def _depth(prompt: str, references: Sequence[str]) -> dict[str, Any]:
+    """Where in the prompt the answer stands, to the nearest 10 %, if there is one answer and it stands there once."""
+    if len(references) != 1 or prompt.count(references[0]) != 1:
+        return {}
+    return {"depth": round(10 * prompt.index(references[0]) / len(prompt)) * 10}
 
 
 def _fitted(unit: Unit, limit: int | None, special: int) -> Unit:

@@ -13,7 +13,7 @@ import pytest
 from kvcompress_eval.report import markdown_table, render, write_report
 from kvcompress_eval.report.figures import verdict_sentence
 from kvcompress_eval.report.plots import Scale, _labels
-from kvcompress_eval.results import _compared
+from kvcompress_eval.scores import Settings, compared, with_verdicts
 
 VOID = {"meta", "br", "link", "img"}
 
@@ -60,7 +60,9 @@ def results() -> dict[str, Any]:
     base = [1.0] * 380 + [0.0] * 20
     bad = [0.0] * 40 + base[40:]
     scores = {"base": base, "good": base, "b<a>d": bad}
-    rows = {name: _compared(values, None if name == "base" else base, 1.0, 0) for name, values in scores.items()}
+    settings = Settings(margin=1.0, seed=0)
+    rows = {name: compared(values, None if name == "base" else base, settings) for name, values in scores.items()}
+    with_verdicts(list(rows.values()))
     layers = [{"index": at, "both": 0.1, "k": 0.0625 + at / 100, "v": 0.25 if at else None} for at in range(3)]
     return {
         "models": [
