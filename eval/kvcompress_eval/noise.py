@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from kvcompress_eval.records import Records
-from kvcompress_eval.scores import equal_weights, unit_scores
+from kvcompress_eval.scores import equal_weights, flat, unit_scores
 from kvcompress_eval.statistics import independent_interval
 from kvcompress_eval.tasks.ruler import task_score
 from kvcompress_eval.work import Work
@@ -33,7 +33,7 @@ def noise_floor(first: Records, work: Work, second: Records, again: Work, seed: 
         for unit, one, two in pairs
     ]
     ones, twos = [one for _, one, _ in pairs], [two for _, _, two in pairs]
-    low, high = independent_interval(sum(ones, []), sum(twos, []), (equal_weights(ones), equal_weights(twos)))
+    low, high = independent_interval(flat(ones), flat(twos), (equal_weights(ones), equal_weights(twos)))
     means = [sum(sum(scores) / len(scores) for scores in side) / len(side) for side in (ones, twos)]
     return {
         "model": first.model.name,

@@ -46,9 +46,8 @@ def overall_rows(
     weights = equal_weights(samples(records[0]))
     rows = []
     for record in records:
-        other = None if base is None or base is record else sum(samples(base), [])
-        scores = sum(samples(record), [])
-        rows.append({"model": record.model.name, **compared(scores, other, settings, weights)})
+        other = None if base is None or base is record else flat(samples(base))
+        rows.append({"model": record.model.name, **compared(flat(samples(record)), other, settings, weights)})
     return with_verdicts(rows)
 
 
@@ -72,6 +71,10 @@ def depth_rows(records: Sequence[Records], work: Work) -> list[dict[str, Any]]:
 def unit_scores(record: Records, index: int, unit: Unit) -> list[float]:
     """Scores of one task at one length, 0 to 1, in the order of its prompts."""
     return [row["score"] for row in record.tasks[index].rows[: len(unit.prompts)]]
+
+
+def flat(units: Sequence[Sequence[float]]) -> list[float]:
+    return [score for scores in units for score in scores]
 
 
 def equal_weights(units: Sequence[Sequence[float]]) -> list[float]:

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 from kvcompress_eval.report import markdown_table, render, write_report
-from kvcompress_eval.report.figures import verdict_sentence
-from kvcompress_eval.report.plots import Scale, _labels
+from kvcompress_eval.report.axes import Scale
+from kvcompress_eval.report.wording import verdict_sentence
 from kvcompress_eval.scores import Settings, compared, with_verdicts
 
 VOID = {"meta", "br", "link", "img"}
