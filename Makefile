@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup test lint types unit e2e slow soak matrix previous demo bench clean
+.PHONY: help setup test lint types unit e2e slow soak matrix previous demo report bench clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -23,6 +23,7 @@ help:
 	@echo "make soak    500 requests against a server whose cache is too small for them"
 	@echo "make matrix  test every method with every feature of vLLM; writes docs/support-matrix.md"
 	@echo "make previous  the end-to-end tests with the oldest vLLM that is supported, in an environment of its own"
+	@echo "make report  evaluate the example recipes on the reference model; writes docs/example-report"
 	@echo "make bench   CPU kernel benchmark; writes benchmarks/results"
 
 setup: $(VENV)/.ready
@@ -79,6 +80,9 @@ previous:
 
 demo: setup
 	@$(BIN)/python examples/demo/run.py --out demo
+
+report: setup
+	@$(BIN)/python examples/report/run.py
 
 bench: setup
 	@$(BIN)/python benchmarks/cpu_decode.py

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from kvcompress_eval.report.plots import Line, Point, drift, forest, layer_error
 from kvcompress_eval.report.wording import notes, verdict_sentence
 
 MINUS = "\N{MINUS SIGN}"
+
+MOST_UNFOLDED = 4
+"""Models whose long tables are shown without a click."""
 
 MOST_WITH_SIDES = 3
 """Models whose errors are drawn for keys and values apart."""
@@ -71,6 +75,7 @@ def render(results: Results, *, title: str = "KV cache compression, measured") -
         task_map=task_map(results),
         depth_maps=depth_maps(results),
         notes=notes(results),
+        crowded=len(models) > MOST_UNFOLDED,
         forest=lambda **values: Markup(forest(**values)),
         recipes={model["name"]: json.dumps(model["recipe"], indent=2) for model in models if model["recipe"]},
         environment=_flat(results["environment"]),
@@ -89,7 +94,9 @@ def _headline(results: Results) -> str:
     cleared = {row["model"] for row in results["overall"] if row["verdict"] == "not worse"}
     kept = [model for model in candidates if model["name"] in cleared]
     if not kept:
-        return f"{len(candidates)} candidates against {base['name']}"
+        counts = Counter(row["verdict"] for row in results["overall"] if row["verdict"])
+        told = ", ".join(f"{counts[verdict]} {verdict}" for verdict in ("worse", "undecided") if counts[verdict])
+        return f"{len(candidates)} candidates against {base['name']}" + (f": {told}" if told else "")
     smallest = min(kept, key=lambda model: model["bytes_per_token"] or float("inf"))
     size = _times(base, smallest, ", with a cache {} smaller")
     return (

@@ -49,23 +49,24 @@ def notes(results: Results) -> list[str]:
         where = ", ".join(f"{length:,}" for length in lengths)
         found.append(
             f"{tasks} task{'s' * (tasks != 1)} at {where} tokens, {results['overall'][0]['n']:,} samples in all, seed "
-            f"{results['seed']}, engine {environment['engine']}, dtype {environment['dtype']}. Every model saw the same "
-            "prompts."
+            f"{results['seed']}, engine {environment['engine']}, dtype {environment['dtype']}. "
+            "Every model saw the same prompts."
         )
     if families["overall"]:
         found.append(
-            f"Verdicts tolerate a loss of {points(results['margin'])}. The chance that any of the {families['overall']} "
-            f"over all tasks is wrong is at most {100 * families['alpha']:g} % (Holm), and likewise for the "
-            f"{families['tasks']} on single tasks. Intervals are of single comparisons."
+            f"Verdicts tolerate a loss of {points(results['margin'])}. "
+            f"The chance that any of the {families['overall']} over all tasks is wrong is at most "
+            f"{100 * families['alpha']:g} % (Holm), and likewise for the {families['tasks']} on single tasks. "
+            "Intervals are of single comparisons."
         )
     floor = results["noise_floor"]
     if floor:
         low, high = floor["overall"]["ci95"]
         first, second = floor["seeds"]
         found.append(
-            f"Noise floor: {floor['model']} against itself on other prompts, seed {second} against {first}, differs by "
-            f"{floor['overall']['delta']:+.1f} points [{low:+.1f}, {high:+.1f}] overall and by {floor['rms']:.1f} points "
-            "per task (root mean square). Scores measured on different prompts cannot be told apart below that; the "
-            "differences here are paired on the same prompts and free of it."
+            f"Noise floor: {floor['model']} on other prompts, seed {second} against seed {first}, differs by "
+            f"{floor['overall']['delta']:+.1f} points [{low:+.1f}, {high:+.1f}] overall and by {floor['rms']:.1f} "
+            "points per task (root mean square). Scores measured on different prompts cannot be told apart below "
+            "that; the differences here are paired on the same prompts and free of it."
         )
     return found
