@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +68,11 @@ def test_recipes_become_checkpoints_once_and_name_their_base(
     twin.write_text(RECIPE.format(bits=4))
     with pytest.raises(ValueError, match="same file name"):
         make_checkpoints(str(base), [recipes[0], str(twin)], tmp_path / "models", silent)
-    other = json.loads(manifests[1].read_text())
-    other["parent"]["source"] = "elsewhere"
-    manifests[1].write_text(json.dumps(other))
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(base, elsewhere)
+    other = make_checkpoints(str(elsewhere), recipes[1:], tmp_path / "more", silent)
     with pytest.raises(ValueError, match=r"no base that all share.*elsewhere.*--baseline"):
-        split_base(made, None)
+        split_base([made[0], *other], None)
 
 
 def test_a_wrong_recipe_stops_before_any_is_applied(base: Path, recipes: list[str], tmp_path: Path) -> None:

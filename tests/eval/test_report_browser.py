@@ -73,7 +73,10 @@ def test_opens_quietly_and_fits(page: Page, report: Path, width: int, dark: bool
 
 def test_wide_tables_scroll_inside_their_box(page: Page, report: Path) -> None:
     page.open(report, PHONE)
-    assert page.evaluate("[...document.querySelectorAll('.heat')].some(box => box.scrollWidth > box.clientWidth + 20)")
+    page.evaluate("document.querySelectorAll('details').forEach(part => part.open = true)")
+    assert page.evaluate(
+        "[...document.querySelectorAll('.scroll')].some(box => box.scrollWidth > box.clientWidth + 20)"
+    )
     assert page.evaluate("getComputedStyle(document.querySelector('.heat')).overflowX") == "auto"
 
 

@@ -2,8 +2,8 @@
 
 Agreement between models: on the reference model, recipes at a quarter of the cache change 1 to 4 % of the answers, and
 one at an eighth that loses 10 points turns 32 answers of 120 worse and 2 better. A planted loss of 5 points therefore
-comes with 0.3 % of answers that turn better. No test of 200 right-or-wrong pairs finds 5 points in 90 % of cases where
-more than about 0.4 % turn better: McNemar's, which this is, is the most powerful unbiased one.
+comes with 0.3 % of answers that turn better. With 0.5 % it would be found in 88 %: McNemar's test, which this is for
+right-or-wrong answers, is the most powerful unbiased one, so that more noise takes more samples, not another test.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def axes(
     for tick in y.ticks():
         py = y(tick)
         parts.append(f'<path class="grid" d="M{LEFT} {py:.1f}H{WIDTH - RIGHT}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 7}" y="{py + 4:.1f}" text-anchor="end">{tick:.3g}</text>')
+        parts.append(f'<text class="tick" x="{LEFT - 7}" y="{py + 4:.1f}" text-anchor="end">{number(tick)}</text>')
     for tick in x.ticks():
         if whole_x and tick != int(tick):
             continue
@@ -72,6 +72,11 @@ def frame(title: str, parts: Sequence[str]) -> str:
         + "".join(parts)
         + "</svg>"
     )
+
+
+def number(value: float) -> str:
+    """At most five characters, so that it stays clear of the axis title."""
+    return f"{value:.0e}".replace("e-0", "e-") if 0 < abs(value) < 0.01 else f"{value:.3g}"
 
 
 def thousands(value: float) -> str:
