@@ -30,7 +30,7 @@ def test_both_engines_score_the_reference_model_alike(tmp_path: Path) -> None:
     recipe = ROOT / "examples" / "recipes" / "aggressive.yaml"
     compressed = make_checkpoints(str(REFERENCE), [str(recipe)], tmp_path, lambda what, done, total: None)
     tasks = tuple(dict.fromkeys([*SUITES["needle-ref"].tasks, *OFFICIAL]))
-    suite = Suite(summary="", tasks=tasks, lengths=(640,), samples=2)
+    suite = Suite(summary="", tasks=tasks, lengths=(800,), samples=2)
     results, differences = compare_engines(
         compressed, out=tmp_path / "out", baseline=REFERENCE, suite=suite, cache_dir=tmp_path / "cache"
     )
@@ -41,6 +41,7 @@ def test_both_engines_score_the_reference_model_alike(tmp_path: Path) -> None:
     rows = [results[engine]["tasks"] for engine in parity.ENGINES]
     skipped = {row["task"] for row in results["vllm"]["skipped"]}
     assert {row["task"] for row in rows[0]} == set(tasks) - skipped
+    assert set(SUITES["needle-ref"].tasks).isdisjoint(skipped)
     assert {row["model"] for row in rows[0]} == {"reference-model", "aggressive"}
     for one, two in zip(*rows, strict=True):
         assert one["score"] == two["score"] or (one["task"], one["model"]) in told

@@ -20,8 +20,9 @@ PHONE = 390
 OVERFLOWING = """
 (() => {
   const boxed = element => element.closest(".scroll, pre, svg");
+  const edge = document.documentElement.clientWidth + 0.5;
   return [...document.body.querySelectorAll("*")]
-    .filter(element => !boxed(element) && element.getBoundingClientRect().right > innerWidth + 0.5)
+    .filter(element => !boxed(element) && element.getBoundingClientRect().right > edge)
     .map(element => element.tagName + "." + element.className);
 })()
 """
@@ -97,6 +98,7 @@ def test_faults_are_noticed(page: Page, tmp_path: Path) -> None:
     """What the other tests look for is seen when it is there."""
     bad = tmp_path / "bad.html"
     bad.write_text(
+        '<meta name="viewport" content="width=device-width">'
         '<body><div style="width:900px">wide</div><p style="font-size:6px">small</p>'
         '<img src="other.png"><script>console.error("broken"); missing()</script></body>'
     )
