@@ -41,7 +41,7 @@ def evaluate(
     text: Annotated[
         Path | None, typer.Option(help="Held-out text for perplexity; by default the model's heldout.txt.")
     ] = None,
-    margin: Annotated[float, typer.Option(help="Points that may be lost before the verdict is 'worse'.")] = 1.0,
+    margin: Annotated[float, typer.Option(help="Loss in points that the verdict tolerates.")] = 1.0,
     serving_context: Annotated[int, typer.Option(help="Also measure decode speed after this many tokens.")] = 0,
     compare: Annotated[
         bool,

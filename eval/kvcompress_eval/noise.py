@@ -20,7 +20,7 @@ from kvcompress_eval.work import Work
 def noise_floor(first: Records, work: Work, second: Records, again: Work, seed: int) -> dict[str, Any]:
     """Differences between two seeds, in points: overall with a 95 % interval, per task, and their root mean square.
 
-    Tasks that could be made with one seed only are left out.
+    Tasks that could be made with one seed only are left out; empty if none is left.
     """
     made = {(unit.task, unit.length): index for index, unit in enumerate(again.units)}
     pairs = [
@@ -28,6 +28,8 @@ def noise_floor(first: Records, work: Work, second: Records, again: Work, seed: 
         for index, unit in enumerate(work.units)
         if (other := made.get((unit.task, unit.length))) is not None
     ]
+    if not pairs:
+        return {}
     tasks = [
         {"task": unit.task, "length": unit.length, **_pair(task_score(one), task_score(two))}
         for unit, one, two in pairs
