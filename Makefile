@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup test lint types unit e2e slow soak matrix previous demo bench slope clean
+.PHONY: help setup test lint types unit e2e slow soak matrix previous demo report bench slope clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -23,6 +23,7 @@ help:
 	@echo "make soak    500 requests against a server whose cache is too small for them"
 	@echo "make matrix  test every method with every feature of vLLM; writes docs/support-matrix.md"
 	@echo "make previous  the end-to-end tests with the oldest vLLM that is supported, in an environment of its own"
+	@echo "make report  evaluate the example recipes on the reference model; writes docs/example-report"
 	@echo "make bench   CPU kernels beside vLLM's and torch's, and compressing a checkpoint; writes benchmarks/results"
 	@echo "make slope   time per output token against context, every codec and stock vLLM; writes benchmarks/results"
 
@@ -80,6 +81,9 @@ previous:
 
 demo: setup
 	@$(BIN)/python examples/demo/run.py --out demo
+
+report: setup
+	@$(BIN)/python examples/report/run.py
 
 bench: setup
 	@$(BIN)/python benchmarks/cpu_decode.py --contexts 1024 4096 8192 16384 32768 65536

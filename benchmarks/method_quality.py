@@ -21,7 +21,7 @@ import kvcompress_eval
 from kvcompress_eval.engines import baseline_caches, open_engine
 from kvcompress_eval.environment import environment
 from kvcompress_eval.suite import SUITES, Suite
-from kvcompress_eval.tasks.agreement import kl_sum
+from kvcompress_eval.tasks.agreement import kl_per_token
 from kvcompress_eval.tasks.text import BUNDLED, read_text
 from kvcompress_eval.tokenizer import TextTokenizer
 from rich.console import Console
@@ -193,7 +193,7 @@ def divergence(folder: Path, options: dict[str, Any]) -> float:
         base, ours = (engine.score(window, distribution=True).distribution_TV for engine in engines)
         assert base is not None
         assert ours is not None
-        total, count = total + kl_sum(base, ours), count + len(base)
+        total, count = total + float(kl_per_token(base, ours).sum()), count + len(base)
     for engine in engines:
         engine.close()
     return total / count

@@ -21,7 +21,9 @@ def register(app: typer.Typer) -> None:
 
 
 def evaluate(
-    models: Annotated[list[str], typer.Argument(metavar="DIR...", help="Checkpoints to evaluate, compressed or not.")],
+    models: Annotated[
+        list[str], typer.Argument(metavar="DIR...", help="Checkpoints to evaluate; with --compare recipes, too.")
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for results.json, report.html and samples.")],
     baseline: Annotated[str | None, typer.Option(help="The model to compare with; its rows get verdicts.")] = None,
     suite: Annotated[
@@ -64,18 +66,30 @@ def evaluate(
     text: Annotated[
         Path | None, typer.Option(help="Held-out text for perplexity; by default the model's heldout.txt.")
     ] = None,
-    margin: Annotated[float, typer.Option(help="Points that may be lost before the verdict is 'worse'.")] = 1.0,
+    margin: Annotated[float, typer.Option(help="Loss in points that the verdict tolerates.")] = 1.0,
     serving_context: Annotated[int, typer.Option(help="Also measure decode speed after this many tokens.")] = 0,
+    compare: Annotated[
+        bool,
+        typer.Option("--compare", help="Recipes (.yaml) and checkpoints against the base, which comes first."),
+    ] = False,
+    noise_floor: Annotated[
+        bool, typer.Option("--noise-floor", help="Run the base on another seed's prompts too: how far chance reaches.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of the prompts.")] = 42,
     resume: Annotated[bool, typer.Option("--resume", help="Reuse what is finished in the output folder.")] = False,
     json: Json = False,
 ) -> None:
     """Measure what compression cost. Exit code 1 when the verdict is 'worse'."""
     from kvcompress_eval.evaluate import run
-    from kvcompress_eval.report import write_report
+    from kvcompress_eval.report import write_report, write_table
     from kvcompress_eval.tasks.ruler.sources import Sources
 
     with progress() as report:
+        if compare:
+            from kvcompress_eval.candidates import make_checkpoints, split_base
+
+            baseline, models = split_base(models, baseline)
+            models = make_checkpoints(baseline, models, out / "models", report)
         results = run(
             models,
             out=out,
@@ -98,15 +112,17 @@ def evaluate(
             margin=margin,
             serving_context=serving_context,
             seed=seed,
+            noise_floor=noise_floor,
             resume=resume,
             progress=report,
         )
     write_report(results, out / "report.html")
+    write_table(results, out / "table.md")
     if json:
         print_json(results)
     else:
         _show(results)
-        print(f"{out / 'report.html'}: the report; {out / 'results.json'}: the figures")
+        print(f"{out / 'report.html'}: the report; {out / 'results.json'}: the figures; {out / 'table.md'}: a table")
     if any(row["verdict"] == "worse" for row in results["overall"]):
         raise typer.Exit(1)
 

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kvcompress_eval.evaluate import run
-    from kvcompress_eval.report import markdown_table, render, write_report
+    from kvcompress_eval.report import markdown_table, render, write_report, write_table
     from kvcompress_eval.suite import SUITES, Suite
 
-__all__ = ["SUITES", "Suite", "markdown_table", "render", "run", "write_report"]
+__all__ = ["SUITES", "Suite", "markdown_table", "render", "run", "write_report", "write_table"]
 
 _HOMES = {"run": "evaluate", "SUITES": "suite", "Suite": "suite"}
 

@@ -1,4 +1,4 @@
-"""Scores of a task by one of its samples' details: needle depth, difficulty, length group, turn."""
+"""Scores of a task by one of its samples' details: difficulty, length group, turn. (Depths: `scores.depth_rows`.)"""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kvcompress_eval.work import Unit
 def breakdown(units: Sequence[Unit], files: Mapping[str, Sequence[RowFile]]) -> list[dict[str, Any]]:
     """Rows of `task, length, model, by, value, score, n`, in points, 0 to 100.
 
-    A heat map of needles is the rows whose `by` is depth; a conversation's first and second answer go by turn.
+    A conversation's first and second answer go by turn.
 
     Args:
         files: the units' rows, by model.

@@ -52,6 +52,7 @@ def run(
     full_generations: bool = False,
     serving_context: int = 0,
     serving_tokens: int = 32,
+    noise_floor: bool = False,
     resume: bool = False,
     cache_dir: str | Path | None = None,
     progress: Progress | None = None,
@@ -78,6 +79,7 @@ def run(
         margin: loss in points that the verdict tolerates.
         full_generations: generate every token, even once all references have been found. Scores are the same.
         serving_context: tokens of a prompt after which decode speed is measured; 0 leaves it out.
+        noise_floor: run the first model on the tasks of the next seed too, and report how far the two lie apart.
         resume: reuse rows in OUT that the same models, seed and engine made.
         cache_dir: where generated prompts are kept.
         progress: called with what is done, how much, and of how much.
@@ -91,9 +93,7 @@ def run(
     check_engine(engine)
     chosen = choose_suite(suite, tasks=tasks, lengths=lengths, samples=samples, limit=limit, drift_tokens=drift_tokens)
     if template not in (BASE.name, CHAT) and any(name in TASKS for name in chosen.tasks):
-        raise ValueError(
-            f"found template {template!r}; expected base or chat, since only RULER has templates of its own"
-        )
+        raise ValueError(f"found template {template!r}; expected base or chat: only RULER has templates of its own")
     given = [model_dir] if isinstance(model_dir, str | Path) else list(model_dir)
     models = describe_models(given, baseline, kv_rank, kv_bits)
     smaller: dict[str, Any] = {} if kv_rank == 1.0 else {"kv_rank": kv_rank}
@@ -105,23 +105,29 @@ def run(
         raise ValueError("a URL serves one model: evaluate the models one by one, without a baseline")
     tell = progress or _silent
     tokenizer = shared_tokenizer(models)
+    prompts: dict[str, Any] = {
+        "cache_dir": Path(cache_dir).expanduser() if cache_dir else default_cache_dir(),
+        "progress": tell,
+        "template": model_template(template, tokenizer.chat_turn),
+        "sources": sources,
+        "data": DataSource(Path(data).expanduser() if data else None, allow_network),
+        "chat": template == CHAT,
+    }
     work = prepare(
         chosen,
         models,
         tokenizer,
         seed=seed,
-        template=model_template(template, tokenizer.chat_turn),
-        sources=sources,
         text=text,
-        cache_dir=Path(cache_dir).expanduser() if cache_dir else default_cache_dir(),
         serving_context=serving_context,
         serving_tokens=serving_tokens,
-        progress=tell,
-        data=DataSource(Path(data).expanduser() if data else None, allow_network),
-        chat=template == CHAT,
+        **prompts,
     )
     if work.drift_prompts and (baseline is None or len(models) < 2):
         raise ValueError("drift compares candidates with a baseline; name one with --baseline")
+    again = None
+    if noise_floor and work.units:
+        again = prepare(tasks_only(chosen), models[:1], tokenizer, seed=seed + 1, **prompts)
     how = {
         "engine": engine,
         "engine_options": {**(engine_options or {}), **smaller},
@@ -132,7 +138,7 @@ def run(
         "template": template,
         "files": provenance(sources),
     }
-    results = _run_models(models, work, tokenizer, Path(out), how, margin=margin, resume=resume, tell=tell)
+    results = _run_models(models, work, tokenizer, Path(out), how, margin=margin, again=again, resume=resume, tell=tell)
     _write_json(Path(out) / RESULTS, results)
     return results
 
@@ -145,10 +151,11 @@ def _run_models(
     how: Mapping[str, Any],
     *,
     margin: float,
+    again: Work | None,
     resume: bool,
     tell: Progress,
 ) -> dict[str, Any]:
-    """Run what is missing of each model in turn, one model in memory at a time."""
+    """Run what is missing of each model in turn, one model in memory at a time; the first one on `again`, too."""
     from kvcompress_eval.records import Records
     from kvcompress_eval.results import summarise
 
@@ -156,22 +163,29 @@ def _run_models(
     records = [
         Records(model, None if model is base else base, work, out / "samples", how, resume=resume) for model in models
     ]
+    repeated = None
+    if again is not None:
+        seeded = {**how, "seed": how["seed"] + 1}
+        repeated = Records(models[0], None, again, out / "samples" / "noise-floor", seeded, resume=resume)
     reference: Reference | None = None
     for record in records:
+        repeats = repeated if record is records[0] and repeated is not None and repeated.pending else None
         gives_reference = record.model is base and any(other.needs_agreement for other in records)
-        if not (record.pending or record.needs_agreement or gives_reference):
+        if not (record.pending or record.needs_agreement or gives_reference or repeats):
             continue
         tell(f"starting {how['engine']}: {record.model.name}", 0, 1)
         engine = open_engine(
             how["engine"],
             record.model.folder,
             tokenizer,
-            max_context=work.max_context,
+            max_context=max(item.max_context for item in (work, again) if item is not None),
             dtype=how["dtype"],
             **how["engine_options"],
         )
         try:
-            record.complete(engine, full_generations=how["full_generations"], tell=tell)
+            for part in (record, repeats):
+                if part is not None:
+                    part.complete(engine, full_generations=how["full_generations"], tell=tell)
             if gives_reference:
                 reference = record.collect_reference(engine, tell=tell)
             elif record.needs_agreement:
@@ -179,7 +193,7 @@ def _run_models(
                 record.measure_agreement(engine, reference, seed=how["seed"], tell=tell)
         finally:
             engine.close()
-    return summarise(records, work, margin=margin, seed=how["seed"], how=how)
+    return summarise(records, work, margin=margin, seed=how["seed"], how=how, repeated=repeated, again=again)
 
 
 def choose_suite(
@@ -215,6 +229,11 @@ def choose_suite(
             f"found lengths {list(chosen.lengths)} and {chosen.samples} samples; expected positive numbers of both"
         )
     return chosen
+
+
+def tasks_only(suite: Suite) -> Suite:
+    """The suite without its text and agreement."""
+    return replace(suite, perplexity_tokens=0, agreement_windows=0, agreement_prompts=0)
 
 
 def shared_tokenizer(models: Sequence[Model]) -> TextTokenizer:

@@ -17,7 +17,7 @@ from kvcompress_eval.rows import RowFile
 from kvcompress_eval.tasks import agreement, drift, perplexity, serving
 from kvcompress_eval.work import Progress, Unit, Work, prompt_sha256
 
-ROWS_VERSION = 1
+ROWS_VERSION = 2
 """Raised whenever rows made earlier would mean something else."""
 
 
@@ -138,14 +138,17 @@ def _run_unit(engine: Engine, file: RowFile, unit: Unit, *, full_generations: bo
         prompts, references = unit.prompts[start:end], unit.references[start:end]
         until = None if full_generations else references
         made = engine.generate(prompts, unit.max_tokens, until)
-        for prompt, expected, generation in zip(prompts, references, made, strict=True):
+        labels = unit.labels[start:end] or [{}] * len(prompts)
+        for prompt, expected, generation, label in zip(prompts, references, made, labels, strict=True):
             file.append(
                 {
                     "index": len(file.rows),
+                    **label,
                     "prompt_sha256": prompt_sha256(prompt),
                     "prompt_tokens": len(prompt),
                     "prediction": generation.text,
                     "predicted_tokens": len(generation.tokens),
+                    "tokens": list(generation.tokens),
                     "references": list(expected),
                     "score": unit.score(generation.text, expected),
                 }

@@ -9,34 +9,50 @@ from typing import Any
 from kvcompress_eval.breakdown import breakdown
 from kvcompress_eval.environment import environment
 from kvcompress_eval.models import MANIFEST, Model
+from kvcompress_eval.noise import noise_floor
 from kvcompress_eval.records import Records
-from kvcompress_eval.statistics import compare, mean_interval
+from kvcompress_eval.scores import Settings, depth_rows, multiplicity, overall_rows, task_rows
 from kvcompress_eval.tasks import perplexity
-from kvcompress_eval.tasks.ruler import task_score
-from kvcompress_eval.work import Unit, Work
+from kvcompress_eval.work import Work
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Raised when a field changes its meaning or goes; new ones may come without. 1: verdicts without multiplicity."""
 
 
 def summarise(
-    records: Sequence[Records], work: Work, *, margin: float, seed: int, how: Mapping[str, Any]
+    records: Sequence[Records],
+    work: Work,
+    *,
+    margin: float,
+    seed: int,
+    how: Mapping[str, Any],
+    repeated: Records | None = None,
+    again: Work | None = None,
 ) -> dict[str, Any]:
-    """The content of results.json. Scores and differences are in points, 0 to 100."""
+    """The content of results.json, of the shape of `schema.Results`. Scores and differences are in points, 0 to 100.
+
+    Args:
+        repeated: the first model's rows on the prompts of another seed, `again`.
+    """
     base = records[0] if len(records) > 1 and records[0].model.role == "baseline" else None
-    tasks = [
-        _task_row(unit, record, base, index, margin, seed)
-        for index, unit in enumerate(work.units)
-        for record in records
-    ]
+    settings = Settings(margin, seed)
+    overall, tasks = overall_rows(records, base, work, settings), task_rows(records, base, work, settings)
+    floor = {}
+    if repeated is not None and again is not None:
+        floor = noise_floor(records[0], work, repeated, again, seed)
     return {
         "format_version": FORMAT_VERSION,
         "models": [_model(record.model) for record in records],
-        "overall": [_overall_row(record, base, work, margin, seed) for record in records] if work.units else [],
+        "overall": overall,
         "tasks": tasks,
         "breakdown": breakdown(work.units, {record.model.name: record.tasks for record in records}),
+        "multiplicity": multiplicity(overall, tasks),
+        "noise_floor": floor,
+        "depths": depth_rows(records, work),
         "skipped": [vars(item) for item in work.skipped],
         "perplexity": _perplexity(records, base, work, seed),
         "agreement": _agreement(records, base),
+        "drift": _drift(records),
         "serving": _serving(records),
         "margin": margin,
         "environment": {**environment(), **how},
@@ -69,61 +85,6 @@ def _layer(layer: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _scores(record: Records, index: int, unit: Unit) -> list[float]:
-    return [row["score"] for row in record.tasks[index].rows[: len(unit.prompts)]]
-
-
-def _task_row(
-    unit: Unit, record: Records, base: Records | None, index: int, margin: float, seed: int
-) -> dict[str, Any]:
-    scores = _scores(record, index, unit)
-    other = None if base is None or base is record else _scores(base, index, unit)
-    return {
-        "task": unit.task,
-        "length": unit.length,
-        "model": record.model.name,
-        "mean_length": unit.mean_length,
-        **_compared(scores, other, margin, seed),
-    }
-
-
-def _overall_row(record: Records, base: Records | None, work: Work, margin: float, seed: int) -> dict[str, Any]:
-    """All samples of all tasks together. Tasks have the same number of samples, so this is the plain mean of tasks."""
-    scores = [value for index, unit in enumerate(work.units) for value in _scores(record, index, unit)]
-    other = None
-    if base is not None and base is not record:
-        other = [value for index, unit in enumerate(work.units) for value in _scores(base, index, unit)]
-    return {"model": record.model.name, **_compared(scores, other, margin, seed)}
-
-
-def _compared(scores: Sequence[float], base: Sequence[float] | None, margin: float, seed: int) -> dict[str, Any]:
-    low, high = mean_interval(scores)
-    row: dict[str, Any] = {
-        "score": task_score(scores),
-        "n": len(scores),
-        "ci95": [100 * low, 100 * high],
-        "delta": None,
-        "delta_ci95": None,
-        "delta_bootstrap95": None,
-        "better": None,
-        "worse": None,
-        "mcnemar_p": None,
-        "verdict": None,
-    }
-    if base is not None:
-        found = compare(base, scores, margin=margin, seed=seed)
-        row |= {
-            "delta": found.delta,
-            "delta_ci95": list(found.delta_ci95),
-            "delta_bootstrap95": list(found.delta_bootstrap95),
-            "better": found.better,
-            "worse": found.worse,
-            "mcnemar_p": found.mcnemar_p,
-            "verdict": found.verdict,
-        }
-    return row
-
-
 def _perplexity(records: Sequence[Records], base: Records | None, work: Work, seed: int) -> dict[str, Any]:
     if not work.windows or work.text is None:
         return {}
@@ -139,11 +100,26 @@ def _perplexity(records: Sequence[Records], base: Records | None, work: Work, se
     return {"text": text, "window": work.window, "stride": work.stride, "models": models}
 
 
+def _drift(records: Sequence[Records]) -> dict[str, Any]:
+    """Distance from the baseline by position: along its own generation, else on the held-out text of the agreement."""
+    measured = {record.model.name: row for record in records if record.agreement for row in record.agreement.rows}
+    if any("drift" in row for row in measured.values()):
+        curves = {name: row["drift"]["points"] for name, row in measured.items() if "drift" in row}
+        return _curves("the baseline's own generation", curves)
+    return _curves("held-out text", {name: row["positions"] for name, row in measured.items() if "positions" in row})
+
+
+def _curves(source: str, points: Mapping[str, Any]) -> dict[str, Any]:
+    models = [{"model": name, "points": curve} for name, curve in points.items()]
+    return {"source": source, "models": models} if models else {}
+
+
 def _agreement(records: Sequence[Records], base: Records | None) -> dict[str, Any]:
     if base is None:
         return {}
     models = [
-        {"model": record.model.name, **record.agreement.rows[0]}
+        {"model": record.model.name}
+        | {key: value for key, value in record.agreement.rows[0].items() if key not in ("positions", "drift")}
         for record in records
         if record.agreement is not None and record.agreement.rows
     ]

@@ -1,4 +1,11 @@
-"""Result rows on disk, one JSON object per line, appended as they are made and picked up after an interruption."""
+"""Result rows on disk, one JSON object per line, appended as they are made and picked up after an interruption.
+
+A row of a task has `index`, `prompt_sha256`, `prompt_tokens`, `prediction`, `predicted_tokens`, `tokens` (the generated
+token ids), `references` and `score` (0 to 1). It may have `depth`: where in the prompt the answer stands, 0 (start) to
+100 (end). Rows with a depth are drawn as a heat map, one column per depth; the row's length is its unit's. A row of
+a drift curve, in results.json, has `position` (first token of a bucket, counted from the end of the prompt), `tokens`,
+`kl` (mean over the bucket, nats) and `top1`.
+"""
 
 from __future__ import annotations
 

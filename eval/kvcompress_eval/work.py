@@ -6,10 +6,11 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from kvcompress_eval.models import Model
 from kvcompress_eval.suite import Suite
@@ -51,8 +52,10 @@ class Unit:
     """Tokens used on average, generated ones included."""
     score: Callable[[str, Sequence[str]], float] | None = None
     """Of a prediction and its references, 0 to 1, where the task is RULER's."""
+    labels: list[dict[str, Any]] = field(default_factory=list)
+    """Per prompt, what its row carries besides the answer (see `rows`); nothing where empty."""
     questions: Questions | None = None
-    """Where it is not: the same prompts, how they are judged, and what is asked after them."""
+    """Where the task is not RULER's: the same prompts, how they are judged, and what is asked after them."""
 
 
 @dataclass(frozen=True)
@@ -91,13 +94,13 @@ def prepare(
     seed: int,
     template: ModelTemplate,
     sources: Sources,
-    text: str | Path | None,
     cache_dir: Path,
-    serving_context: int,
-    serving_tokens: int,
     progress: Progress,
     data: DataSource = DataSource(),  # noqa: B008, it is frozen
     chat: bool = False,
+    text: str | Path | None = None,
+    serving_context: int = 0,
+    serving_tokens: int = 0,
 ) -> Work:
     """Make every prompt and window.
 
@@ -194,6 +197,7 @@ def _units(
                 max_tokens=task.tokens_to_generate,
                 mean_length=sum(sample.length for sample in made) / len(made),
                 score=partial(score, metric=task.metric),
+                labels=[_depth(sample.prompt, sample.outputs) for sample in made],
             )
         )
     return units, skipped
@@ -232,6 +236,13 @@ def _asked_units(
     if wanted:
         progress("making prompts", len(wanted), len(wanted))
     return units, skipped
+
+
+def _depth(prompt: str, references: Sequence[str]) -> dict[str, Any]:
+    """Where in the prompt the answer stands, to the nearest 10 %, if there is one answer and it stands there once."""
+    if len(references) != 1 or prompt.count(references[0]) != 1:
+        return {}
+    return {"depth": round(10 * prompt.index(references[0]) / len(prompt)) * 10}
 
 
 def _fitted(unit: Unit, limit: int | None, special: int) -> Unit:

@@ -89,7 +89,7 @@ def evaluate_tasks(base: Path, models: list[Path], out: Path, samples: int) -> d
 def evaluate_text(base: Path, models: list[Path], out: Path) -> dict[str, Any]:
     """Perplexity and agreement through transformers in float32, which gives whole distributions."""
     results = evaluate("text", base, models, out / "eval-text")
-    return {name: results[name] for name in ("perplexity", "agreement")}
+    return {name: results[name] for name in ("perplexity", "agreement", "drift")}
 
 
 def evaluate(suite: str, base: Path, models: list[Path], out: Path, *options: object) -> dict[str, Any]:

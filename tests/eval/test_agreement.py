@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from kvcompress_eval.tasks import agreement
-from kvcompress_eval.tasks.agreement import collect_reference, first_difference, kl_sum
+from kvcompress_eval.tasks.agreement import by_position, collect_reference, first_difference, kl_per_token
 
 from tests.eval.fake_engine import FakeEngine
 
@@ -64,10 +64,18 @@ def test_kl_takes_impossible_tokens() -> None:
     base = np.log(np.array([[0.5, 0.5, 1e-300]]))
     base[0, 2] = -np.inf
     other = np.log(np.array([[0.25, 0.5, 0.25]]))
-    assert kl_sum(base, other) == pytest.approx(0.5 * np.log(2))
+    assert kl_per_token(base, other).sum() == pytest.approx(0.5 * np.log(2))
 
 
 def test_first_difference() -> None:
     assert first_difference([1, 2, 3], [1, 2, 3]) is None
     assert first_difference([1, 2, 3], [1, 5, 3]) == 1
     assert first_difference([1, 2, 3], [1, 2]) == 2
+
+
+def test_positions_are_means_over_sequences_of_different_lengths() -> None:
+    long, short = (np.array([1.0, 2.0, 3.0]), np.array([True, False, True])), (np.array([5.0]), np.array([False]))
+    assert by_position([long, short], bucket=2) == [
+        {"position": 0, "tokens": 3, "kl": 8 / 3, "top1": 1 / 3},
+        {"position": 2, "tokens": 1, "kl": 3.0, "top1": 1.0},
+    ]

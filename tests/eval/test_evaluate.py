@@ -11,7 +11,7 @@ from typing import Any
 
 import kvcompress_eval
 import pytest
-from kvcompress_eval import evaluate
+from kvcompress_eval import evaluate, schema
 from kvcompress_eval.engines import transformers_engine
 from kvcompress_eval.models import bytes_per_token, codec_spec, describe_models, read_config
 from kvcompress_eval.suite import SUITES, Suite
@@ -50,10 +50,12 @@ def test_results_have_the_documented_shape(
         [compressed, crushed],
         baseline=base,
         serving_context=64,
+        noise_floor=True,
         progress=lambda *state: told.append(state),
         **options,
     )
     assert json.loads((options["out"] / "results.json").read_text()) == results
+    schema.Results.model_validate(results)
     names = ["base", "compressed", "crushed"]
     assert [model["name"] for model in results["models"]] == names
     assert [model["role"] for model in results["models"]] == ["baseline", "candidate", "candidate"]
@@ -83,6 +85,12 @@ def test_results_have_the_documented_shape(
     assert set(agreement) == {"compressed", "crushed"}
     assert agreement["compressed"]["text"]["kl"] < agreement["crushed"]["text"]["kl"]
     assert agreement["compressed"]["text"]["top1"] > agreement["crushed"]["text"]["top1"]
+    assert [point["position"] for point in results["drift"]["models"][0]["points"]] == [0]
+    floor = results["noise_floor"]
+    assert (floor["model"], floor["seeds"]) == ("base", [1, 2])
+    assert [row["task"] for row in floor["tasks"]] == ["fwe"]
+    assert floor["overall"]["scores"][0] == results["overall"][0]["score"]
+    assert results["multiplicity"]["overall"] == results["multiplicity"]["tasks"] == 2
     assert results["serving"]["context_tokens"] == 64
     assert all(row["decode_tokens_per_s"] > 0 for row in results["serving"]["models"])
     assert results["environment"]["engine"] == "transformers"
@@ -131,6 +139,40 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> type[Counting]:
     return Counting
 
 
+def test_the_schema_is_the_documented_one() -> None:
+    path = Path(__file__).parents[2] / "docs" / "results.schema.json"
+    assert path.read_text("utf-8") == schema.json_schema(), (
+        "python -m kvcompress_eval.schema > docs/results.schema.json"
+    )
+
+
+def test_an_unknown_field_is_no_result(base: Path, options: dict[str, Any]) -> None:
+    results = kvcompress_eval.run(base, **{**options, "suite": Suite("", ("fwe",), (400,), 1)})
+    schema.Results.model_validate(results)
+    results["tasks"][0]["extra"] = 1
+    with pytest.raises(ValueError, match="extra"):
+        schema.Results.model_validate(results)
+
+
+def test_rows_say_how_deep_the_answer_stands(base: Path, options: dict[str, Any]) -> None:
+    options["suite"] = Suite("", ("niah_single_1", "fwe"), (400,), 6)
+    results = kvcompress_eval.run(base, **options)
+    assert {row["task"] for row in results["depths"]} == {"niah_single_1"}
+    assert sum(row["n"] for row in results["depths"]) == 6
+    rows = [
+        json.loads(line) for line in (options["out"] / "samples/niah_single_1-400-base.jsonl").read_text().splitlines()
+    ]
+    tokenizer = TextTokenizer(base)
+    made = generate(
+        "niah_single_1", length=400, samples=6, seed=1, count=tokenizer.count, tokenizer_sha256=tokenizer.sha256
+    )
+    for row, sample in zip(rows, made, strict=True):
+        assert row["depth"] % 10 == 0
+        at = 100 * sample.prompt.index(sample.outputs[0]) / len(sample.prompt)
+        assert abs(row["depth"] - at) <= 5
+        assert tokenizer.decode(row["tokens"]) == row["prediction"]
+
+
 def without_clock(results: dict[str, Any]) -> str:
     return json.dumps({key: value for key, value in results.items() if key != "serving"}, sort_keys=True)
 
@@ -138,6 +180,7 @@ def without_clock(results: dict[str, Any]) -> str:
 def test_an_interrupted_run_continues(
     base: Path, compressed: Path, options: dict[str, Any], counting: type[Counting], tmp_path: Path
 ) -> None:
+    options["noise_floor"] = True
     whole = kvcompress_eval.run(compressed, baseline=base, **options)
     asked = counting.generated, counting.scored
 

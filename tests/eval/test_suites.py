@@ -13,6 +13,7 @@ import kvcompress_eval
 import pytest
 from kvcompress_eval import evaluate
 from kvcompress_eval.engines import Generation
+from kvcompress_eval.schema import Results
 from kvcompress_eval.suite import SUITES
 from kvcompress_eval.tasks.catalogue import INFINITEBENCH, MRCR, TASKS, check_task
 from kvcompress_eval.tasks.longbench import chinese, sets
@@ -115,13 +116,14 @@ def test_the_grid_and_the_turns_are_broken_down(options: dict[str, Any]) -> None
     results = kvcompress_eval.run(
         REFERENCE, suite="needle-grid", tasks=["needle_grid", "multi_turn"], lengths=[512], samples=11, **options
     )
-    found = {(row["task"], row["by"], row["value"]): row for row in results["breakdown"]}
-    assert set(found) == {("needle_grid", "depth", depth) for depth in range(0, 101, 10)} | {
+    assert [(row["task"], row["depth"]) for row in results["depths"]] == [
+        ("needle_grid", depth) for depth in range(0, 101, 10)
+    ]
+    assert [(row["task"], row["by"], row["value"]) for row in results["breakdown"]] == [
         ("multi_turn", "turn", 1),
         ("multi_turn", "turn", 2),
-    }
-    for by, n in (("depth", 1), ("turn", 11)):
-        rows = [row for row in results["breakdown"] if row["by"] == by]
+    ]
+    for rows, n in ((results["depths"], 1), (results["breakdown"], 11)):
         [task] = [row for row in results["tasks"] if row["task"] == rows[0]["task"]]
         assert {row["n"] for row in rows} == {n}
         assert {row["length"] for row in rows} == {512}
@@ -138,10 +140,16 @@ def test_thought_comes_before_the_choice(options: dict[str, Any]) -> None:
 
 def test_a_model_does_not_drift_from_itself(options: dict[str, Any]) -> None:
     results = kvcompress_eval.run(REFERENCE, baseline=REFERENCE, suite="drift", drift_tokens=40, **options)
-    [row] = results["agreement"]["models"]
+    Results.model_validate(results)
+    assert results["drift"]["source"] == "the baseline's own generation"
+    [row] = results["drift"]["models"]
     assert row["model"] == "reference-model-2"
-    assert (row["drift"]["prompts"], row["drift"]["new_tokens"]) == (4, 40)
-    for bucket in row["drift"]["points"]:
+    assert [(bucket["position"], bucket["end"], bucket["tokens"]) for bucket in row["points"]] == [
+        (0, 16, 64),
+        (16, 32, 64),
+        (32, 40, 32),
+    ]
+    for bucket in row["points"]:
         assert bucket["top1"] == 1.0
         assert bucket["kl"] == pytest.approx(0.0, abs=1e-9)
 
@@ -159,7 +167,7 @@ def test_compressed_models_see_the_same_prompts_and_drift(
 
     options["out"] = options["out"].parent / "drift"
     results = kvcompress_eval.run([compressed, crushed], baseline=base, suite="drift", drift_tokens=40, **options)
-    four, two = (row["drift"]["points"] for row in results["agreement"]["models"])
+    four, two = (row["points"] for row in results["drift"]["models"])
     for mild, strong in zip(four, two, strict=True):
         assert 0 < mild["kl"] < strong["kl"]
         assert mild["top1"] >= strong["top1"]

@@ -104,20 +104,3 @@ def by_model(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 def baseline(results: Results) -> str | None:
     """Name of the baseline model, if there is one."""
     return next((model["name"] for model in results["models"] if model["role"] == "baseline"), None)
-
-
-def verdict_sentence(row: Mapping[str, Any], margin: float) -> str:
-    """What a verdict says, in words."""
-    low, high = row["delta_ci95"]
-    points = f"{margin:g} point" + ("" if margin == 1 else "s")
-    if row["verdict"] == "not worse":
-        return f"Not worse than the base model by more than {points} (95 % confidence, {row['n']:,} paired samples)."
-    if row["verdict"] == "worse":
-        return f"Worse than the base model by more than {points} (95 % confidence, {row['n']:,} paired samples)."
-    reach = (
-        f"between a loss of {-low:.1f} and a loss of {-high:.1f}" if high < 0 else f"between {low:+.1f} and {high:+.1f}"
-    )
-    return (
-        f"Undecided at a margin of {points}: with {row['n']:,} paired samples the difference lies {reach} points "
-        "(95 % confidence). More samples narrow this."
-    )

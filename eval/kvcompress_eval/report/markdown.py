@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from kvcompress_eval.report.figures import Results, by_model, difference, scored, summary_figures
+from kvcompress_eval.report.wording import notes
 
 
 def markdown_table(results: Results, *, tasks: bool = False) -> str:
@@ -26,6 +28,19 @@ def markdown_table(results: Results, *, tasks: bool = False) -> str:
     header = ["", *(_heading(model) for model in results["models"])]
     lines = [_line(header), _line(["---"] + ["---:"] * len(names)), *map(_line, rows)]
     return "\n".join(lines) + "\n"
+
+
+def write_table(results: Results, path: str | Path) -> None:
+    """Write the table, task by task, with what it rests on below it: to be pasted into a model card."""
+    from kvcompress.checkpoint.atomic import atomic_write
+
+    hashes = [
+        f"`{model['manifest_sha256']}` ({model['name']})" for model in results["models"] if model["manifest_sha256"]
+    ]
+    lines = [markdown_table(results, tasks=True), *notes(results)]
+    lines += [f"Manifests (sha256): {', '.join(hashes)}."] if hashes else []
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(Path(path), ("\n".join(lines) + "\n").encode())
 
 
 def _heading(model: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,18 @@ from kvcompress_eval.report.figures import (
     difference,
     scored,
     summary_figures,
-    verdict_sentence,
 )
-from kvcompress_eval.report.plots import Line, Point, forest, layer_errors, pareto
+from kvcompress_eval.report.heat import depth_maps, task_map
+from kvcompress_eval.report.plots import Line, Point, drift, forest, layer_errors, pareto
+from kvcompress_eval.report.wording import notes, verdict_sentence
 
 MINUS = "\N{MINUS SIGN}"
+
+MOST_UNFOLDED = 4
+"""Models whose long tables are shown without a click."""
+
+MOST_WITH_SIDES = 3
+"""Models whose errors are drawn for keys and values apart."""
 
 
 def write_report(results: Results, path: str | Path) -> None:
@@ -47,7 +55,11 @@ def render(results: Results, *, title: str = "KV cache compression, measured") -
     models = results["models"]
     colours = {model["name"]: index for index, model in enumerate(models)}
     base = baseline(results)
-    plots = {"pareto": _pareto(results, colours), "layers": _layers(results, colours)}
+    plots = {
+        "pareto": _pareto(results, colours),
+        "drift": _drift(results, colours),
+        "layers": _layers(results, colours),
+    }
     return environment.get_template("page.html.j2").render(
         title=title,
         headline=_headline(results),
@@ -59,6 +71,11 @@ def render(results: Results, *, title: str = "KV cache compression, measured") -
         figures=summary_figures(results),
         tasks=_tasks(results, colours),
         plots={name: Markup(plot) if plot else None for name, plot in plots.items()},
+        sides=_sides(results),
+        task_map=task_map(results),
+        depth_maps=depth_maps(results),
+        notes=notes(results),
+        crowded=len(models) > MOST_UNFOLDED,
         forest=lambda **values: Markup(forest(**values)),
         recipes={model["name"]: json.dumps(model["recipe"], indent=2) for model in models if model["recipe"]},
         environment=_flat(results["environment"]),
@@ -70,21 +87,42 @@ def _headline(results: Results) -> str:
     base = next((model for model in results["models"] if model["role"] == "baseline"), None)
     if not candidates or base is None:
         return f"{results['models'][0]['name']}, measured"
-    if len(candidates) > 1:
-        return f"{len(candidates)} compressed models against {base['name']}"
-    if not base["bytes_per_token"] or not candidates[0]["bytes_per_token"]:
-        return f"{candidates[0]['name']} against {base['name']}"
-    return f"A KV cache {base['bytes_per_token'] / candidates[0]['bytes_per_token']:.1f} times smaller"
+    if len(candidates) == 1:
+        return f"{candidates[0]['name']} against {base['name']}" + _times(
+            base, candidates[0], ": a KV cache {} smaller"
+        )
+    cleared = {row["model"] for row in results["overall"] if row["verdict"] == "not worse"}
+    kept = [model for model in candidates if model["name"] in cleared]
+    if not kept:
+        counts = Counter(row["verdict"] for row in results["overall"] if row["verdict"])
+        told = ", ".join(f"{counts[verdict]} {verdict}" for verdict in ("worse", "undecided") if counts[verdict])
+        return f"{len(candidates)} candidates against {base['name']}" + (f": {told}" if told else "")
+    smallest = min(kept, key=lambda model: model["bytes_per_token"] or float("inf"))
+    size = _times(base, smallest, ", with a cache {} smaller")
+    return (
+        f"{len(kept)} of {len(candidates)} are not worse than {base['name']}; the smallest is {smallest['name']}{size}"
+    )
+
+
+def _times(base: dict[str, Any], candidate: dict[str, Any], text: str) -> str:
+    sizes = base["bytes_per_token"], candidate["bytes_per_token"]
+    return text.format(f"{sizes[0] / sizes[1]:.1f} times") if all(sizes) else ""
 
 
 def _verdicts(results: Results, colours: dict[str, int]) -> list[dict[str, Any]]:
     """One card per compared model."""
+    sizes = {
+        model["name"]: f"{model['bytes_per_token']:,.0f} bytes per token"
+        for model in results["models"]
+        if model["bytes_per_token"]
+    }
     return [
         {
             "model": row["model"],
             "colour": colours[row["model"]],
             "verdict": row["verdict"],
-            "sentence": verdict_sentence(row, results["margin"]),
+            "sentence": verdict_sentence(row, results["margin"], results["multiplicity"]["overall"]),
+            "size": sizes.get(row["model"], ""),
             "score": scored(row),
             "difference": difference(row).replace("-", MINUS),
         }
@@ -96,6 +134,7 @@ def _verdicts(results: Results, colours: dict[str, int]) -> list[dict[str, Any]]
 def _tasks(results: Results, colours: dict[str, int]) -> list[dict[str, Any]]:
     """One group per task and length; within it one row per model."""
     rows = results["tasks"]
+    noise = {(row["task"], row["length"]): row["delta"] for row in results["noise_floor"].get("tasks", [])}
     bounds = [abs(bound) for row in rows if row["delta_ci95"] for bound in row["delta_ci95"]]
     reach = min(100.0, 1.05 * max([*bounds, 2 * results["margin"]]))
     groups: list[dict[str, Any]] = []
@@ -112,6 +151,9 @@ def _tasks(results: Results, colours: dict[str, int]) -> list[dict[str, Any]]:
                         "colour": colours[row["model"]],
                         "score": scored(row),
                         "difference": difference(row).replace("-", MINUS),
+                        "noise": f"{noise[task, length]:+.1f} on other prompts".replace("-", MINUS)
+                        if row["delta"] is None and (task, length) in noise
+                        else "",
                         "verdict": row["verdict"],
                         "plot": row["delta"] is not None
                         and {
@@ -148,14 +190,35 @@ def _pareto(results: Results, colours: dict[str, int]) -> str | None:
     return pareto(points) if len(points) > 1 else None
 
 
+def _sides(results: Results) -> dict[str, bool]:
+    """Which errors to draw, and whether dashed: of keys and values apart, or of both where that is too many lines."""
+    measured = sum(bool(model["layers"]) for model in results["models"])
+    return {"k": False, "v": True} if measured <= MOST_WITH_SIDES else {"both": False}
+
+
 def _layers(results: Results, colours: dict[str, int]) -> str | None:
     lines = [
-        Line(colours[model["name"]], side == "v", [layer[side] for layer in model["layers"]])
+        Line(colours[model["name"]], dashed, [layer[side] for layer in model["layers"]], range(len(model["layers"])))
         for model in results["models"]
-        for side in ("k", "v")
+        for side, dashed in _sides(results).items()
         if any(layer[side] is not None for layer in model["layers"])
     ]
     return layer_errors(lines) if lines else None
+
+
+def _drift(results: Results, colours: dict[str, int]) -> str | None:
+    curves = results["drift"].get("models", [])
+    if not curves:
+        return None
+    measured = {curve["model"]: [point for point in curve["points"] if point["kl"] is not None] for curve in curves}
+    lines = [
+        Line(colours[model], False, [point["kl"] for point in points], [point["position"] for point in points])
+        for model, points in measured.items()
+        if points
+    ]
+    if not lines:
+        return None
+    return drift(lines, max(1.0, 1.05 * max(line.positions[-1] for line in lines)))
 
 
 def _flat(values: Results) -> list[tuple[str, str]]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvcompress_eval.engines.base import Engine, Scores
 from kvcompress_eval.statistics import bootstrap_interval
@@ -19,6 +20,12 @@ from kvcompress_eval.tasks.drift import Continued
 
 MAX_DISTRIBUTION_BYTES = 2**30
 """The base model's distributions wait in memory for the candidates; beyond this the KL covers fewer sequences."""
+
+BUCKET = 64
+"""Tokens per point of the curve over positions."""
+
+Curve = tuple[NDArray[np.float64], NDArray[np.bool_]]
+"""Of one sequence: KL of each token, and whether the most probable token is the same."""
 
 
 @dataclass(frozen=True)
@@ -98,19 +105,23 @@ def measure(
         per source (`text`, `tasks`): tokens, top1 (share of equal most probable tokens) with interval, kl (mean
         KL(base || candidate) in nats per token, None where the engine has no distributions) with interval; and
         `divergence`: prompts, identical (share of equal continuations), median_first (tokens before the first
-        difference, a continuation without one counting in full).
+        difference, a continuation without one counting in full); and `positions`: agreement on the text by position.
     """
     total = len(reference.sequences) + len(reference.prompts)
     rows: dict[str, list[tuple[int, int, float]]] = {}
+    curves: list[Curve] = []
     done = 0
     for sequence, base in zip(reference.sequences, reference.scores, strict=True):
         whole = base.distribution_TV is not None and engine.has_distribution
         scored = cut(engine.score(sequence.tokens, distribution=whole), sequence.context)
-        same = int((scored.top1_T == base.top1_T).sum())
+        same_T = scored.top1_T == base.top1_T
         kl = float("nan")
         if base.distribution_TV is not None and scored.distribution_TV is not None:
-            kl = kl_sum(base.distribution_TV, scored.distribution_TV)
-        rows.setdefault(sequence.source, []).append((same, len(base.top1_T), kl))
+            kl_T = kl_rows(base.distribution_TV, scored.distribution_TV)
+            kl = float(kl_T.sum())
+            if sequence.source == "text":
+                curves.append((kl_T, same_T))
+        rows.setdefault(sequence.source, []).append((int(same_T.sum()), len(same_T), kl))
         done += 1
         progress(done, total)
     firsts = []
@@ -119,6 +130,8 @@ def measure(
         done += 1
         progress(done, total)
     result: dict[str, Any] = {source: _summary(found, seed) for source, found in rows.items()}
+    if curves:
+        result["positions"] = by_position(curves)
     if firsts:
         pairs = zip(firsts, reference.continuations, strict=True)
         lengths = [len(expected) if at is None else at for at, expected in pairs]
@@ -131,9 +144,13 @@ def measure(
     return result
 
 
-def kl_sum(base_TV: np.ndarray[Any, Any], other_TV: np.ndarray[Any, Any]) -> float:
-    """Sum over tokens of KL(base || other) in nats, from log probabilities [T, V]."""
-    return float(kl_rows(base_TV, other_TV).sum())
+def by_position(curves: Sequence[Curve], bucket: int = BUCKET) -> list[dict[str, Any]]:
+    """Mean KL and share of equal most probable tokens over all sequences, in buckets of positions."""
+    points = []
+    for start in range(0, max(len(kl_T) for kl_T, _ in curves), bucket):
+        kl, same = (np.concatenate([curve[side][start : start + bucket] for curve in curves]) for side in (0, 1))
+        points.append({"position": start, "tokens": len(kl), "kl": float(kl.mean()), "top1": float(same.mean())})
+    return points
 
 
 def first_difference(expected: Sequence[int], found: Sequence[int]) -> int | None:

@@ -43,7 +43,7 @@ def make(ask: Ask) -> Questions:
             room,
         )
         items.append(Question(prompt, (drawn[2],), {"depth": depth}))
-    return Questions(items, MAX_TOKENS, exact_match, split_by=("depth",))
+    return Questions(items, MAX_TOKENS, exact_match)
 
 
 def draw(random: Random, lines: int, depth: int) -> tuple[str, str, str]:
