@@ -155,6 +155,8 @@ def _show(results: Mapping[str, Any]) -> None:
         if "text" in row
     ]
     table("Results", ("task", "length", "model", "score", "95 % interval", "against the baseline"), rows)
+    for row in results["skipped"]:
+        print(f"left out: {row['task']} at {row['length']}: {row['reason']}")
 
 
 def _interval(bounds: list[float]) -> str:

@@ -298,16 +298,18 @@ def test_eval_hands_ruler_its_tasks_lengths_template_and_files(
 
     def evaluate(models: list[str], **options: Any) -> dict[str, Any]:
         asked.update(options)
-        return {"overall": []}
+        skipped = [{"task": "cwe", "length": 1024, "reason": "too short: the smallest prompt takes 1108 tokens"}]
+        return {"overall": [], "tasks": [], "perplexity": {}, "agreement": {}, "skipped": skipped}
 
     monkeypatch.setattr(kvcompress_eval.evaluate, "run", evaluate)
     monkeypatch.setattr(kvcompress_eval.report, "write_report", lambda *parts: None)
     essay = tmp_path / "essay.txt"
     essay.write_text("One. Two.")
-    command = ["eval", base_model, "-o", tmp_path / "out", "--suite", "ruler", "--json"]
+    command = ["eval", base_model, "-o", tmp_path / "out", "--suite", "ruler"]
     ruler = ["--tasks", "vt,niah_single_2", "--length", "4096", "--samples", "7", "--template", "chat"]
-    code, _, stderr = run(*command, *ruler, "--essay", essay)
+    code, stdout, stderr = run(*command, *ruler, "--essay", essay)
     assert code == 0, stderr
+    assert "left out: cwe at 1024: too short: the smallest prompt takes 1108 tokens" in stdout
     assert (asked["tasks"], asked["lengths"], asked["samples"]) == (["vt", "niah_single_2"], [4096], 7)
     assert (asked["template"], asked["sources"].essay, asked["sources"].squad) == ("chat", essay, None)
     code, _, stderr = run(*command, "--squad", tmp_path / "gone.json")
