@@ -303,6 +303,7 @@ def test_eval_hands_ruler_its_tasks_lengths_template_and_files(
 
     monkeypatch.setattr(kvcompress_eval.evaluate, "run", evaluate)
     monkeypatch.setattr(kvcompress_eval.report, "write_report", lambda *parts: None)
+    monkeypatch.setattr(kvcompress_eval.report, "write_table", lambda *parts: None)
     essay = tmp_path / "essay.txt"
     essay.write_text("One. Two.")
     command = ["eval", base_model, "-o", tmp_path / "out", "--suite", "ruler"]

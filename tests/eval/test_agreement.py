@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from kvcompress_eval.tasks import agreement
-from kvcompress_eval.tasks.agreement import by_position, collect_reference, first_difference, kl_per_token
+from kvcompress_eval.tasks.agreement import by_position, collect_reference, first_difference
+from kvcompress_eval.tasks.divergence import kl_rows
 
 from tests.eval.fake_engine import FakeEngine
 
@@ -64,7 +65,7 @@ def test_kl_takes_impossible_tokens() -> None:
     base = np.log(np.array([[0.5, 0.5, 1e-300]]))
     base[0, 2] = -np.inf
     other = np.log(np.array([[0.25, 0.5, 0.25]]))
-    assert kl_per_token(base, other).sum() == pytest.approx(0.5 * np.log(2))
+    assert kl_rows(base, other).sum() == pytest.approx(0.5 * np.log(2))
 
 
 def test_first_difference() -> None:

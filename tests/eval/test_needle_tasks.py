@@ -96,7 +96,6 @@ def test_needles_lie_at_their_depths(small_tokenizer: TextTokenizer) -> None:
         [at] = [at for at, line in enumerate(lines) if item.references[0] in line]
         assert at == round((len(lines) - 1) * item.details["depth"] / 100)
         assert text.endswith("mentioned in the provided text is")
-    assert made.split_by == ("depth",)
 
 
 @pytest.mark.parametrize(
