@@ -15,7 +15,7 @@ from kvcompress.ops.plan import LayerPlan, SidePlan
 if TYPE_CHECKING:
     from kvcompress.codec.layer import LayerCodec
     from kvcompress.codec.scalar import Encoded
-    from kvcompress.codec.spec import SideSpec
+    from kvcompress.codec.spec import LayerSpec, SideSpec
 
 SCORE_BYTES = 64 * 2**20
 """Bound on the scores (queries x tokens) held at a time: a long prefill is attended in chunks of queries."""
@@ -53,12 +53,13 @@ class _Side:
 
 @dataclass(frozen=True)
 class _Layer:
+    spec: LayerSpec
     k: _Side
     v: _Side
 
 
 def _codec(plan: LayerPlan) -> LayerCodec:
-    return cast("LayerCodec", _Layer(_Side(plan.k), _Side(plan.v)))
+    return cast("LayerCodec", _Layer(plan.spec, _Side(plan.k), _Side(plan.v)))
 
 
 def append(
