@@ -71,6 +71,16 @@ def append(
     pages.append(pages_NHX, layout, _codec(plan), keys_THD, values_THD, slots_T)
 
 
+def gather_decode(
+    pages_NHX: Tensor, layout: PageLayout, plan: LayerPlan, block_table_N: Tensor, length: int
+) -> tuple[Tensor, Tensor]:
+    """`codec.pages.read` on a plan."""
+    from kvcompress.codec import pages
+
+    blocks_N = block_table_N[: -(-length // layout.block_size)].long()
+    return pages.read(pages_NHX, layout, _codec(plan), blocks_N, length)
+
+
 def decode_attention(
     output_THD: Tensor,
     query_THD: Tensor,
