@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup test lint types unit e2e slow soak matrix previous demo bench clean
+.PHONY: help setup test lint types unit e2e slow soak matrix previous demo bench gpu clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -24,6 +24,7 @@ help:
 	@echo "make matrix  test every method with every feature of vLLM; writes docs/support-matrix.md"
 	@echo "make previous  the end-to-end tests with the oldest vLLM that is supported, in an environment of its own"
 	@echo "make bench   CPU kernel benchmark; writes benchmarks/results"
+	@echo "make gpu     CUDA kernels on this machine's GPU: build, correctness, speed; writes benchmarks/results"
 
 setup: $(VENV)/.ready
 
@@ -82,6 +83,10 @@ demo: setup
 
 bench: setup
 	@$(BIN)/python benchmarks/cpu_decode.py
+
+# A GPU host brings its own torch: no environment of ours.
+gpu:
+	@$(PYTHON) -m benchmarks.gpu_decode
 
 clean:
 	rm -rf $(VENV) build demo .pytest_cache .mypy_cache .ruff_cache

@@ -1,5 +1,6 @@
 // Encoding and decoding of tokens. Compiled without fused multiply-add: bytes are then the reference's.
-#include "tokens.h"
+#include "encode.h"
+#include "gather.h"
 
 namespace kvcompress::cuda {
 namespace {

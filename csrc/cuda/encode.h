@@ -3,39 +3,13 @@
 // stored by flipping the bits that change: what another block stores in the same word stays.
 #pragma once
 
-#include "pages.h"
+#include "tokens.h"
 
 namespace kvcompress::cuda {
 
 constexpr int kEncodeThreads = 128;
-constexpr int kMaxRank = 128;
 constexpr int kLaneChannels = kMaxRank / 32;
-constexpr int kMaxOutliers = 2;
 constexpr float kSmallestGain = 0x1p-14f, kHalfMax = 65504.f;
-
-enum Dtype { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
-
-// [tokens, heads, head_dim], strides in entries.
-struct TokenRows {
-    const void* data;
-    int64_t token_stride, head_stride;
-    int dtype;
-};
-
-struct EncodeSide {
-    TokenRows rows;
-    const float *mean, *encode, *weight;  // [heads, head_dim], [heads, head_dim, rank], [heads, rank]
-};
-
-struct EncodeArgs {
-    Pages pages;
-    EncodeSide k, v;
-    const int64_t* slots;  // of single tokens; below 0: none
-    const int64_t* blocks; // of whole blocks of tokens, in their order
-    int64_t num_tokens;
-    int64_t num_slots;  // of the cache
-    int head_dim;
-};
 
 KVC_DEVICE float load_entry(const TokenRows& rows, int64_t token, int head, int d) {
     const int64_t at = token * rows.token_stride + head * rows.head_stride + d;

@@ -5,14 +5,6 @@
 
 namespace kvcompress::cuda {
 
-struct GatherArgs {
-    Pages pages;
-    void *keys, *values;  // [tokens, heads, rank], contiguous
-    int dtype;
-    const int32_t* table;  // of one request
-    int num_tokens;
-};
-
 KVC_DEVICE void store_entry(void* rows, int dtype, int64_t at, float x) {
     if (dtype == kFloat32) {
         static_cast<float*>(rows)[at] = x;

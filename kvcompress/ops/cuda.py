@@ -59,35 +59,71 @@ def attend(
     max_query_len: int | None = None,
     splits: int | None = None,
 ) -> None:
-    """`ops.attention.decode_attention` with everything on the device.
+    """`ops.attention.decode_attention` with everything on the device; see `attend_latents`."""
+    grouped_THGD = query_THD.float().unflatten(1, (layout.num_kv_heads, -1))
+    absorbed_THGR = torch.einsum("thgd,hdr->thgr", grouped_THGD, plan.k_decode_HDR)
+    mixed_THR, found_TH = attend_latents(
+        library,
+        absorbed_THGR.flatten(1, 2).contiguous(),
+        pages_NHX,
+        layout,
+        plan,
+        block_table_RN,
+        query_starts,
+        seq_lens,
+        softmax_scale,
+        max_query_len,
+        splits,
+    )
+    mixed_THGR = mixed_THR.unflatten(1, (layout.num_kv_heads, -1))
+    output_THGD = torch.einsum("thgr,hrd->thgd", mixed_THGR, plan.v.decode_HRD) + plan.v.mean_HD[:, None, :]
+    output_THD.copy_(output_THGD.flatten(1, 2))
+    if lse_TH is not None:
+        mean_THG = torch.einsum("thgd,hd->thg", grouped_THGD, plan.k.mean_HD)
+        lse_TH.copy_(found_TH + softmax_scale * mean_THG.flatten(1))
+
+
+def attend_latents(
+    library: ctypes.CDLL,
+    absorbed_THR: Tensor,
+    pages_NHX: Tensor,
+    layout: PageLayout,
+    plan: LayerPlan,
+    block_table_RN: Tensor,
+    query_starts: Tensor,
+    seq_lens: Tensor,
+    softmax_scale: float,
+    max_query_len: int | None = None,
+    splits: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Absorbed queries to mixed latents of values `[tokens, query heads, v rank]` and lse, without the means' shares.
 
     Args:
+        absorbed_THR: queries times k_decode, float32, contiguous `[tokens, query heads, k rank]`.
         block_table_RN, query_starts, seq_lens: int32, on the device.
         max_query_len: the most queries of a request; without it, all tokens could be one request's.
         splits: parts a request's tokens are cut into; chosen from shapes alone if not given.
     """
-    tokens, heads, head_dim = query_THD.shape
+    tokens, heads, _ = absorbed_THR.shape
     requests, kv_heads = seq_lens.shape[0], layout.num_kv_heads
+    # Zeros, because padding behind the last request is not written.
+    mixed_THR = absorbed_THR.new_zeros(tokens, heads, plan.v.spec.rank)
+    lse_TH = absorbed_THR.new_zeros(tokens, heads)
     if not tokens or not requests:
-        return
+        return mixed_THR, lse_TH
     assert block_table_RN.stride(-1) == 1
     longest = tokens if max_query_len is None else max_query_len
     if splits is None:
         tiles = -(-longest * heads // (kv_heads * ROWS))
         context = block_table_RN.shape[1] * layout.block_size
-        splits = choose_splits(requests * kv_heads * tiles, context, _multiprocessors(query_THD.device))
-    grouped_THGD = query_THD.float().view(tokens, kv_heads, -1, head_dim)
-    absorbed_THGR = torch.einsum("thgd,hdr->thgr", grouped_THGD, plan.k_decode_HDR).contiguous()
-    # Zeros, because padding behind the last request is not written.
-    mixed_THGR = query_THD.new_zeros(tokens, kv_heads, heads // kv_heads, plan.v.spec.rank, dtype=torch.float32)
-    found_TH = query_THD.new_zeros(tokens, heads, dtype=torch.float32)
+        splits = choose_splits(requests * kv_heads * tiles, context, _multiprocessors(absorbed_THR.device))
     partial = splits * tokens * heads * (plan.v.spec.rank + 1) if splits > 1 else 0
-    workspace = query_THD.new_empty(partial, dtype=torch.float32)
+    workspace = absorbed_THR.new_empty(partial)
     args = cuda_library.AttendArgs(
         pages=plan.pages_struct(pages_NHX, layout),
-        query_THR=absorbed_THGR.data_ptr(),
-        output_THR=mixed_THGR.data_ptr(),
-        lse_TH=found_TH.data_ptr(),
+        query_THR=absorbed_THR.data_ptr(),
+        output_THR=mixed_THR.data_ptr(),
+        lse_TH=lse_TH.data_ptr(),
         workspace=workspace.data_ptr() if partial else None,
         block_table=block_table_RN.data_ptr(),
         block_table_stride=block_table_RN.stride(0),
@@ -99,14 +135,10 @@ def attend(
         num_heads=heads,
         splits=splits,
         softmax_scale=softmax_scale,
-        stream=_stream(query_THD.device),
+        stream=_stream(absorbed_THR.device),
     )
     cuda_library.check(library, library.kvc_cuda_attend(ctypes.byref(args)))
-    output_THGD = torch.einsum("thgr,hrd->thgd", mixed_THGR, plan.v.decode_HRD) + plan.v.mean_HD[:, None, :]
-    output_THD.copy_(output_THGD.flatten(1, 2))
-    if lse_TH is not None:
-        mean_THG = torch.einsum("thgd,hd->thg", grouped_THGD, plan.k.mean_HD)
-        lse_TH.copy_(found_TH + softmax_scale * mean_THG.flatten(1))
+    return mixed_THR, lse_TH
 
 
 def append(

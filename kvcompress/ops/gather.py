@@ -64,7 +64,5 @@ def _(
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     plan = LayerPlan.unflatten(tensors, numbers)
-    k_THR, v_THR = (
-        pages.new_empty(length, pages.shape[1], side.spec.rank, dtype=dtype) for side in (plan.k, plan.v)
-    )
+    k_THR, v_THR = (pages.new_empty(length, pages.shape[1], side.spec.rank, dtype=dtype) for side in (plan.k, plan.v))
     return k_THR, v_THR

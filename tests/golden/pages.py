@@ -57,9 +57,7 @@ def make(name: str) -> Golden:
     layout = PageLayout.of(codec.spec, BLOCK_SIZE)
     pages_NHX = torch.zeros(1, HEADS, layout.record_bytes, dtype=torch.uint8)
     pages.append(pages_NHX, layout, codec, tokens(0), tokens(1), torch.arange(BLOCK_SIZE))
-    return Golden(
-        codec, tokens(0), tokens(1), pages_NHX[0], fragment.to_fragment(pages_NHX, codec.spec, BLOCK_SIZE)[0]
-    )
+    return Golden(codec, tokens(0), tokens(1), pages_NHX[0], fragment.to_fragment(pages_NHX, codec.spec, BLOCK_SIZE)[0])
 
 
 def codec_of(k: SideSpec, v: SideSpec) -> LayerCodec:
