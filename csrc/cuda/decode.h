@@ -264,6 +264,7 @@ KVC_KERNEL(kMaxThreads) decode(KVC_ARGUMENT(AttendArgs) args) {
             const uint8_t* channels = record + k.channel_offset + kPairs * g * k.outliers;
             KVC_UNROLL
             for (int j = 0; j < kPairs; ++j)
+                KVC_ROLLED
                 for (int n = 0; n < k.outliers; ++n) {
                     const int channel = channels[j * k.outliers + n];
                     const float x = channel < k.rank ? half_to_float(left[j * k.outliers + n]) : 0;
@@ -306,6 +307,7 @@ KVC_KERNEL(kMaxThreads) decode(KVC_ARGUMENT(AttendArgs) args) {
 
         if (OUTLIERS && v.outliers) {
             if (any_lane(decay0 != 1 || decay1 != 1))
+                KVC_ROLLED
                 for (int channel = g; channel < v.rank; channel += kGroup) {
                     float2& sum = reinterpret_cast<float2*>(exact_sums)[kRows / 2 * channel + t];
                     sum.x *= decay0, sum.y *= decay1;
@@ -315,6 +317,7 @@ KVC_KERNEL(kMaxThreads) decode(KVC_ARGUMENT(AttendArgs) args) {
             const uint8_t* channels = record + v.channel_offset + kPairs * g * v.outliers;
             KVC_UNROLL
             for (int j = 0; j < kPairs; ++j)
+                KVC_ROLLED
                 for (int n = 0; n < v.outliers; ++n) {
                     const int channel = channels[j * v.outliers + n];
                     if (channel >= v.rank || here + 8 * j + g >= rows.length) continue;
@@ -347,8 +350,10 @@ KVC_KERNEL(kMaxThreads) decode(KVC_ARGUMENT(AttendArgs) args) {
         }
         if ((V_BITS == 16 || V_BITS == 0) && v.gain_offset < 0 && ends) {
             // As above: entries e of pairs j are tokens 8 j + 2 t + e.
+            KVC_ROLLED
             for (int unit = 0; unit < v.rank / kGroup; ++unit) {
                 auto* words = reinterpret_cast<uint32_t*>(record + v.tiles[0].offset + unit * unit_bytes(16)) + 4 * lane;
+                KVC_ROLLED
                 for (int j = 0; j < kPairs; ++j) {
                     const int left = rows.length - (here + 8 * j + 2 * t);
                     uint32_t& word = words[128 * (j / 4) + j % 4];

@@ -15,6 +15,7 @@
 #define KVC_KERNEL(threads) static __global__ void __launch_bounds__(threads, 2)
 #define KVC_ARGUMENT(type) const __grid_constant__ type
 #define KVC_UNROLL _Pragma("unroll")
+#define KVC_ROLLED _Pragma("unroll 1")  // rarely run: not worth its room in the instruction cache
 
 namespace kvcompress::cuda {
 

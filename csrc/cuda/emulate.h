@@ -23,6 +23,7 @@
 #define KVC_KERNEL(threads) static void
 #define KVC_ARGUMENT(type) const type&
 #define KVC_UNROLL
+#define KVC_ROLLED
 
 // The library is compiled once for each way of copying.
 #ifndef KVC_BULK_COPIES

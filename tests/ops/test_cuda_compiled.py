@@ -20,15 +20,15 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 ARCHITECTURES = ("sm_80", "sm_90")
-REGISTERS = 128
-"""Eight warps of a multiprocessor then leave half of its registers free."""
+REGISTERS = 168
+"""Three blocks of four warps then fit on a multiprocessor; shared memory lets in two or three."""
 
 INSTANCES = {"decode 4 and 4 bits": (4, 4), "decode 2 and 2 bits": (2, 2), "decode bands": (0, 0)}
 SOURCES = ["api", "encode", *INSTANCES]
 
-WHOLE_LOOP = {"4": 800, "2": 760}
-"""Instructions a warp may take for 64 tokens of 128 channels, keys and values, all query heads (reference: kernels.md,
-871 and 773 of a prototype)."""
+LOOP = {"4": {"sm_80": 1000, "sm_90": 910}, "2": {"sm_80": 980, "sm_90": 890}}
+"""Instructions in a warp's loop over 64 tokens of 128 channels, keys and values, all query heads of a group. About 70
+of them run at a request's end only; on sm_80 the copies take about 60."""
 
 
 @dataclass(frozen=True)
@@ -122,14 +122,14 @@ def test_main_loops(compiled: dict[str, Compiled], source: str) -> None:
         assert bool(loop["UBLKCP"]) == (architecture == "sm_90"), (name, loop)
 
 
-@pytest.mark.parametrize("bits", WHOLE_LOOP)
+@pytest.mark.parametrize("bits", LOOP)
 def test_instructions_per_chunk(compiled: dict[str, Compiled], bits: str) -> None:
     """One more instruction per code would make the kernels slower than the memory they save."""
     loops = main_loops(compiled[f"decode {bits} and {bits} bits"].objects)
     chosen = {key: loop for key, loop in loops.items() if "ELi8ELb0E" in key[1]}
     assert len(chosen) == len(ARCHITECTURES)
     for key, loop in chosen.items():
-        assert loop.total() <= WHOLE_LOOP[bits], (key, loop.total(), loop)
+        assert loop.total() <= LOOP[bits][key[0]], (key, loop.total(), loop)
         # Keys and values of eight tiles, four each, and one product more per 16 tokens for the offsets.
         assert loop["HMMA"] == 68, (key, loop)
 
