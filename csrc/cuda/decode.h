@@ -15,30 +15,12 @@
 // where the exponential scales scores anyway. Outliers are added in float32 by ordinary instructions.
 #pragma once
 
-#include "pages.h"
+#include "merge.h"
+#include "outliers.h"
 #include "pipeline.h"
+#include "rows.h"
 
 namespace kvcompress::cuda {
-
-constexpr int kMaxThreads = 128;
-constexpr float kLowest = -1e30f;  // below every score; unlike infinity it can be subtracted from itself
-constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
-
-struct AttendArgs {
-    Pages pages;
-    const float* query;  // [tokens, heads, k.rank]
-    float* output;       // [splits, tokens, heads, v.rank]
-    float* lse;          // [splits, tokens, heads]
-    const int32_t* table;
-    int64_t table_stride;
-    const int32_t* query_starts;
-    const int32_t* seq_lens;
-    int num_heads, group, row_tiles;
-    int64_t rows;  // tokens * heads
-    float softmax_scale;
-    // Offsets in shared memory.
-    int query_at, start_at, factor_at, exact_query_at, exact_sum_at, stages_at;
-};
 
 template <int VALUE>
 struct Bits {
@@ -85,71 +67,17 @@ KVC_DEVICE void load_tokens(const uint8_t* part, int g, float (&x)[kPairs]) {
     }
 }
 
-// The rows of a block, and what every warp needs of them in shared memory.
-struct Rows {
-    int first_token, queries, length;  // of the request
-    int first, count;                  // of its rows (query token, head of the group)
-    int head;                          // KV head
-
-    KVC_DEVICE int token_of(const AttendArgs& args, int row) const { return (first + row) / args.group; }
-    KVC_DEVICE int visible(const AttendArgs& args, int row) const { return length - queries + token_of(args, row) + 1; }
-    // Number among all tokens' and heads' rows.
-    KVC_DEVICE int64_t number(const AttendArgs& args, int row) const {
-        const int64_t token = first_token + token_of(args, row);
-        return token * args.num_heads + head * args.group + (first + row) % args.group;
-    }
-};
-
-// Rows as halves in the order of the second operand, accumulators' beginnings, factors, and float32 rows for outliers.
-template <bool OUTLIERS>
-KVC_DEVICE void prepare_rows(const AttendArgs& args, const Rows& rows, uint8_t* shared) {
-    const int lane = thread_index() % 32, warp = thread_index() / 32, warps = num_threads() / 32;
-    const Side& side = args.pages.k;
-    auto* halves = reinterpret_cast<uint16_t*>(shared + args.query_at);
-    auto* start = reinterpret_cast<float*>(shared + args.start_at);
-    auto* factor = reinterpret_cast<float*>(shared + args.factor_at);
-    for (int row = warp; row < kRows; row += warps) {
-        const bool used = row < rows.count;
-        const float* query = args.query + (used ? rows.number(args, row) * side.rank : 0);
-        float largest = 0;
-        for (int tile = 0; tile < side.num_tiles; ++tile) {
-            const Tile& it = side.tiles[tile];
-            if (used && lane < kGroup * it.units) largest = fmaxf(largest, fabsf(query[it.channel + lane] * it.step));
+// 16-bit values of tokens from the given one on become zero, because they may be NaN: a lane clears its own.
+KVC_DEVICE void clear_after(const Side& side, uint8_t* chunk, int tokens, int lane) {
+    KVC_ROLLED
+    for (int unit = 0; unit < side.rank / kGroup; ++unit) {
+        auto* words = reinterpret_cast<uint32_t*>(chunk + side.tiles[0].offset + unit * unit_bytes(16)) + 4 * lane;
+        KVC_ROLLED
+        for (int j = 0; j < kPairs; ++j) {
+            const int left = tokens - (8 * j + 2 * (lane % 4));
+            uint32_t& word = words[128 * (j / 4) + j % 4];
+            word = left <= 0 ? 0 : left == 1 ? word & 0xffff : word;
         }
-        KVC_UNROLL
-        for (int lanes = 16; lanes; lanes /= 2) largest = fmaxf(largest, shuffle_xor(largest, lanes));
-        // 2^up brings the largest to 2^14 ... 2^15: half the range is left, and small channels keep their digits.
-        union {
-            float number;
-            uint32_t bits;
-        } scale{largest};
-        int up = 14 - (static_cast<int>(scale.bits >> 23) - 127);
-        up = up > 100 ? 100 : up < -100 ? -100 : up;
-        scale.bits = static_cast<uint32_t>(127 + up) << 23;
-        float sums[3] = {0, 0, 0};  // of tiles in 8, 4 and 2 bits
-        for (int tile = 0; tile < side.num_tiles; ++tile) {
-            const Tile& it = side.tiles[tile];
-            const bool there = used && lane < kGroup * it.units;
-            const float x = there ? query[it.channel + lane] * scale.number : 0;
-            if (OUTLIERS && side.outliers && there)
-                reinterpret_cast<float*>(shared + args.exact_query_at)[kRows * (it.channel + lane) + row] = x;
-            if (lane >= 16) continue;
-            const uint16_t half = float_to_half(x * it.step);
-            const int within = lane % kGroup;
-            halves[((tile * 32 + 4 * row + within / 2) * 2 + lane / kGroup) * 2 + within % 2] = half;
-            const float rounded = half_to_float(half);
-            if (it.bits == 8) sums[0] += rounded;
-            if (it.bits == 4) sums[1] += rounded;
-            if (it.bits == 2) sums[2] += rounded;
-        }
-        KVC_UNROLL
-        for (int lanes = 16; lanes; lanes /= 2)
-            for (float& sum : sums) sum += shuffle_xor(sum, lanes);
-        if (lane < kPairs)
-            start[kRows * lane + row] = -((pair_offset<8>(lane) + middle(8)) * sums[0] + (pair_offset<4>(lane) + middle(4)) * sums[1] +
-                                          (pair_offset<2>(lane) + middle(2)) * sums[2]);
-        scale.bits = static_cast<uint32_t>(127 - up) << 23;
-        if (lane == 0) factor[row] = args.softmax_scale * kLog2E * scale.number;
     }
 }
 
@@ -196,10 +124,7 @@ KVC_KERNEL(kMaxThreads) decode(KVC_ARGUMENT(AttendArgs) args) {
     float* output = args.output + block_x() * args.rows * v.rank;
     float* lse = args.lse + block_x() * args.rows;
     if (begin >= end) {
-        if (thread_index() < rows.count) lse[rows.number(args, thread_index())] = -INFINITY;
-        if (grid_x() == 1)
-            for (int i = thread_index(); i < rows.count * v.rank; i += num_threads())
-                output[rows.number(args, i / v.rank) * v.rank + i % v.rank] = 0;
+        write_nothing(args, rows, output, lse);
         return;
     }
 
@@ -259,19 +184,7 @@ KVC_KERNEL(kMaxThreads) decode(KVC_ARGUMENT(AttendArgs) args) {
             KVC_UNROLL
             for (int j = 0; j < kPairs; ++j) s[j / 2][2 * (j % 2)] *= gain[j], s[j / 2][2 * (j % 2) + 1] *= gain[j];
         }
-        if (OUTLIERS && k.outliers) {
-            const auto* left = reinterpret_cast<const uint16_t*>(record + k.outlier_offset) + kPairs * g * k.outliers;
-            const uint8_t* channels = record + k.channel_offset + kPairs * g * k.outliers;
-            KVC_UNROLL
-            for (int j = 0; j < kPairs; ++j)
-                KVC_ROLLED
-                for (int n = 0; n < k.outliers; ++n) {
-                    const int channel = channels[j * k.outliers + n];
-                    const float x = channel < k.rank ? half_to_float(left[j * k.outliers + n]) : 0;
-                    const float2 q = exact_query[kRows / 2 * (channel < k.rank ? channel : 0) + t];
-                    s[j / 2][2 * (j % 2)] += x * q.x, s[j / 2][2 * (j % 2) + 1] += x * q.y;
-                }
-        }
+        if (OUTLIERS && k.outliers) add_exact_scores(k, record, exact_query, lane, s);
         const bool ends = here + kChunk > first_visible;
         if (ends) {
             KVC_UNROLL
@@ -305,29 +218,7 @@ KVC_KERNEL(kMaxThreads) decode(KVC_ARGUMENT(AttendArgs) args) {
             sum0 += s[f][0] + s[f][2], sum1 += s[f][1] + s[f][3];
         }
 
-        if (OUTLIERS && v.outliers) {
-            if (any_lane(decay0 != 1 || decay1 != 1))
-                KVC_ROLLED
-                for (int channel = g; channel < v.rank; channel += kGroup) {
-                    float2& sum = reinterpret_cast<float2*>(exact_sums)[kRows / 2 * channel + t];
-                    sum.x *= decay0, sum.y *= decay1;
-                }
-            sync_warp();
-            const auto* left = reinterpret_cast<const uint16_t*>(record + v.outlier_offset) + kPairs * g * v.outliers;
-            const uint8_t* channels = record + v.channel_offset + kPairs * g * v.outliers;
-            KVC_UNROLL
-            for (int j = 0; j < kPairs; ++j)
-                KVC_ROLLED
-                for (int n = 0; n < v.outliers; ++n) {
-                    const int channel = channels[j * v.outliers + n];
-                    if (channel >= v.rank || here + 8 * j + g >= rows.length) continue;
-                    const float x = half_to_float(left[j * v.outliers + n]);
-                    float* sum = exact_sums + kRows * channel + 2 * t;
-                    add_shared(sum, s[j / 2][2 * (j % 2)] * x);
-                    add_shared(sum + 1, s[j / 2][2 * (j % 2) + 1] * x);
-                }
-            sync_warp();
-        }
+        if (OUTLIERS && v.outliers) add_exact_values(v, record, rows.length - here, lane, s, decay0, decay1, exact_sums);
 
         // Weights of values, tokens to the depth of the second operand.
         uint32_t weights[4][2];
@@ -348,19 +239,7 @@ KVC_KERNEL(kMaxThreads) decode(KVC_ARGUMENT(AttendArgs) args) {
             weights[f][0] = transpose(halves_of(s[f][0], s[f][1]));
             weights[f][1] = transpose(halves_of(s[f][2], s[f][3]));
         }
-        if ((V_BITS == 16 || V_BITS == 0) && v.gain_offset < 0 && ends) {
-            // As above: entries e of pairs j are tokens 8 j + 2 t + e.
-            KVC_ROLLED
-            for (int unit = 0; unit < v.rank / kGroup; ++unit) {
-                auto* words = reinterpret_cast<uint32_t*>(record + v.tiles[0].offset + unit * unit_bytes(16)) + 4 * lane;
-                KVC_ROLLED
-                for (int j = 0; j < kPairs; ++j) {
-                    const int left = rows.length - (here + 8 * j + 2 * t);
-                    uint32_t& word = words[128 * (j / 4) + j % 4];
-                    word = left <= 0 ? 0 : left == 1 ? word & 0xffff : word;
-                }
-            }
-        }
+        if ((V_BITS == 16 || V_BITS == 0) && v.gain_offset < 0 && ends) clear_after(v, record, rows.length - here, lane);
 
         float offsets[V_BITS == 0 ? 3 : 1][4] = {};
         if constexpr (V_BITS == 0) {
@@ -392,12 +271,10 @@ KVC_KERNEL(kMaxThreads) decode(KVC_ARGUMENT(AttendArgs) args) {
         pipeline.request(later < end ? chunk_at(args.pages, later_block, later & page_mask, rows.head) : nullptr);
     }
 
-    // Merge the warps: sums go where chunks were.
     KVC_UNROLL
     for (int lanes = 4; lanes < 32; lanes *= 2) sum0 += shuffle_xor(sum0, lanes), sum1 += shuffle_xor(sum1, lanes);
-    sync_block();
-    auto* sums = reinterpret_cast<float*>(stages);                    // [warps][rows][v.rank]
-    auto* tops = sums + warps * kRows * v.rank;                        // [warps][rows][2]
+    sync_block();  // sums go where chunks were
+    auto* sums = reinterpret_cast<float*>(stages);
     KVC_UNROLL
     for (int tile = 0; tile < TILES; ++tile)
         if (kWhole || tile < v.num_tiles) {
@@ -408,27 +285,12 @@ KVC_KERNEL(kMaxThreads) decode(KVC_ARGUMENT(AttendArgs) args) {
             if (kWhole || it.units == 2) row0[kGroup] = o[tile][2] * it.step, row1[kGroup] = o[tile][3] * it.step;
         }
     if (g == 0) {
-        float* own = tops + 2 * (warp * kRows + 2 * t);
+        float* own = sums + warps * kRows * v.rank + 2 * (warp * kRows + 2 * t);
         own[0] = largest0, own[1] = sum0, own[2] = largest1, own[3] = sum1;
     }
     sync_block();
-    const auto* factors = reinterpret_cast<const float*>(shared + args.factor_at);
     const auto* exact = reinterpret_cast<const float*>(shared + args.exact_sum_at);
-    for (int i = thread_index(); i < rows.count * v.rank; i += num_threads()) {
-        const int row = i / v.rank, channel = i % v.rank;
-        float top = kLowest, sum = 0, mixed = 0;
-        for (int w = 0; w < warps; ++w) top = fmaxf(top, tops[2 * (w * kRows + row)]);
-        for (int w = 0; w < warps; ++w) {
-            const float* theirs = tops + 2 * (w * kRows + row);
-            const float weight = exp2_of((theirs[0] - top) * factors[row]);
-            float x = sums[(w * kRows + row) * v.rank + channel];
-            if (OUTLIERS && v.outliers) x += exact[(w * v.rank + channel) * kRows + row];
-            sum += weight * theirs[1], mixed += weight * x;
-        }
-        const int64_t number = rows.number(args, row);
-        output[number * v.rank + channel] = sum == 0 ? 0 : mixed / sum;
-        if (channel == 0) lse[number] = sum == 0 ? -INFINITY : (top * factors[row] + log2_of(sum)) * kLn2;
-    }
+    merge_warps(args, rows, sums, OUTLIERS && v.outliers ? exact : nullptr, output, lse);
 }
 
 }  // namespace kvcompress::cuda
