@@ -47,7 +47,9 @@ KVC_DEVICE float value_of(float code, float step, int bits) { return (code - mid
 
 // Takes the channels of the largest entries out of x, which stays as it is otherwise; of equal ones the first.
 KVC_DEVICE void take_largest(float (&x)[kLaneChannels], int count, int lane, int (&channels)[kMaxOutliers]) {
-    for (int n = 0; n < count; ++n) {
+    KVC_UNROLL
+    for (int n = 0; n < kMaxOutliers; ++n) {
+        if (n >= count) break;
         float largest = -1;
         int channel = kMaxRank;
         KVC_UNROLL
@@ -68,7 +70,8 @@ KVC_DEVICE void take_largest(float (&x)[kLaneChannels], int count, int lane, int
 
 KVC_DEVICE bool is_taken(const int (&channels)[kMaxOutliers], int count, int channel) {
     bool taken = false;
-    for (int n = 0; n < count; ++n) taken |= channels[n] == channel;
+    KVC_UNROLL
+    for (int n = 0; n < kMaxOutliers; ++n) taken |= n < count && channels[n] == channel;
     return taken;
 }
 
@@ -84,9 +87,11 @@ KVC_DEVICE float best_gain(const Side& side, const Channels& x, int lane, int (&
     const float rms = fmaxf(sqrtf(sum_lanes(rest) / static_cast<float>(side.rank - side.outliers)), kSmallestGain);
     float best = rms, best_error = INFINITY;
     // 2^(n / 3), n = -3 ... 6: multiples of the root mean square tried as gain.
-    constexpr float kCandidates[] = {0.5f, 0.62996052f, 0.79370053f, 1.f, 1.25992105f, 1.58740105f, 2.f, 2.51984210f, 3.17480210f, 4.f};
-    for (const float factor : kCandidates) {
-        const float candidate = rms * factor;
+    KVC_ROLLED
+    for (int n = -3; n <= 6; ++n) {
+        const int third = (n + 3) % 3;
+        const float root = third == 0 ? 1.f : third == 1 ? 1.25992105f : 1.58740105f;
+        const float candidate = rms * (root * (n < 0 ? 0.5f : n < 3 ? 1.f : n < 6 ? 2.f : 4.f));
         float value[kLaneChannels], miss[kLaneChannels];
         int found[kMaxOutliers] = {};
         KVC_UNROLL
@@ -116,7 +121,8 @@ KVC_DEVICE float best_gain(const Side& side, const Channels& x, int lane, int (&
         error = sum_lanes(error);
         if (error < best_error) {
             best_error = error, best = refined;
-            for (int n = 0; n < side.outliers; ++n) exact[n] = found[n];
+            KVC_UNROLL
+            for (int i = 0; i < kMaxOutliers; ++i) exact[i] = found[i];
         }
     }
     return between(best, kSmallestGain, kHalfMax);
@@ -154,8 +160,9 @@ KVC_DEVICE void store_token(const Side& side, Channels& x, uint8_t* chunk, int t
         if (!x.bits[i]) continue;
         const float code = nearest_code(x.latent[i], rounded, x.step[i], x.bits[i]);
         store_bits(chunk + x.place[i].byte, x.place[i].bit, x.bits[i], static_cast<uint32_t>(code));
-        for (int n = 0; n < side.outliers; ++n) {
-            if (exact[n] != 32 * i + lane) continue;
+        KVC_UNROLL
+        for (int n = 0; n < kMaxOutliers; ++n) {
+            if (n >= side.outliers || exact[n] != 32 * i + lane) continue;
             const float left = between(x.latent[i] - value_of(code, x.step[i], x.bits[i]) * rounded, -kHalfMax, kHalfMax);
             reinterpret_cast<uint16_t*>(chunk + side.outlier_offset)[entry * side.outliers + n] = float_to_half(left);
             chunk[side.channel_offset + entry * side.outliers + n] = static_cast<uint8_t>(exact[n]);

@@ -26,7 +26,10 @@ REGISTERS = 168
 INSTANCES = {"decode 4 and 4 bits": (4, 4), "decode 2 and 2 bits": (2, 2), "decode bands": (0, 0)}
 SOURCES = ["api", "encode", *INSTANCES]
 
-LOOP = {"4": {"sm_80": 1000, "sm_90": 910}, "2": {"sm_80": 980, "sm_90": 890}}
+LOOP = {
+    "decode 4 and 4 bits": {"sm_80": 1000, "sm_90": 910},
+    "decode 2 and 2 bits": {"sm_80": 980, "sm_90": 890},
+}
 """Instructions in a warp's loop over 64 tokens of 128 channels, keys and values, all query heads of a group. About 70
 of them run at a request's end only; on sm_80 the copies take about 60."""
 
@@ -43,6 +46,7 @@ class Kernel:
 
 
 class Compiled(NamedTuple):
+    source: str
     objects: Path
     kernels: list[Kernel]
 
@@ -61,13 +65,12 @@ def disassembler() -> str | None:
 
 
 @pytest.fixture(scope="module")
-def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Compiled]:
-    """Objects and reports of every source."""
+def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    """One source's objects for all architectures, and the compiler's report."""
     nvcc = compiler()
     if nvcc is None:
         pytest.skip("no nvcc, so the CUDA kernels are not compiled here (the emulation still runs them)")
-    directory = tmp_path_factory.mktemp("cuda")
-    return {source: compile_source(nvcc, source, directory) for source in SOURCES}
+    return compile_source(nvcc, request.param, tmp_path_factory.mktemp("cuda"))
 
 
 def compile_source(nvcc: str, source: str, directory: Path) -> Compiled:
@@ -82,7 +85,7 @@ def compile_source(nvcc: str, source: str, directory: Path) -> Compiled:
     file = f"csrc/cuda/{'decode' if source in INSTANCES else source}.cu"
     done = subprocess.run([nvcc, *flags, "-c", file, "-o", str(target)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return Compiled(target, list(reports(done.stderr)))
+    return Compiled(source, target, list(reports(done.stderr)))
 
 
 def reports(text: str) -> list[Kernel]:
@@ -99,20 +102,19 @@ def reports(text: str) -> list[Kernel]:
     return found
 
 
-@pytest.mark.parametrize("source", SOURCES)
-def test_registers_and_spills(compiled: dict[str, Compiled], source: str) -> None:
-    kernels = compiled[source].kernels
-    assert {kernel.architecture for kernel in kernels} == set(ARCHITECTURES)
-    for kernel in kernels:
+@pytest.mark.parametrize("compiled", SOURCES, indirect=True, scope="module")
+def test_registers_and_spills(compiled: Compiled) -> None:
+    assert {kernel.architecture for kernel in compiled.kernels} == set(ARCHITECTURES)
+    for kernel in compiled.kernels:
         assert kernel.spilled == 0, kernel
         assert kernel.stack == 0, kernel
         assert kernel.registers <= REGISTERS, kernel
 
 
-@pytest.mark.parametrize("source", INSTANCES)
-def test_main_loops(compiled: dict[str, Compiled], source: str) -> None:
+@pytest.mark.parametrize("compiled", INSTANCES, indirect=True, scope="module")
+def test_main_loops(compiled: Compiled) -> None:
     """Tensor cores, no conversion from whole numbers, no local memory, and the copies the architecture has."""
-    loops = main_loops(compiled[source].objects)
+    loops = main_loops(compiled.objects)
     assert {architecture for architecture, _ in loops} == set(ARCHITECTURES)
     for (architecture, name), loop in loops.items():
         assert loop["HMMA"] >= 16, (name, loop)
@@ -122,14 +124,13 @@ def test_main_loops(compiled: dict[str, Compiled], source: str) -> None:
         assert bool(loop["UBLKCP"]) == (architecture == "sm_90"), (name, loop)
 
 
-@pytest.mark.parametrize("bits", LOOP)
-def test_instructions_per_chunk(compiled: dict[str, Compiled], bits: str) -> None:
+@pytest.mark.parametrize("compiled", LOOP, indirect=True, scope="module")
+def test_instructions_per_chunk(compiled: Compiled) -> None:
     """One more instruction per code would make the kernels slower than the memory they save."""
-    loops = main_loops(compiled[f"decode {bits} and {bits} bits"].objects)
-    chosen = {key: loop for key, loop in loops.items() if "ELi8ELb0E" in key[1]}
+    chosen = {key: loop for key, loop in main_loops(compiled.objects).items() if "ELi8ELb0E" in key[1]}
     assert len(chosen) == len(ARCHITECTURES)
     for key, loop in chosen.items():
-        assert loop.total() <= LOOP[bits][key[0]], (key, loop.total(), loop)
+        assert loop.total() <= LOOP[compiled.source][key[0]], (key, loop.total(), loop)
         # Keys and values of eight tiles, four each, and one product more per 16 tokens for the offsets.
         assert loop["HMMA"] == 68, (key, loop)
 
