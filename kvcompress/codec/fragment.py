@@ -87,7 +87,8 @@ def _tokens(width: int) -> _Change:
 
     def change(x: Tensor, reverse: bool) -> Tensor:
         if reverse:
-            return x.unflatten(-1, (CHUNK_TOKENS, width))[..., token.argsort().to(x.device), :]
+            found: Tensor = x.unflatten(-1, (CHUNK_TOKENS, width))[..., token.argsort().to(x.device), :]
+            return found
         return x[..., token.to(x.device), :].flatten(-2)
 
     return change

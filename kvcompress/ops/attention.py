@@ -44,20 +44,34 @@ def decode_attention(
         lse_TH: if given, receives each row's log of the sum of exponentials, float32 `[tokens, query heads]`.
         split_tokens: a positive multiple of 64; of no effect on a GPU.
         max_query_len: the most queries of a request, for a GPU: its kernels read lengths on the device, and start
-            enough threads for any lengths.
+            enough threads for any lengths. More than a few are a prefill, which torch attends on gathered latents.
 
     Raises:
         ValueError: a request has more queries than tokens, or a block lies outside the cache; neither is looked for on
             a GPU.
     """
     on_device = cuda.library_for(pages_NHX, layout, plan, query_THD, output_THD)
-    if on_device is not None:
-        if max_query_len is None and not (isinstance(query_starts, Tensor) and query_starts.is_cuda):
-            starts = _list(query_starts)
-            max_query_len = max((stop - start for start, stop in itertools.pairwise(starts)), default=0)
-        batch = (_int32(numbers, query_THD.device) for numbers in (block_table_RN, query_starts, seq_lens))
-        layer = (pages_NHX, layout, plan)
-        cuda.attend(on_device, output_THD, query_THD, *layer, *batch, softmax_scale, lse_TH, max_query_len)
+    if on_device is not None and max_query_len is None:
+        on_host = not isinstance(query_starts, Tensor) or query_starts.device.type == "cpu"
+        max_query_len = _longest(_list(query_starts)) if on_host else query_THD.shape[0]
+    if on_device is not None and max_query_len is not None and max_query_len <= cuda.MOST_QUERIES:
+        table_RN, starts_R, lengths_R = (
+            _int32(numbers, query_THD.device) for numbers in (block_table_RN, query_starts, seq_lens)
+        )
+        cuda.attend(
+            on_device,
+            output_THD,
+            query_THD,
+            pages_NHX,
+            layout,
+            plan,
+            table_RN,
+            starts_R,
+            lengths_R,
+            softmax_scale,
+            lse_TH,
+            max_query_len,
+        )
         return
     covered = plan.covered(layout, pages_NHX) and rows_covered(query_THD, output_THD)
     compiled = library.load() if covered else None
@@ -103,6 +117,10 @@ def _int32(numbers: Tensor | Sequence[int], device: torch.device) -> Tensor:
         return torch.tensor(numbers, dtype=torch.int32, device=device)
     found = numbers.to(device=device, dtype=torch.int32)
     return found if found.stride(-1) == 1 else found.contiguous()
+
+
+def _longest(starts: Sequence[int]) -> int:
+    return max((stop - start for start, stop in itertools.pairwise(starts)), default=0)
 
 
 def _list(numbers: Tensor | Sequence[int]) -> Sequence[int]:

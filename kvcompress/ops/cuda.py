@@ -20,6 +20,9 @@ from kvcompress.ops.plan import DTYPES, LayerPlan, SidePlan, rows_struct
 ROWS = 8
 """Query rows of one block of threads."""
 
+MOST_QUERIES = 64
+"""Queries of a request that the attention kernel takes at a time: it reads the cache once for every eight rows."""
+
 _WARPS = 4
 _MAX_TILES = 9
 

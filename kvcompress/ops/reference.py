@@ -94,15 +94,15 @@ def decode_attention(
     lse_TH: Tensor | None = None,
 ) -> None:
     """`codec.attention.attend` for every request; arguments as in `ops.attention.decode_attention`."""
-    from kvcompress.codec import attention, pages
+    from kvcompress.codec import attention
+    from kvcompress.ops import gather  # on a GPU, a kernel
 
     codec = _codec(plan)
     for request, length in enumerate(seq_lens):
         start, stop = query_starts[request], query_starts[request + 1]
         if start == stop:
             continue
-        blocks_N = block_table_RN[request, : -(-length // layout.block_size)].long()
-        k_latent_THR, v_latent_THR = pages.read(pages_NHX, layout, codec, blocks_N, length)
+        k_latent_THR, v_latent_THR = gather.gather_decode(pages_NHX, layout, plan, block_table_RN[request], length)
         query_QHGD = query_THD[start:stop].view(stop - start, layout.num_kv_heads, -1, query_THD.shape[2])
         step = max(1, SCORE_BYTES // (4 * query_THD.shape[1] * length))
         for first in range(start, stop, step):
