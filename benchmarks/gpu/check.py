@@ -27,6 +27,9 @@ from tests.ops.cuda_sides import MIXED_K, MIXED_V, SIDES, bar
 
 Check = Callable[[], None]
 
+DEVICE = "cuda"
+"""A test runs these checks on the kernels' emulation."""
+
 
 def checks(small: bool) -> Iterator[tuple[str, Check]]:
     """Every check by its name; each raises AssertionError."""
@@ -55,8 +58,10 @@ def on_device(cache: Cache) -> Cache:
     """A cache of the reference's, in fragment order on the GPU."""
     pages_NHX = fragment.to_fragment(cache.pages_NHX, cache.codec.spec, cache.layout.block_size)
     layout = PageLayout.of(cache.codec.spec, cache.layout.block_size, FRAGMENT)
-    codec = cache.codec.to("cuda")
-    return Cache(codec, LayerPlan.of(codec), layout, pages_NHX.cuda(), cache.block_table_RN.cuda(), cache.seq_lens)
+    codec = cache.codec.to(DEVICE)
+    return Cache(
+        codec, LayerPlan.of(codec), layout, pages_NHX.to(DEVICE), cache.block_table_RN.to(DEVICE), cache.seq_lens
+    )
 
 
 def on_host(cache: Cache) -> Cache:
@@ -77,7 +82,7 @@ def attend(cache: Cache, query_THD: Tensor, query_lens: list[int]) -> tuple[Tens
 
 
 def random_query(tokens: int, heads: int, head_dim: int) -> Tensor:
-    return torch.randn(tokens, heads, head_dim, generator=torch.Generator().manual_seed(9)).cuda()
+    return torch.randn(tokens, heads, head_dim, generator=torch.Generator().manual_seed(9)).to(DEVICE)
 
 
 def close(cache: Cache, found: tuple[Tensor, Tensor], query_THD: Tensor, query_lens: list[int]) -> None:
@@ -107,11 +112,11 @@ def gather(cache: Cache) -> None:
 def golden_bytes(name: str) -> None:
     stored = golden.read(name)
     layout = PageLayout.of(stored.codec.spec, golden.BLOCK_SIZE, FRAGMENT)
-    plan = LayerPlan.of(stored.codec.to("cuda"))
-    tokens = stored.keys_THD.cuda(), stored.values_THD.cuda()
-    pages_NHX = torch.full((4, golden.HEADS, layout.record_bytes), POISON, dtype=torch.uint8, device="cuda")
-    compress_pages(pages_NHX, layout, plan, *tokens, torch.tensor([1], device="cuda"))
-    order = torch.randperm(golden.BLOCK_SIZE).cuda()
+    plan = LayerPlan.of(stored.codec.to(DEVICE))
+    tokens = stored.keys_THD.to(DEVICE), stored.values_THD.to(DEVICE)
+    pages_NHX = torch.full((4, golden.HEADS, layout.record_bytes), POISON, dtype=torch.uint8, device=DEVICE)
+    compress_pages(pages_NHX, layout, plan, *tokens, torch.tensor([1], device=DEVICE))
+    order = torch.randperm(golden.BLOCK_SIZE).to(DEVICE)
     append(pages_NHX, layout, plan, *(rows[order] for rows in tokens), 2 * golden.BLOCK_SIZE + order)
     for block in (1, 2):
         assert torch.equal(pages_NHX[block].cpu(), stored.fragment_HX), (
@@ -126,10 +131,10 @@ def graph(k: SideSpec, v: SideSpec, small: bool) -> None:
     longest = 300 if small else 3000
     cache = on_device(random_cache(random_codec(2, head_dim, k, v), [longest, longest], 64))
     query_THD = random_query(2, 8, head_dim)
-    output_THD, lse_TH = torch.empty_like(query_THD), torch.empty(2, 8, device="cuda")
+    output_THD, lse_TH = torch.empty_like(query_THD), torch.empty(2, 8, device=DEVICE)
     table_RN = cache.block_table_RN.clone()
-    starts_R = torch.tensor([0, 1, 2], dtype=torch.int32, device="cuda")
-    lengths_R = torch.tensor(cache.seq_lens, dtype=torch.int32, device="cuda")
+    starts_R = torch.tensor([0, 1, 2], dtype=torch.int32, device=DEVICE)
+    lengths_R = torch.tensor(cache.seq_lens, dtype=torch.int32, device=DEVICE)
 
     def step() -> None:
         layer = (cache.pages_NHX, cache.layout, cache.plan)
@@ -162,7 +167,7 @@ def repeated() -> None:
     assert library is not None
     for splits in (1, 2, 7, 100):
         output_THD = torch.full_like(query_THD, torch.nan)
-        numbers = (torch.tensor(rows, dtype=torch.int32, device="cuda") for rows in ([0, 1, 2], cache.seq_lens))
+        numbers = (torch.tensor(rows, dtype=torch.int32, device=DEVICE) for rows in ([0, 1, 2], cache.seq_lens))
         layer = (cache.pages_NHX, cache.layout, cache.plan, cache.block_table_RN)
         cuda.attend(library, output_THD, query_THD, *layer, *numbers, 128**-0.5, None, 1, splits)
         assert relative_error(output_THD.cpu(), first[0].cpu().double()) < 5e-4, f"{splits} splits"

@@ -22,6 +22,8 @@ from kvcompress.ops.plan import LayerPlan
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 32, 8, 128, 64
 CONTEXTS, BATCHES = (4096, 32768, 131072), (1, 8, 32)
+DEVICE = "cuda"
+
 COLD_BYTES = 512 * 2**20
 """At least this much data is gone round: many times the cache of the chip."""
 
@@ -51,7 +53,7 @@ def codec_of(k: SideSpec, v: SideSpec) -> LayerCodec:
         scale_HR = torch.linspace(2, 0.3, spec.rank).expand(KV_HEADS, -1).contiguous()
         return SideCodec(spec, torch.randn(KV_HEADS, HEAD_DIM), basis_HDR, basis_HDR.mT.contiguous(), scale_HR)
 
-    return LayerCodec(one(k), one(v)).to("cuda")
+    return LayerCodec(one(k), one(v)).to(DEVICE)
 
 
 class Cache:
@@ -64,13 +66,13 @@ class Cache:
         self.bytes = batch * context * codec.spec.bytes_per_token
         self.copies = max(1, -(-COLD_BYTES // self.bytes))
         self.pages = [self._filled(blocks) for _ in range(self.copies)]
-        self.table_RN = torch.randperm(blocks, device="cuda").to(torch.int32).view(batch, -1)
-        self.starts_R = torch.arange(batch + 1, dtype=torch.int32, device="cuda")
-        self.lengths_R = torch.full((batch,), context, dtype=torch.int32, device="cuda")
+        self.table_RN = torch.randperm(blocks, device=DEVICE).to(torch.int32).view(batch, -1)
+        self.starts_R = torch.arange(batch + 1, dtype=torch.int32, device=DEVICE)
+        self.lengths_R = torch.full((batch,), context, dtype=torch.int32, device=DEVICE)
 
     def _filled(self, blocks: int) -> Tensor:
         layout = self.layout
-        pages_NHX = torch.randint(0, 256, (blocks, KV_HEADS, layout.record_bytes), dtype=torch.uint8, device="cuda")
+        pages_NHX = torch.randint(0, 256, (blocks, KV_HEADS, layout.record_bytes), dtype=torch.uint8, device=DEVICE)
         chunks = pages_NHX.unflatten(-1, (BLOCK_SIZE // CHUNK_TOKENS, -1))
         for place, spec in ((layout.k, self.plan.k.spec), (layout.v, self.plan.v.spec)):
             # Halves: gains, outliers, or all channels. The exponent byte 0x38 ... 0x3b is 0.5 to 1.
@@ -88,7 +90,7 @@ def kernel_step(cache: Cache, batch: int) -> Step:
     """The part of a decode step that grows with the context."""
     library = cuda.library_for(cache.pages[0], cache.layout, cache.plan)
     assert library is not None
-    absorbed_THR = torch.randn(batch, HEADS, cache.plan.k.spec.rank, device="cuda")
+    absorbed_THR = torch.randn(batch, HEADS, cache.plan.k.spec.rank, device=DEVICE)
     numbers = (cache.table_RN, cache.starts_R, cache.lengths_R)
 
     def step(copy: int) -> None:
@@ -100,7 +102,7 @@ def kernel_step(cache: Cache, batch: int) -> Step:
 
 def whole_step(cache: Cache, batch: int) -> Step:
     """Everything from queries to outputs."""
-    query_THD = torch.randn(batch, HEADS, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
+    query_THD = torch.randn(batch, HEADS, HEAD_DIM, dtype=torch.bfloat16, device=DEVICE)
     output_THD = torch.empty_like(query_THD)
     numbers = (cache.table_RN, cache.starts_R, cache.lengths_R)
 
@@ -132,9 +134,9 @@ def baselines(context: int, batch: int) -> list[dict[str, Any]]:
     """bf16 keys and values without pages, which no engine has: the best case."""
     size = 2 * batch * context * KV_HEADS * HEAD_DIM * 2
     copies = max(1, -(-COLD_BYTES // size))
-    query_BHQD = torch.randn(batch, HEADS, 1, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
+    query_BHQD = torch.randn(batch, HEADS, 1, HEAD_DIM, dtype=torch.bfloat16, device=DEVICE)
     shape = (2, batch, KV_HEADS, context, HEAD_DIM)
-    caches = [torch.randn(shape, dtype=torch.bfloat16, device="cuda") for _ in range(copies)]
+    caches = [torch.randn(shape, dtype=torch.bfloat16, device=DEVICE) for _ in range(copies)]
 
     def torch_step(backend: SDPBackend, as_queries: bool) -> Step:
         # The heads of a group as queries of one KV head need no mask for one token, and read keys once.
@@ -180,8 +182,8 @@ def encoding(batch: int = 32, prompt: int = 32768) -> list[dict[str, Any]]:
     rows = []
     for instance in ("4", "bands 3.5/2.75"):
         cache = Cache(instance, prompt, 1)
-        keys_THD, values_THD = torch.randn(2, prompt, KV_HEADS, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
-        slots_T = torch.randperm(prompt, device="cuda")[:batch]
+        keys_THD, values_THD = torch.randn(2, prompt, KV_HEADS, HEAD_DIM, dtype=torch.bfloat16, device=DEVICE)
+        slots_T = torch.randperm(prompt, device=DEVICE)[:batch]
         blocks_N = cache.table_RN[0].long()
         layer = (cache.pages[0], cache.layout, cache.plan)
 
