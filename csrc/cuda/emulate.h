@@ -166,10 +166,24 @@ T exchange(T x, int lanes, const char* name) {
 }
 
 inline float half_value(uint32_t pair, int e) {
-    const auto bits = static_cast<uint16_t>(pair >> (16 * e));
-    _Float16 half;
-    memcpy(&half, &bits, 2);
-    return static_cast<float>(half);
+    const uint32_t half = pair >> (16 * e) & 0xffff, low = (half & 0x7fff) << 13;
+    float magnitude;
+    memcpy(&magnitude, &low, 4);
+    magnitude *= 0x1p112f;
+    if ((half & 0x7c00) == 0x7c00) magnitude = half & 0x3ff ? NAN : INFINITY;
+    return half & 0x8000 ? -magnitude : magnitude;
+}
+
+// Nearest, ties to even.
+inline uint16_t nearest_half(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    const auto sign = static_cast<uint16_t>(bits >> 16 & 0x8000);
+    bits &= 0x7fffffff;
+    if (x != x) return sign | 0x7e00;
+    if (fabsf(x) >= 65520.f) return sign | 0x7c00;
+    if (fabsf(x) < 0x1p-14f) return static_cast<uint16_t>(sign | static_cast<uint32_t>(nearbyintf(fabsf(x) * 0x1p24f)));
+    return static_cast<uint16_t>(sign | (((bits + 0xfff + (bits >> 13 & 1)) >> 13) - (112 << 10)));
 }
 
 inline float towards_zero(double x) {
@@ -267,12 +281,7 @@ uint32_t bytes_of(uint32_t a, uint32_t b) {
 }
 
 inline float half_to_float(uint16_t half) { return emulate::half_value(half, 0); }
-inline uint16_t float_to_half(float x) {
-    const auto half = static_cast<_Float16>(x);
-    uint16_t bits;
-    memcpy(&bits, &half, 2);
-    return bits;
-}
+inline uint16_t float_to_half(float x) { return emulate::nearest_half(x); }
 inline uint32_t halves_of(float low, float high) { return float_to_half(low) | static_cast<uint32_t>(float_to_half(high)) << 16; }
 inline float exp2_of(float x) { return exp2f(x); }
 inline float log2_of(float x) { return log2f(x); }

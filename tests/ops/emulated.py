@@ -30,7 +30,7 @@ COPIES = {"sm_80": 0, "sm_90": 1}
 @functools.cache
 def library(copies: str) -> ctypes.CDLL | None:
     """None without a C++ compiler. Kept among temporary files under a name made of the sources."""
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    compiler = shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         return None
     flags = ["-std=c++17", "-O1", "-fPIC", "-shared", f"-DKVC_BULK_COPIES={COPIES[copies]}", "-I", "csrc/include"]
