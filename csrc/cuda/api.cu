@@ -119,10 +119,12 @@ int32_t kvc_cuda_attend(const kvc_cuda_attend_args* from) {
     args.num_heads = from->num_heads, args.group = from->num_heads / args.pages.num_heads;
     args.row_tiles = (from->max_query_len * args.group + kRows - 1) / kRows;
     args.softmax_scale = from->softmax_scale;
+    int64_t limit = 0;
+    if (const int error = shared_limit(limit)) return error;
     int warps = kMaxThreads / 32;
-    while (warps > 1 && lay_out(args, outliers, warps) > shared_limit()) warps /= 2;
+    while (warps > 1 && lay_out(args, outliers, warps) > limit) warps /= 2;
     const int64_t shared_bytes = lay_out(args, outliers, warps);
-    if (shared_bytes > shared_limit()) return -KVC_BAD_SHAPE;
+    if (shared_bytes > limit) return -KVC_BAD_SHAPE;
     const LaunchShape shape{{from->splits, args.pages.num_heads * args.row_tiles, from->num_requests}, 32 * warps, shared_bytes, from->stream};
     const int error = start_any(shape, outliers, args);
     if (error || !partial) return error;

@@ -138,12 +138,13 @@ int launch(Grid grid, int threads, int64_t shared_bytes, void* stream, const Arg
     return cudaGetLastError();
 }
 
-// Shared memory a block of the current device can have.
-inline int64_t shared_limit() {
+// Shared memory a block of the current device can have; returns an error's number.
+inline int shared_limit(int64_t& limit) {
     int device = 0, bytes = 0;
-    if (cudaGetDevice(&device) != cudaSuccess) return 0;
-    if (cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) return 0;
-    return bytes;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    limit = bytes;
+    return error;
 }
 
 inline const char* error_text(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }

@@ -367,7 +367,10 @@ int launch(Grid grid, int threads, int64_t shared_bytes, void*, const Args& args
     return 0;
 }
 
-inline int64_t shared_limit() { return 227 * 1024; }
+inline int shared_limit(int64_t& limit) {
+    limit = 227 * 1024;
+    return 0;
+}
 inline const char* error_text(int) { return "an error of the emulation"; }
 
 }  // namespace kvcompress::cuda

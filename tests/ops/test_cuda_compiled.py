@@ -1,8 +1,6 @@
 """What nvcc makes of the CUDA kernels, on a machine without a GPU: registers, spills, instructions of the main loops.
 
-All sources and every kind of decode kernel are compiled for both architectures. Of the pairs of widths only three are:
-4-bit and 2-bit, on which speed depends most, and the bands' generic one; the others are the same code with other
-constants, and the emulation runs them all.
+All sources are compiled for both architectures, and decode.cu for every pair of widths, with the release build's flags.
 """
 
 from __future__ import annotations
@@ -23,7 +21,10 @@ ARCHITECTURES = ("sm_80", "sm_90")
 REGISTERS = 168
 """Three blocks of four warps then fit on a multiprocessor; shared memory lets in two or three."""
 
-INSTANCES = {"decode 4 and 4 bits": (4, 4), "decode 2 and 2 bits": (2, 2), "decode bands": (0, 0)}
+INSTANCES = {
+    f"decode {k} and {v} bits" if k != "0" else "decode bands": (int(k), int(v))
+    for k, v in re.findall(r"X\((\d+), (\d+)\)", (ROOT / "csrc" / "cuda" / "instances.h").read_text())
+}
 SOURCES = ["api", "encode", *INSTANCES]
 
 LOOP = {
