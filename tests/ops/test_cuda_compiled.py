@@ -18,8 +18,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 ARCHITECTURES = ("sm_80", "sm_90")
-REGISTERS = 168
-"""Three blocks of four warps then fit on a multiprocessor; shared memory lets in two or three."""
+REGISTERS, WIDE_REGISTERS = 168, 192
+"""Three blocks of four warps then fit on a multiprocessor, as its shared memory lets in two or three; with 8 or 16 bits
+on both sides it lets in one."""
 
 INSTANCES = {
     f"decode {k} and {v} bits" if k != "0" else "decode bands": (int(k), int(v))
@@ -106,10 +107,11 @@ def reports(text: str) -> list[Kernel]:
 @pytest.mark.parametrize("compiled", SOURCES, indirect=True, scope="module")
 def test_registers_and_spills(compiled: Compiled) -> None:
     assert {kernel.architecture for kernel in compiled.kernels} == set(ARCHITECTURES)
+    wide = min(INSTANCES.get(compiled.source, (0, 0))) >= 8
     for kernel in compiled.kernels:
         assert kernel.spilled == 0, kernel
         assert kernel.stack == 0, kernel
-        assert kernel.registers <= REGISTERS, kernel
+        assert kernel.registers <= (WIDE_REGISTERS if wide else REGISTERS), kernel
 
 
 @pytest.mark.parametrize("compiled", INSTANCES, indirect=True, scope="module")
