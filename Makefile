@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup test lint types unit e2e slow soak matrix previous demo report bench slope clean
+.PHONY: help setup test lint types unit e2e slow soak matrix previous demo report bench slope gpu clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -26,10 +26,11 @@ help:
 	@echo "make report  evaluate the example recipes on the reference model; writes docs/example-report"
 	@echo "make bench   CPU kernels beside vLLM's and torch's, and compressing a checkpoint; writes benchmarks/results"
 	@echo "make slope   time per output token against context, every codec and stock vLLM; writes benchmarks/results"
+	@echo "make gpu     CUDA kernels on this machine's GPU: build, correctness, speed; writes benchmarks/results"
 
 setup: $(VENV)/.ready
 
-$(VENV)/.ready: requirements/cpu.txt pyproject.toml CMakeLists.txt $(wildcard csrc/*/*) $(wildcard csrc/*/*/*)
+$(VENV)/.ready: requirements/cpu.txt pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(wildcard csrc/*/*) $(wildcard csrc/*/*/*)
 	@echo "== environment: $(VENV)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed"; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -92,6 +93,10 @@ bench: setup
 slope: setup
 	@$(BIN)/python benchmarks/latency_slope.py --work build/bench
 	@$(BIN)/python benchmarks/latency_slope.py --work build/bench --model llama-8b-layers --contexts 4096 16384 65536
+
+# A GPU host brings its own torch: no environment of ours.
+gpu:
+	@$(PYTHON) -m benchmarks.gpu_decode
 
 clean:
 	rm -rf $(VENV) build demo .pytest_cache .mypy_cache .ruff_cache

@@ -24,6 +24,12 @@ from typing import NamedTuple
 
 from kvcompress.codec.spec import LayerSpec
 
+TOKEN_MAJOR, FRAGMENT = "token_major", "fragment"
+"""Orders of the bytes in a record: token by token (CPU, reference), or as a warp's lanes load them (CUDA)."""
+
+CHUNK_TOKENS = 64
+"""Tokens of a `fragment` record that lie together."""
+
 PART_ALIGNMENT = 16
 """Bulk copies need parts on 16-byte boundaries; a block of a multiple of 16 tokens gives them without padding."""
 
@@ -39,13 +45,14 @@ class SideLayout(NamedTuple):
 
 @dataclass(frozen=True)
 class PageLayout:
-    """Byte offsets inside one record."""
+    """Byte offsets inside one record; in `fragment` order, inside one of its chunks."""
 
     block_size: int
     num_kv_heads: int
     k: SideLayout
     v: SideLayout
     record_bytes: int
+    order: str = TOKEN_MAJOR
 
     @property
     def page_bytes(self) -> int:
@@ -53,22 +60,27 @@ class PageLayout:
         return self.num_kv_heads * self.record_bytes
 
     @classmethod
-    def of(cls, layer: LayerSpec, block_size: int) -> PageLayout:
+    def of(cls, layer: LayerSpec, block_size: int, order: str = TOKEN_MAJOR) -> PageLayout:
         """Lay out pages of `block_size` tokens.
 
         Raises:
-            ValueError: block_size is not a positive multiple of 16.
+            ValueError: block_size is not a positive multiple of 16, or of 64 in `fragment` order; or a side is stored
+                in 32 bits, which tensor cores cannot read.
         """
-        if block_size <= 0 or block_size % PART_ALIGNMENT:
-            raise ValueError(
-                f"block size is {block_size}; compressed pages need a positive multiple of {PART_ALIGNMENT}"
-            )
-        offset = 0
+        assert order in (TOKEN_MAJOR, FRAGMENT), order
+        multiple = CHUNK_TOKENS if order == FRAGMENT else PART_ALIGNMENT
+        if block_size <= 0 or block_size % multiple:
+            raise ValueError(f"block size is {block_size}; compressed pages need a positive multiple of {multiple}")
+        if order == FRAGMENT and any(side.bands[0].bits == 32 for side in (layer.k, layer.v)):
+            raise ValueError("found channels of 32 bits; pages in fragment order hold 16, 8, 4 or 2")
+        offset, tokens = 0, CHUNK_TOKENS if order == FRAGMENT else block_size
         starts: tuple[list[int], list[int]] = ([], [])
         for sizes in zip(layer.k.part_bytes, layer.v.part_bytes, strict=True):
             for start, size in zip(starts, sizes, strict=True):
                 assert offset % PART_ALIGNMENT == 0
                 start.append(offset if size else -1)
-                offset += size * block_size
-        assert offset == block_size * (layer.k.bytes_per_token + layer.v.bytes_per_token)
-        return cls(block_size, layer.num_kv_heads, SideLayout(*starts[0]), SideLayout(*starts[1]), offset)
+                offset += size * tokens
+        record_bytes = block_size * (layer.k.bytes_per_token + layer.v.bytes_per_token)
+        assert offset * (block_size // tokens) == record_bytes
+        places = SideLayout(*starts[0]), SideLayout(*starts[1])
+        return cls(block_size, layer.num_kv_heads, *places, record_bytes, order)

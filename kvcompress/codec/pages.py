@@ -1,15 +1,18 @@
-"""Token-major cache pages: writing encoded tokens into records and reading them back.
+"""Cache pages: writing encoded tokens into records and reading them back.
 
 `pages_NHX` is `uint8 [num_blocks, num_kv_heads, record_bytes]`; the block dimension may be strided (an engine packs
 the pages of several layers into one block), the record itself is contiguous. A slot is block * block_size + offset.
+Records in `fragment` order are converted on the way: right, and slow.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from kvcompress.codec import fragment
 from kvcompress.codec.layer import LayerCodec
-from kvcompress.codec.layout import PageLayout
+from kvcompress.codec.layout import FRAGMENT, PageLayout
 from kvcompress.codec.scalar import Encoded
 
 
@@ -20,6 +23,9 @@ def append(
     valid = slots_T >= 0
     if not bool(valid.all()):
         keys_THD, values_THD, slots_T = keys_THD[valid], values_THD[valid], slots_T[valid]
+    if layout.order == FRAGMENT:
+        _append_fragment(pages_NHX, layout, codec, keys_THD, values_THD, slots_T)
+        return
     block_T, offset_T = slots_T // layout.block_size, slots_T % layout.block_size
     for side, place, x_THD in ((codec.k, layout.k, keys_THD), (codec.v, layout.v, values_THD)):
         for bytes_THX, offset in zip(side.encode(x_THD).to_parts(), place, strict=True):
@@ -31,6 +37,10 @@ def read(
     pages_NHX: Tensor, layout: PageLayout, codec: LayerCodec, blocks_N: Tensor, length: int
 ) -> tuple[Tensor, Tensor]:
     """Normalized latents (k_THR, v_THR) in float32 of the first `length` tokens of a block table."""
+    if layout.order == FRAGMENT:
+        pages_NHX = fragment.to_token_major(pages_NHX[blocks_N], codec.spec, layout.block_size)
+        layout = PageLayout.of(codec.spec, layout.block_size)
+        blocks_N = torch.arange(len(blocks_N), device=blocks_N.device)
     latents = []
     for side, place in ((codec.k, layout.k), (codec.v, layout.v)):
         parts = [
@@ -39,6 +49,18 @@ def read(
         ]
         latents.append(side.decode(Encoded.from_parts(parts)))
     return latents[0], latents[1]
+
+
+def _append_fragment(
+    pages_NHX: Tensor, layout: PageLayout, codec: LayerCodec, keys_THD: Tensor, values_THD: Tensor, slots_T: Tensor
+) -> None:
+    """Convert the blocks that are written to, write, and convert them back."""
+    block_T, offset_T = slots_T // layout.block_size, slots_T % layout.block_size
+    touched_N, place_T = block_T.unique(return_inverse=True)
+    some_NHX = fragment.to_token_major(pages_NHX[touched_N], codec.spec, layout.block_size)
+    token_major = PageLayout.of(codec.spec, layout.block_size)
+    append(some_NHX, token_major, codec, keys_THD, values_THD, place_T * layout.block_size + offset_T)
+    pages_NHX[touched_N] = fragment.to_fragment(some_NHX, codec.spec, layout.block_size)
 
 
 def _part(pages_NHX: Tensor, layout: PageLayout, offset: int, width: int) -> Tensor:

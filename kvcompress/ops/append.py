@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvcompress.codec.layout import PageLayout
-from kvcompress.ops import library, reference
+from kvcompress.codec.layout import TOKEN_MAJOR, PageLayout
+from kvcompress.ops import cuda, library, reference
 from kvcompress.ops.plan import LayerPlan, rows_covered, rows_struct
 
 
@@ -24,9 +24,14 @@ def append(
         slots_T: block * block_size + offset of each token; below 0: padding, skipped.
 
     Raises:
-        ValueError: a slot lies outside the cache.
+        ValueError: a slot lies outside the cache; on a GPU, such a slot is skipped.
     """
-    covered = plan.covered() and pages_NHX.device.type == "cpu" and rows_covered(keys_THD, values_THD)
+    on_device = cuda.library_for(pages_NHX, layout, plan, keys_THD, values_THD)
+    if on_device is not None:
+        slots_T = slots_T.to(torch.int64).contiguous()
+        cuda.append(on_device, pages_NHX, layout, plan, keys_THD, values_THD, slots_T)
+        return
+    covered = plan.covered(layout, pages_NHX) and rows_covered(keys_THD, values_THD)
     compiled = library.load() if covered else None
     if compiled is None:
         reference.append(pages_NHX, layout, plan, keys_THD, values_THD, slots_T)
@@ -61,10 +66,11 @@ def append_op(
     tensors: Sequence[Tensor],
     numbers: Sequence[int],
     block_size: int,
+    order: str = TOKEN_MAJOR,
 ) -> None:
     """`append` for graphs; tensors and numbers are `LayerPlan.flatten()`'s."""
     plan = LayerPlan.unflatten(tensors, numbers)
-    append(pages, PageLayout.of(plan.spec, block_size), plan, keys, values, slots)
+    append(pages, PageLayout.of(plan.spec, block_size, order), plan, keys, values, slots)
 
 
 @append_op.register_fake
@@ -76,5 +82,6 @@ def _(
     tensors: Sequence[Tensor],
     numbers: Sequence[int],
     block_size: int,
+    order: str = TOKEN_MAJOR,
 ) -> None:
     return None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from kvcompress.codec.layout import PageLayout
-from kvcompress.ops import library, reference
+from kvcompress.codec.layout import TOKEN_MAJOR, PageLayout
+from kvcompress.ops import cuda, library, reference
 from kvcompress.ops.plan import LayerPlan, rows_covered, rows_struct
 
 SPLIT_TOKENS = 4096
@@ -28,6 +29,7 @@ def decode_attention(
     softmax_scale: float,
     lse_TH: Tensor | None = None,
     split_tokens: int = SPLIT_TOKENS,
+    max_query_len: int | None = None,
 ) -> None:
     """Causal attention of every request's newest tokens over all its tokens, which `append` has stored already.
 
@@ -40,12 +42,38 @@ def decode_attention(
         seq_lens: tokens of each request, its queries' own included `[requests]`.
         softmax_scale: usually head_dim ** -0.5.
         lse_TH: if given, receives each row's log of the sum of exponentials, float32 `[tokens, query heads]`.
-        split_tokens: a positive multiple of 64.
+        split_tokens: a positive multiple of 64; of no effect on a GPU.
+        max_query_len: the most queries of a request, for a GPU: its kernels read lengths on the device, and start
+            enough threads for any lengths. More than a few are a prefill, which torch attends on gathered latents.
 
     Raises:
-        ValueError: a request has more queries than tokens, or a block lies outside the cache.
+        ValueError: a request has more queries than tokens, or a block lies outside the cache; neither is looked for on
+            a GPU.
     """
-    covered = plan.covered() and pages_NHX.device.type == "cpu" and rows_covered(query_THD, output_THD)
+    on_device = cuda.library_for(pages_NHX, layout, plan, query_THD, output_THD)
+    if on_device is not None and max_query_len is None:
+        on_host = not isinstance(query_starts, Tensor) or query_starts.device.type == "cpu"
+        max_query_len = _longest(_list(query_starts)) if on_host else query_THD.shape[0]
+    if on_device is not None and max_query_len is not None and max_query_len <= cuda.MOST_QUERIES:
+        table_RN, starts_R, lengths_R = (
+            _int32(numbers, query_THD.device) for numbers in (block_table_RN, query_starts, seq_lens)
+        )
+        cuda.attend(
+            on_device,
+            output_THD,
+            query_THD,
+            pages_NHX,
+            layout,
+            plan,
+            table_RN,
+            starts_R,
+            lengths_R,
+            softmax_scale,
+            lse_TH,
+            max_query_len,
+        )
+        return
+    covered = plan.covered(layout, pages_NHX) and rows_covered(query_THD, output_THD)
     compiled = library.load() if covered else None
     if compiled is None:
         starts, lengths = _list(query_starts), _list(seq_lens)
@@ -54,10 +82,9 @@ def decode_attention(
         )
         return
     assert lse_TH is None or (lse_TH.dtype == torch.float32 and lse_TH.is_contiguous())
-    block_table_RN = _int32(block_table_RN)
-    if block_table_RN.stride(-1) != 1:
-        block_table_RN = block_table_RN.contiguous()
-    starts_R, lengths_R = _int32(query_starts), _int32(seq_lens)
+    block_table_RN, starts_R, lengths_R = (
+        _int32(numbers, query_THD.device) for numbers in (block_table_RN, query_starts, seq_lens)
+    )
     requests = lengths_R.shape[0]
     assert starts_R.shape[0] == requests + 1
     assert block_table_RN.shape[0] >= requests
@@ -84,10 +111,16 @@ def decode_attention(
     library.check(compiled.kvc_attend(ctypes.byref(args)))
 
 
-def _int32(numbers: Tensor | Sequence[int]) -> Tensor:
-    if isinstance(numbers, Tensor):
-        return numbers.to(device="cpu", dtype=torch.int32)
-    return torch.tensor(numbers, dtype=torch.int32)
+def _int32(numbers: Tensor | Sequence[int], device: torch.device) -> Tensor:
+    """Rows of numbers that follow each other."""
+    if not isinstance(numbers, Tensor):
+        return torch.tensor(numbers, dtype=torch.int32, device=device)
+    found = numbers.to(device=device, dtype=torch.int32)
+    return found if found.stride(-1) == 1 else found.contiguous()
+
+
+def _longest(starts: Sequence[int]) -> int:
+    return max((stop - start for start, stop in itertools.pairwise(starts)), default=0)
 
 
 def _list(numbers: Tensor | Sequence[int]) -> Sequence[int]:
@@ -105,12 +138,15 @@ def decode_attention_op(
     numbers: Sequence[int],
     block_size: int,
     softmax_scale: float,
+    order: str = TOKEN_MAJOR,
+    max_query_len: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`decode_attention` for graphs: output and lse; tensors and numbers are `LayerPlan.flatten()`'s."""
     plan = LayerPlan.unflatten(tensors, numbers)
-    layout = PageLayout.of(plan.spec, block_size)
+    layout = PageLayout.of(plan.spec, block_size, order)
     output, lse = torch.zeros_like(query), query.new_full(query.shape[:2], -torch.inf, dtype=torch.float32)
-    decode_attention(output, query, pages, layout, plan, block_table, query_starts, seq_lens, softmax_scale, lse)
+    batch = (block_table, query_starts, seq_lens)
+    decode_attention(output, query, pages, layout, plan, *batch, softmax_scale, lse, max_query_len=max_query_len)
     return output, lse
 
 
@@ -125,5 +161,7 @@ def _(
     numbers: Sequence[int],
     block_size: int,
     softmax_scale: float,
+    order: str = TOKEN_MAJOR,
+    max_query_len: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(query), query.new_empty(query.shape[:2], dtype=torch.float32)

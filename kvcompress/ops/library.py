@@ -112,10 +112,10 @@ _STATUS = {
 }
 
 
-def _installed() -> Path:
+def installed(file: str) -> Path:
     """Beside this module; an editable install leaves it among the installed packages instead."""
     places = (Path(__file__).parent, Path(sysconfig.get_path("platlib"), "kvcompress", "ops"))
-    return next((place / _FILE for place in places if (place / _FILE).is_file()), places[0] / _FILE)
+    return next((place / file for place in places if (place / file).is_file()), places[0] / file)
 
 
 @functools.cache
@@ -126,7 +126,7 @@ def load() -> ctypes.CDLL | None:
         ValueError: KVCOMPRESS_LIBRARY names a file that cannot be loaded.
     """
     chosen = os.environ.get(PATH_VARIABLE)
-    path = _installed() if chosen is None else Path(chosen)
+    path = installed(_FILE) if chosen is None else Path(chosen)
     if chosen == "":
         return None
     if not path.is_file() and chosen is None:

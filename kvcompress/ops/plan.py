@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kvcompress.codec.layout import PageLayout, SideLayout
+from kvcompress.codec.layout import TOKEN_MAJOR, PageLayout, SideLayout
 from kvcompress.codec.spec import STEP, Band, LayerSpec, SideSpec
 from kvcompress.ops import library
 
@@ -84,10 +84,11 @@ class LayerPlan:
     def device(self) -> torch.device:
         return self.k.mean_HD.device
 
-    def covered(self) -> bool:
-        """Whether the compiled kernels know this layer's shape."""
+    def covered(self, layout: PageLayout, pages_NHX: Tensor) -> bool:
+        """Whether the CPU kernels know this layer's shape and pages."""
         head_dim = self.k.mean_HD.shape[1]
-        return head_dim <= library.MAX_HEAD_DIM and head_dim % 8 == 0
+        known = head_dim <= library.MAX_HEAD_DIM and head_dim % 8 == 0
+        return known and layout.order == TOKEN_MAJOR and pages_NHX.device.type == "cpu"
 
     def pages_struct(self, pages_NHX: Tensor, layout: PageLayout) -> library.Pages:
         """The C description of a cache; the part that depends on the layout alone is made once."""
@@ -131,16 +132,17 @@ class LayerPlan:
         return cls(*sides)
 
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""Numbers of the types kernels read and write (kvc_dtype)."""
 
 
 def rows_covered(*rows_THD: Tensor) -> bool:
-    """Whether the kernels can read or write these tensors."""
-    return all(rows.device.type == "cpu" and rows.dtype in _DTYPES and rows.stride(-1) == 1 for rows in rows_THD)
+    """Whether the CPU kernels can read or write these tensors."""
+    return all(rows.device.type == "cpu" and rows.dtype in DTYPES and rows.stride(-1) == 1 for rows in rows_THD)
 
 
 def rows_struct(rows_THD: Tensor) -> library.Rows:
-    return library.Rows(rows_THD.data_ptr(), rows_THD.stride(0), rows_THD.stride(1), _DTYPES[rows_THD.dtype])
+    return library.Rows(rows_THD.data_ptr(), rows_THD.stride(0), rows_THD.stride(1), DTYPES[rows_THD.dtype])
 
 
 def _side_struct(spec: SideSpec, place: SideLayout) -> library.Side:

@@ -15,7 +15,7 @@ from kvcompress.ops.plan import LayerPlan, SidePlan
 if TYPE_CHECKING:
     from kvcompress.codec.layer import LayerCodec
     from kvcompress.codec.scalar import Encoded
-    from kvcompress.codec.spec import SideSpec
+    from kvcompress.codec.spec import LayerSpec, SideSpec
 
 SCORE_BYTES = 64 * 2**20
 """Bound on the scores (queries x tokens) held at a time: a long prefill is attended in chunks of queries."""
@@ -53,12 +53,13 @@ class _Side:
 
 @dataclass(frozen=True)
 class _Layer:
+    spec: LayerSpec
     k: _Side
     v: _Side
 
 
 def _codec(plan: LayerPlan) -> LayerCodec:
-    return cast("LayerCodec", _Layer(_Side(plan.k), _Side(plan.v)))
+    return cast("LayerCodec", _Layer(plan.spec, _Side(plan.k), _Side(plan.v)))
 
 
 def append(
@@ -68,6 +69,16 @@ def append(
     from kvcompress.codec import pages
 
     pages.append(pages_NHX, layout, _codec(plan), keys_THD, values_THD, slots_T)
+
+
+def gather_decode(
+    pages_NHX: Tensor, layout: PageLayout, plan: LayerPlan, block_table_N: Tensor, length: int
+) -> tuple[Tensor, Tensor]:
+    """`codec.pages.read` on a plan."""
+    from kvcompress.codec import pages
+
+    blocks_N = block_table_N[: -(-length // layout.block_size)].long()
+    return pages.read(pages_NHX, layout, _codec(plan), blocks_N, length)
 
 
 def decode_attention(
@@ -83,15 +94,15 @@ def decode_attention(
     lse_TH: Tensor | None = None,
 ) -> None:
     """`codec.attention.attend` for every request; arguments as in `ops.attention.decode_attention`."""
-    from kvcompress.codec import attention, pages
+    from kvcompress.codec import attention
+    from kvcompress.ops import gather  # on a GPU, a kernel
 
     codec = _codec(plan)
     for request, length in enumerate(seq_lens):
         start, stop = query_starts[request], query_starts[request + 1]
         if start == stop:
             continue
-        blocks_N = block_table_RN[request, : -(-length // layout.block_size)].long()
-        k_latent_THR, v_latent_THR = pages.read(pages_NHX, layout, codec, blocks_N, length)
+        k_latent_THR, v_latent_THR = gather.gather_decode(pages_NHX, layout, plan, block_table_RN[request], length)
         query_QHGD = query_THD[start:stop].view(stop - start, layout.num_kv_heads, -1, query_THD.shape[2])
         step = max(1, SCORE_BYTES // (4 * query_THD.shape[1] * length))
         for first in range(start, stop, step):

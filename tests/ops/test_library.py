@@ -146,7 +146,7 @@ def test_append_without_the_library() -> None:
 @pytest.mark.usefixtures("compiled")
 def test_a_shape_the_kernels_do_not_cover_goes_to_the_reference() -> None:
     cache = random_cache(random_codec(1, 20, bands((8, 16)), bands((8, 8))), [30])
-    assert not cache.plan.covered()
+    assert not cache.plan.covered(cache.layout, cache.pages_NHX)
     query_THD = torch.randn(2, 3, 20, generator=torch.Generator().manual_seed(1))
     output_THD = torch.empty_like(query_THD)
     decode_attention(

@@ -1,0 +1,30 @@
+// The decode kernels of one pair of widths, KVC_K_BITS and KVC_V_BITS; without these, of all.
+#include "instances.h"
+
+namespace kvcompress::cuda {
+
+template <int K_BITS, int V_BITS>
+int start_decode(const LaunchShape& shape, bool outliers, const AttendArgs& args) {
+    const auto start = [&](auto tiles, auto has_outliers) {
+        return launch<decode<K_BITS, V_BITS, tiles.value, has_outliers.value>>(shape.grid, shape.threads, shape.shared_bytes, shape.stream, args);
+    };
+    const auto with_tiles = [&](auto has_outliers) {
+        if constexpr (K_BITS == 0)
+            return start(Bits<kMaxTiles>{}, has_outliers);
+        else
+            return args.pages.v.num_tiles == 4 ? start(Bits<4>{}, has_outliers) : start(Bits<8>{}, has_outliers);
+    };
+    if constexpr (K_BITS == 16)
+        return with_tiles(Bits<false>{});
+    else
+        return outliers ? with_tiles(Bits<true>{}) : with_tiles(Bits<false>{});
+}
+
+#define KVC_DEFINE(k_bits, v_bits) template int start_decode<k_bits, v_bits>(const LaunchShape&, bool, const AttendArgs&);
+#ifdef KVC_K_BITS
+KVC_DEFINE(KVC_K_BITS, KVC_V_BITS)
+#else
+KVC_DECODE_INSTANCES(KVC_DEFINE)
+#endif
+
+}  // namespace kvcompress::cuda

@@ -1,0 +1,224 @@
+"""The CUDA kernels on torch tensors.
+
+A query is absorbed and an output expanded by torch's matrix products; what lies between, everything that grows with the
+context, is the kernels'. Nothing here waits for the device or reads from it, so calls can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+import torch
+from torch import Tensor
+
+from kvcompress.codec.layout import CHUNK_TOKENS, FRAGMENT, PageLayout
+from kvcompress.codec.spec import SideSpec
+from kvcompress.ops import cuda_library
+from kvcompress.ops.plan import DTYPES, LayerPlan, SidePlan, rows_struct
+
+ROWS = 8
+"""Query rows of one block of threads."""
+
+MOST_QUERIES = 64
+"""Queries of a request that the attention kernel takes at a time: it reads the cache once for every eight rows."""
+
+_WARPS = 4
+_MAX_TILES = 9
+
+
+def library_for(pages_NHX: Tensor, layout: PageLayout, plan: LayerPlan, *rows_THD: Tensor) -> ctypes.CDLL | None:
+    """The kernels, if these tensors are on a GPU and the kernels cover them."""
+    if pages_NHX.device.type != "cuda" or not covered(layout, plan):
+        return None
+    if any(rows.device != pages_NHX.device or rows.dtype not in DTYPES or rows.stride(-1) != 1 for rows in rows_THD):
+        return None
+    return cuda_library.load()
+
+
+def covered(layout: PageLayout, plan: LayerPlan) -> bool:
+    """Whether there is a kernel for these pages."""
+    chunks = layout.block_size // CHUNK_TOKENS
+    return layout.order == FRAGMENT and chunks & (chunks - 1) == 0 and _known(plan.k.spec) and _known(plan.v.spec)
+
+
+def _known(side: SideSpec) -> bool:
+    tiles = sum(-(-band.width // 16) for band in side.bands)
+    return side.rank <= cuda_library.MAX_RANK and tiles <= _MAX_TILES and len(side.bands) <= 4
+
+
+def attend(
+    library: ctypes.CDLL,
+    output_THD: Tensor,
+    query_THD: Tensor,
+    pages_NHX: Tensor,
+    layout: PageLayout,
+    plan: LayerPlan,
+    block_table_RN: Tensor,
+    query_starts: Tensor,
+    seq_lens: Tensor,
+    softmax_scale: float,
+    lse_TH: Tensor | None = None,
+    max_query_len: int | None = None,
+    splits: int | None = None,
+) -> None:
+    """`ops.attention.decode_attention` with everything on the device; see `attend_latents`."""
+    grouped_THGD = query_THD.float().unflatten(1, (layout.num_kv_heads, -1))
+    absorbed_THGR = torch.einsum("thgd,hdr->thgr", grouped_THGD, plan.k_decode_HDR)
+    mixed_THR, found_TH = attend_latents(
+        library,
+        absorbed_THGR.flatten(1, 2).contiguous(),
+        pages_NHX,
+        layout,
+        plan,
+        block_table_RN,
+        query_starts,
+        seq_lens,
+        softmax_scale,
+        max_query_len,
+        splits,
+    )
+    mixed_THGR = mixed_THR.unflatten(1, (layout.num_kv_heads, -1))
+    output_THGD = torch.einsum("thgr,hrd->thgd", mixed_THGR, plan.v.decode_HRD) + plan.v.mean_HD[:, None, :]
+    output_THD.copy_(output_THGD.flatten(1, 2))
+    if lse_TH is not None:
+        mean_THG = torch.einsum("thgd,hd->thg", grouped_THGD, plan.k.mean_HD)
+        lse_TH.copy_(found_TH + softmax_scale * mean_THG.flatten(1))
+
+
+def attend_latents(
+    library: ctypes.CDLL,
+    absorbed_THR: Tensor,
+    pages_NHX: Tensor,
+    layout: PageLayout,
+    plan: LayerPlan,
+    block_table_RN: Tensor,
+    query_starts: Tensor,
+    seq_lens: Tensor,
+    softmax_scale: float,
+    max_query_len: int | None = None,
+    splits: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Absorbed queries to mixed latents of values `[tokens, query heads, v rank]` and lse, without the means' shares.
+
+    Args:
+        absorbed_THR: queries times k_decode, float32, contiguous `[tokens, query heads, k rank]`.
+        block_table_RN, query_starts, seq_lens: int32, on the device.
+        max_query_len: the most queries of a request; without it, all tokens could be one request's.
+        splits: parts a request's tokens are cut into; chosen from shapes alone if not given.
+    """
+    tokens, heads, _ = absorbed_THR.shape
+    requests, kv_heads = seq_lens.shape[0], layout.num_kv_heads
+    # Zeros, because padding behind the last request is not written.
+    mixed_THR = absorbed_THR.new_zeros(tokens, heads, plan.v.spec.rank)
+    lse_TH = absorbed_THR.new_zeros(tokens, heads)
+    if not tokens or not requests:
+        return mixed_THR, lse_TH
+    assert block_table_RN.stride(-1) == 1
+    longest = tokens if max_query_len is None else max_query_len
+    if splits is None:
+        tiles = -(-longest * heads // (kv_heads * ROWS))
+        context = block_table_RN.shape[1] * layout.block_size
+        splits = choose_splits(requests * kv_heads * tiles, context, _multiprocessors(absorbed_THR.device))
+    partial = splits * tokens * heads * (plan.v.spec.rank + 1) if splits > 1 else 0
+    workspace = absorbed_THR.new_empty(partial)
+    args = cuda_library.AttendArgs(
+        pages=plan.pages_struct(pages_NHX, layout),
+        query_THR=absorbed_THR.data_ptr(),
+        output_THR=mixed_THR.data_ptr(),
+        lse_TH=lse_TH.data_ptr(),
+        workspace=workspace.data_ptr() if partial else None,
+        block_table=block_table_RN.data_ptr(),
+        block_table_stride=block_table_RN.stride(0),
+        query_starts=query_starts.data_ptr(),
+        seq_lens=seq_lens.data_ptr(),
+        num_tokens=tokens,
+        num_requests=requests,
+        max_query_len=longest,
+        num_heads=heads,
+        splits=splits,
+        softmax_scale=softmax_scale,
+        stream=_stream(absorbed_THR.device),
+    )
+    cuda_library.check(library, library.kvc_cuda_attend(ctypes.byref(args)))
+    return mixed_THR, lse_TH
+
+
+def append(
+    library: ctypes.CDLL,
+    pages_NHX: Tensor,
+    layout: PageLayout,
+    plan: LayerPlan,
+    keys_THD: Tensor,
+    values_THD: Tensor,
+    slots_T: Tensor | None = None,
+    blocks_N: Tensor | None = None,
+) -> None:
+    """`ops.append.append` on the device; with blocks (int64) instead of slots, `ops.compress.compress_pages`.
+
+    A slot outside the cache is skipped: refusing it would mean waiting for the device.
+    """
+    assert (slots_T is None) != (blocks_N is None)
+    args = cuda_library.AppendArgs(
+        pages=plan.pages_struct(pages_NHX, layout),
+        keys=rows_struct(keys_THD),
+        values=rows_struct(values_THD),
+        slots=None if slots_T is None else slots_T.data_ptr(),
+        blocks=None if blocks_N is None else blocks_N.data_ptr(),
+        num_tokens=keys_THD.shape[0],
+        stream=_stream(keys_THD.device),
+        **_encode_tensors("k", plan.k),
+        **_encode_tensors("v", plan.v),
+    )
+    cuda_library.check(library, library.kvc_cuda_append(ctypes.byref(args)))
+
+
+def gather(
+    library: ctypes.CDLL,
+    pages_NHX: Tensor,
+    layout: PageLayout,
+    plan: LayerPlan,
+    block_table_N: Tensor,
+    length: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """`ops.gather.gather_decode` on the device; the block table is int32."""
+    heads = layout.num_kv_heads
+    k_THR, v_THR = (
+        torch.empty(length, heads, side.spec.rank, dtype=dtype, device=pages_NHX.device) for side in (plan.k, plan.v)
+    )
+    args = cuda_library.GatherArgs(
+        pages=plan.pages_struct(pages_NHX, layout),
+        keys_THR=k_THR.data_ptr(),
+        values_THR=v_THR.data_ptr(),
+        dtype=DTYPES[dtype],
+        block_table=block_table_N.data_ptr(),
+        num_tokens=length,
+        stream=_stream(pages_NHX.device),
+    )
+    cuda_library.check(library, library.kvc_cuda_gather(ctypes.byref(args)))
+    return k_THR, v_THR
+
+
+def choose_splits(blocks: int, context: int, multiprocessors: int) -> int:
+    """Parts of each request, so that twice as many blocks of threads run as fit at a time, two on a multiprocessor.
+
+    A part gives every warp at least two chunks, because parts are merged at a cost of their own.
+    """
+    wanted = -(-4 * multiprocessors // blocks)
+    most = context // (2 * _WARPS * CHUNK_TOKENS)
+    return max(1, min(wanted, most))
+
+
+def _encode_tensors(name: str, side: SidePlan) -> dict[str, int]:
+    tensors = {"mean_HD": side.mean_HD, "encode_HDR": side.encode_HDR, "weight_HR": side.weight_HR}
+    return {f"{name}_{tensor}": value.data_ptr() for tensor, value in tensors.items()}
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0

@@ -1,0 +1,80 @@
+"""The CUDA kernels without a GPU: their own source, compiled by the C++ compiler with csrc/cuda/emulate.h.
+
+Two libraries, one for each way of copying pages: by lanes as on sm_80, by the copy engine as on sm_90.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import shutil
+import subprocess
+import tempfile
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kvcompress.codec import fragment
+from kvcompress.codec.layout import FRAGMENT, PageLayout
+from kvcompress.ops import cuda, cuda_library
+from tests.ops.cases import Cache, starts
+
+ROOT = Path(__file__).parents[2]
+SOURCES = ("api.cu", "encode.cu", "decode.cu")
+COPIES = {"sm_80": 0, "sm_90": 1}
+
+
+@functools.cache
+def library(copies: str) -> ctypes.CDLL | None:
+    """None without a C++ compiler. Kept among temporary files under a name made of the sources."""
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        return None
+    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", f"-DKVC_BULK_COPIES={COPIES[copies]}", "-I", "csrc/include"]
+    files = sorted((ROOT / "csrc" / "cuda").iterdir())
+    digest = sha256(b"".join(file.read_bytes() for file in files) + " ".join([compiler, *flags]).encode()).hexdigest()
+    path = Path(tempfile.gettempdir(), f"kvcompress-emulated-{os.getuid()}", f"{digest[:24]}.so")
+    if not path.is_file():
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as directory:
+            made = Path(directory, "library.so")
+            sources = [f"csrc/cuda/{source}" for source in SOURCES]
+            subprocess.run([compiler, *flags, "-x", "c++", *sources, "-o", str(made)], check=True, cwd=ROOT)
+            made.replace(path)
+    return cuda_library.open_library(path)
+
+
+def to_fragment(cache: Cache) -> Cache:
+    """The same cache in fragment order; what was poison still is."""
+    block_size = cache.layout.block_size
+    pages_NHX = fragment.to_fragment(cache.pages_NHX, cache.codec.spec, block_size)
+    layout = PageLayout.of(cache.codec.spec, block_size, FRAGMENT)
+    return Cache(cache.codec, cache.plan, layout, pages_NHX, cache.block_table_RN, cache.seq_lens)
+
+
+def attend(
+    found: ctypes.CDLL, cache: Cache, query_THD: Tensor, query_lens: list[int], splits: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Output and lse of the emulated kernels on a cache in token-major order."""
+    cache = to_fragment(cache)
+    assert cuda.covered(cache.layout, cache.plan)
+    output_THD, lse_TH = torch.full_like(query_THD, torch.nan), torch.full(query_THD.shape[:2], torch.nan)
+    cuda.attend(
+        found,
+        output_THD,
+        query_THD,
+        cache.pages_NHX,
+        cache.layout,
+        cache.plan,
+        cache.block_table_RN,
+        torch.tensor(starts(query_lens), dtype=torch.int32),
+        torch.tensor(cache.seq_lens, dtype=torch.int32),
+        query_THD.shape[2] ** -0.5,
+        lse_TH,
+        max(query_lens),
+        splits,
+    )
+    return output_THD, lse_TH

@@ -1,0 +1,166 @@
+"""What nvcc makes of the CUDA kernels, on a machine without a GPU: registers, spills, instructions of the main loops.
+
+All sources are compiled for both architectures, and decode.cu for every pair of widths, with the release build's flags.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ARCHITECTURES = ("sm_80", "sm_90")
+REGISTERS, WIDE_REGISTERS = 168, 192
+"""Three blocks of four warps then fit on a multiprocessor, as its shared memory lets in two or three; with 8 or 16 bits
+on both sides it lets in one."""
+
+INSTANCES = {
+    f"decode {k} and {v} bits" if k != "0" else "decode bands": (int(k), int(v))
+    for k, v in re.findall(r"X\((\d+), (\d+)\)", (ROOT / "csrc" / "cuda" / "instances.h").read_text())
+}
+SOURCES = ["api", "encode", *INSTANCES]
+
+LOOP = {
+    "decode 4 and 4 bits": {"sm_80": 1000, "sm_90": 910},
+    "decode 2 and 2 bits": {"sm_80": 980, "sm_90": 890},
+}
+"""Instructions in a warp's loop over 64 tokens of 128 channels, keys and values, all query heads of a group. About 70
+of them run at a request's end only; on sm_80 the copies take about 60."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What the compiler says of one kernel."""
+
+    name: str
+    architecture: str
+    registers: int
+    spilled: int
+    stack: int
+
+
+class Compiled(NamedTuple):
+    source: str
+    objects: Path
+    kernels: list[Kernel]
+
+
+def compiler() -> str | None:
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def disassembler() -> str | None:
+    """cuobjdump of the toolkit, or the one triton brings along."""
+    beside = shutil.which("cuobjdump") or shutil.which("cuobjdump", path="/usr/local/cuda/bin")
+    triton = importlib.util.find_spec("triton")
+    if beside or triton is None or triton.origin is None:
+        return beside
+    return shutil.which("cuobjdump", path=str(Path(triton.origin).parent / "backends" / "nvidia" / "bin"))
+
+
+@pytest.fixture(scope="module")
+def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    """One source's objects for all architectures, and the compiler's report."""
+    nvcc = compiler()
+    if nvcc is None:
+        pytest.skip("no nvcc, so the CUDA kernels are not compiled here (the emulation still runs them)")
+    return compile_source(nvcc, request.param, tmp_path_factory.mktemp("cuda"))
+
+
+def compile_source(nvcc: str, source: str, directory: Path) -> Compiled:
+    target = directory / f"{source.replace(' ', '_')}.o"
+    flags = ["-std=c++17", "-Xptxas", "-v", "-Icsrc/include", "-Werror", "all-warnings"]
+    for architecture in ARCHITECTURES:
+        flags += ["-gencode", f"arch={architecture.replace('sm', 'compute')},code={architecture}"]
+    if source == "encode":
+        flags.append("-fmad=false")
+    if source in INSTANCES:
+        flags += [f"-DKVC_K_BITS={INSTANCES[source][0]}", f"-DKVC_V_BITS={INSTANCES[source][1]}"]
+    file = f"csrc/cuda/{'decode' if source in INSTANCES else source}.cu"
+    done = subprocess.run([nvcc, *flags, "-c", file, "-o", str(target)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return Compiled(source, target, list(reports(done.stderr)))
+
+
+def reports(text: str) -> list[Kernel]:
+    found = []
+    for block in re.split(r"(?=ptxas info\s+: Compiling entry function)", text)[1:]:
+        entry = re.search(r"entry function '(\S+)' for '(\S+)'", block)
+        frame = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", block)
+        registers = re.search(r"Used (\d+) registers", block)
+        assert entry
+        assert frame
+        assert registers
+        spilled = int(frame[2]) + int(frame[3])
+        found.append(Kernel(entry[1], entry[2], int(registers[1]), spilled, int(frame[1])))
+    return found
+
+
+@pytest.mark.parametrize("compiled", SOURCES, indirect=True, scope="module")
+def test_registers_and_spills(compiled: Compiled) -> None:
+    assert {kernel.architecture for kernel in compiled.kernels} == set(ARCHITECTURES)
+    wide = min(INSTANCES.get(compiled.source, (0, 0))) >= 8
+    for kernel in compiled.kernels:
+        assert kernel.spilled == 0, kernel
+        assert kernel.stack == 0, kernel
+        assert kernel.registers <= (WIDE_REGISTERS if wide else REGISTERS), kernel
+
+
+@pytest.mark.parametrize("compiled", INSTANCES, indirect=True, scope="module")
+def test_main_loops(compiled: Compiled) -> None:
+    """Tensor cores, no conversion from whole numbers, no local memory, and the copies the architecture has."""
+    loops = main_loops(compiled.objects)
+    assert {architecture for architecture, _ in loops} == set(ARCHITECTURES)
+    for (architecture, name), loop in loops.items():
+        assert loop["HMMA"] >= 16, (name, loop)
+        for slow in ("I2F", "I2FP", "LDL", "STL"):
+            assert not loop[slow], (name, slow, loop)
+        assert bool(loop["LDGSTS"]) == (architecture == "sm_80"), (name, loop)
+        assert bool(loop["UBLKCP"]) == (architecture == "sm_90"), (name, loop)
+
+
+@pytest.mark.parametrize("compiled", LOOP, indirect=True, scope="module")
+def test_instructions_per_chunk(compiled: Compiled) -> None:
+    """One more instruction per code would make the kernels slower than the memory they save."""
+    chosen = {key: loop for key, loop in main_loops(compiled.objects).items() if "ELi8ELb0E" in key[1]}
+    assert len(chosen) == len(ARCHITECTURES)
+    for key, loop in chosen.items():
+        assert loop.total() <= LOOP[compiled.source][key[0]], (key, loop.total(), loop)
+        # Keys and values of eight tiles, four each, and one product more per 16 tokens for the offsets.
+        assert loop["HMMA"] == 68, (key, loop)
+
+
+def main_loops(objects: Path) -> dict[tuple[str, str], Counter[str]]:
+    """Instructions of every decode kernel's loop over chunks: the backward branch around most products."""
+    cuobjdump = disassembler()
+    if cuobjdump is None:
+        pytest.skip("no cuobjdump (the CUDA toolkit and triton have one), so instructions cannot be looked at")
+    done = subprocess.run([cuobjdump, "--dump-sass", str(objects)], capture_output=True, text=True, check=True)
+    loops: dict[tuple[str, str], Counter[str]] = {}
+    architecture = ""
+    for part in re.split(r"(?=code for sm_|Function : )", done.stdout):
+        if head := re.match(r"code for (sm_\d+)", part):
+            architecture = head[1]
+        if (name := re.match(r"Function : (\S+)", part)) and "decode" in name[1]:
+            loops[architecture, name[1]] = main_loop(part)
+    return loops
+
+
+def main_loop(listing: str) -> Counter[str]:
+    lines = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", listing)]
+    names = [(at, re.sub(r"^@!?U?P\w+ ", "", text).split()[0].split(".")[0]) for at, text in lines]
+    best: Counter[str] = Counter()
+    for at, text in lines:
+        target = re.search(r"\bBRA\S*\s.*?(0x[0-9a-f]+)", text)
+        if target and int(target[1], 16) < at:
+            body = Counter(name for place, name in names if int(target[1], 16) <= place <= at)
+            best = max(best, body, key=lambda loop: loop["HMMA"])
+    return best
