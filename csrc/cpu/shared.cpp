@@ -17,7 +17,8 @@ static bool covered(const kvc_shared_attend_args& args) {
     for (int stripe = 0; stripe < args.num_stripes; ++stripe)
         if (!covered(args.v[stripe], kMaxLatentChannels)) return false;
     if (args.num_stripes * args.v[0].side.rank > kMaxLatentChannels || args.num_k * args.k[0].side.rank > kMaxLatentChannels) return false;
-    return !keys_shared || args.k_decode_blocked || args.k_codes_blocked;
+    const int level = args.level < kvc_best_level() ? args.level : kvc_best_level();
+    return !keys_shared || args.k_decode_blocked || (args.k_codes_blocked && level >= KVC_AVX512_VNNI);
 }
 
 template <>

@@ -54,10 +54,8 @@ def decode_attention(
         )
         return
     assert lse_TH is None or (lse_TH.dtype == torch.float32 and lse_TH.is_contiguous())
-    block_table_RN = _int32(block_table_RN)
-    if block_table_RN.stride(-1) != 1:
-        block_table_RN = block_table_RN.contiguous()
-    starts_R, lengths_R = _int32(query_starts), _int32(seq_lens)
+    block_table_RN = table_tensor(block_table_RN)
+    starts_R, lengths_R = int32_tensor(query_starts), int32_tensor(seq_lens)
     requests = lengths_R.shape[0]
     assert starts_R.shape[0] == requests + 1
     assert block_table_RN.shape[0] >= requests
@@ -84,7 +82,14 @@ def decode_attention(
     library.check(compiled.kvc_attend(ctypes.byref(args)))
 
 
-def _int32(numbers: Tensor | Sequence[int]) -> Tensor:
+def table_tensor(block_table_RN: Tensor) -> Tensor:
+    """A block table as the kernels read it: int32, a request's entries side by side."""
+    table_RN = int32_tensor(block_table_RN)
+    return table_RN if table_RN.stride(-1) == 1 else table_RN.contiguous()
+
+
+def int32_tensor(numbers: Tensor | Sequence[int]) -> Tensor:
+    """Numbers as the kernels read them: int32 on the host."""
     if isinstance(numbers, Tensor):
         return numbers.to(device="cpu", dtype=torch.int32)
     return torch.tensor(numbers, dtype=torch.int32)
