@@ -105,23 +105,23 @@ def attend(
     compiled = library.load() if covered else None
     kernel_R = (starts_R.diff() < expand_queries) if compiled is not None else torch.zeros_like(lengths_R).bool()
     for start, stop in _runs(kernel_R.tolist()):
-        tables = [[table_RN[start:stop] for table_RN in tables] for tables in (k_tables, v_tables)]
+        k_run, v_run = ([table_RN[start:stop] for table_RN in tables] for tables in (k_tables, v_tables))
         exact = rows[exact_R[start] : exact_R[stop]]
-        run = (starts_R[start : stop + 1], lengths_R[start:stop], stored_R[start:stop])
+        starts_run, lengths_run, stored_run = starts_R[start : stop + 1], lengths_R[start:stop], stored_R[start:stop]
         if compiled is None or not kernel_R[start]:
             shared_reference.attend(
-                output_THD, query_THD, keys_THD, values_THD, plan, k_records, v_records, *tables,
-                *(numbers.tolist() for numbers in run), exact, softmax_scale,
+                output_THD, query_THD, keys_THD, values_THD, plan, k_records, v_records, k_run, v_run,
+                starts_run.tolist(), lengths_run.tolist(), stored_run.tolist(), exact, softmax_scale,
             )  # fmt: skip
             continue
         codes, scale = None, None
         if plan.frequency_F is not None and library.level() >= library.LEVELS.index("avx512vnni"):
             codes, scale = plan.k_codes_blocked or (None, None)
-        tables = [[table_tensor(table_RN) for table_RN in found] for found in tables]
+        k_run, v_run = ([table_tensor(table_RN) for table_RN in tables] for tables in (k_run, v_run))
         own = plan.frequency_F is None
         args = interface.SharedAttendArgs(
-            k=_records_array(k_records, tables[0], plan.k_struct),
-            v=_records_array(v_records, tables[1], plan.v_struct),
+            k=_records_array(k_records, k_run, plan.k_struct),
+            v=_records_array(v_records, v_run, plan.v_struct),
             num_k=len(k_records),
             num_stripes=len(v_records),
             query=rows_struct(query_THD),
@@ -137,9 +137,9 @@ def attend(
             v_mean_HD=plan.v_mean_HD.data_ptr(),
             rope_frequency_F=None if plan.frequency_F is None else plan.frequency_F.data_ptr(),
             rope_amplitude=plan.amplitude,
-            query_starts=run[0].data_ptr(),
-            seq_lens=run[1].data_ptr(),
-            stored_lens=run[2].data_ptr(),
+            query_starts=starts_run.data_ptr(),
+            seq_lens=lengths_run.data_ptr(),
+            stored_lens=stored_run.data_ptr(),
             exact_rows=rows.data_ptr(),
             exact_starts=exact_R[start:].data_ptr(),
             num_requests=stop - start,

@@ -72,9 +72,7 @@ def _stored_keys(
     return Rope(plan.frequency_F, plan.amplitude_1).rotate(k_THD, torch.arange(length, device=k_THD.device))
 
 
-def _latents(
-    records: Sequence[Tensor], tables: Sequence[Tensor], spec: SideSpec, request: int, length: int
-) -> Tensor:
+def _latents(records: Sequence[Tensor], tables: Sequence[Tensor], spec: SideSpec, request: int, length: int) -> Tensor:
     """Normalized latents of a request's first tokens, all records: `[tokens, records, channels]`."""
     from kvcompress.codec.scalar import Encoded, decode
 
