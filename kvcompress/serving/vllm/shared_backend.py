@@ -100,7 +100,7 @@ class SharedAttentionImpl(CompressedAttentionImpl):
         self._add({"k": key, "v": value}, _positions(batch).to(key.device))
         places = range(self.group.size)
         pages = [self._records(place) for place in places]
-        tables = [self.group.metadata(place).block_table for place in places]
+        tables = [self._table(place) for place in places]
         k_places: Sequence[int] = places
         if isinstance(self.codec.k, SideCodec):
             k_places = [self.place]
@@ -137,6 +137,10 @@ class SharedAttentionImpl(CompressedAttentionImpl):
             for place, records in enumerate(pages):
                 slots_T, stripe = self.group.metadata(place).slot_mapping[:tokens], slice(place, place + 1)
                 shared.store(records[name], side.spec, latent_TWR[:, stripe], side.weight_WR[stripe], slots_T)
+
+    def _table(self, place: int) -> Tensor:
+        """Blocks of each request's tokens in the cache of the layer at a place."""
+        return self.group.metadata(place).block_table
 
     def _records(self, place: int) -> dict[str, Tensor]:
         """Both sides' records in the pages of the layer at a place, as `ops.shared` takes them."""
