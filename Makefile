@@ -82,6 +82,7 @@ demo: setup
 
 bench: setup
 	@$(BIN)/python benchmarks/cpu_decode.py
+	@$(BIN)/python benchmarks/cpu_decode.py --forms latents
 
 clean:
 	rm -rf $(VENV) build demo .pytest_cache .mypy_cache .ruff_cache

@@ -52,7 +52,7 @@ inline size_t lay_out(const kvc_shared_attend_args& args, char* base, Scratch& s
     const auto positions = static_cast<size_t>(key_positions(args.k[0].side));
     const auto key_channels = keys_shared(args) ? static_cast<size_t>(args.head_dim) : positions;
     s.query_width = round_up(static_cast<int>(key_channels), 16);
-    s.value_width = dense_width(args.num_stripes * float_positions(args.v[0].side));
+    s.value_width = dense_width(args.num_stripes * args.v[0].side.rank);
     s.exact_width = dense_width(args.head_dim);
     const auto tile = static_cast<size_t>(kTile), rows = static_cast<size_t>(kMaxRows);
     s.row = arena.take<float>(2 * kMatrixRows * kMaxHeadDim);
@@ -193,13 +193,13 @@ inline void attend_tile(const kvc_shared_attend_args& args, const Item& item, in
         const float* gains = keys_shared(args) ? s.ones : s.gains + row / per_head * kTile;
         s.decay[row] = soften(s.scores + row * kTile, gains, s.ones, seen, partial.max[row], partial.sum[row], largest, weight_sum);
     }
-    const int positions = float_positions(args.v[0].side);
+    // Stripe by stripe: what is written behind one is the start of the next.
     for (int stripe = 0; stripe < args.num_stripes; ++stripe)
         for (int token = 0; token < stored; ++token) {
             const uint8_t* bytes = stored_tokens(args.v[stripe], item.request, 0, start + token);
-            read_value(args.v[stripe], bytes, s.values + token * s.value_width + stripe * positions);
+            read_value(args.v[stripe], bytes, s.values + token * s.value_width + stripe * args.v[0].side.rank);
         }
-    mix_dense(s.scores, s.decay, rows, s.values, s.value_width, stored, args.num_stripes * positions, s.sums, s.value_width);
+    mix_dense(s.scores, s.decay, rows, s.values, s.value_width, stored, value_rank(args), s.sums, s.value_width);
     // Exact tokens come last: until then their sums are zero and need no decay.
     for (int i = 0; exact && i < item.kv_heads; ++i) {
         const int head = item.kv_head + i;
@@ -224,12 +224,10 @@ void attend(const kvc_shared_attend_args& args, const Item& item, int start, int
     std::memset(s.exact_sums, 0, sizeof(float) * static_cast<size_t>(rows * s.exact_width));
     read_queries(args, item, s);
     for (int tile = start; tile < stop; tile += kTile) attend_tile(args, item, tile, min_of(stop - tile, kTile), partial, s);
-    const kvc_side& side = args.v[0].side;
     for (int row = 0; row < rows; ++row) {
         partial.sum[row] += s.poison[row];  // the softmax's comparisons would hide it
         float* latent = partial.latent + row * width(args);
-        for (int stripe = 0; stripe < args.num_stripes; ++stripe)
-            value_channels(side, s.sums + row * s.value_width + stripe * float_positions(side), latent + stripe * side.rank);
+        std::memcpy(latent, s.sums + row * s.value_width, sizeof(float) * static_cast<size_t>(value_rank(args)));
         std::memcpy(latent + value_rank(args), s.exact_sums + row * s.exact_width, sizeof(float) * static_cast<size_t>(args.head_dim));
     }
 }

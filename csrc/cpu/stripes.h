@@ -3,6 +3,7 @@
 
 #include "encode.h"
 #include "float_side.h"
+#include "half_side.h"
 #include "integer_side.h"
 
 namespace kvcompress::cpu::KVC_LEVEL {
@@ -38,12 +39,74 @@ inline void read_tile_transposed(const kvc_records& records, int request, int re
     }
 }
 
-// A token's values to out[position], as `unpack_value` has them, in units of the static scale and the steps.
+// One vector of channels, in order, to numbers: integers below 2^BITS, or floats.
+template <int BITS>
+KVC_INLINE VecF numbers_of(const uint8_t* codes) {
+    if constexpr (BITS == 32) {
+        VecF v;
+        std::memcpy(&v, codes, sizeof v);
+        return v;
+    } else if constexpr (BITS == 16) {
+#if KVC_LEVEL_NUMBER >= 1
+        return load_halves(codes);
+#else
+        typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+        Halves halves;
+        std::memcpy(&halves, codes, sizeof halves);
+        return half_to_float(__builtin_convertvector(halves, VecU));
+#endif
+    } else if constexpr (BITS == 8) {
+        typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
+        Bytes bytes;
+        std::memcpy(&bytes, codes, sizeof bytes);
+        return __builtin_convertvector(__builtin_convertvector(bytes, VecI), VecF);
+    } else {
+        // Every lane shifts its channel down from the word that holds it.
+        constexpr int kPerWord = 32 / BITS, kBytes = kLanes * BITS / 8;
+        uint32_t words[2] = {};
+        std::memcpy(words, codes, kBytes);
+        VecU word = words[0] - VecU{}, shift;
+        for (int lane = 0; lane < kLanes; ++lane) shift[lane] = static_cast<uint32_t>(lane % kPerWord * BITS);
+        if constexpr (kBytes > 4) {
+            VecI lanes;
+            for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = lane;
+            word = lanes < kPerWord ? word : words[1] - VecU{};
+        }
+        const VecU code = word >> shift & ((1u << BITS) - 1u);
+        return __builtin_convertvector(reinterpret_cast<const VecI&>(code), VecF);
+    }
+}
+
+// Channels in order to out, and zeros or other finite numbers up to a whole vector.
+template <int BITS>
+inline void read_band(const uint8_t* codes, int width, float scale, float* out) {
+    const float offset = -middle_of(BITS) * scale;
+    int channel = 0;
+    for (; channel + kLanes <= width; channel += kLanes)
+        store(out + channel, numbers_of<BITS>(codes + channel * BITS / 8) * scale + offset);
+    if (channel < width) {
+        uint8_t last[4 * kLanes] = {};
+        std::memcpy(last, codes + channel * BITS / 8, static_cast<size_t>((width - channel) * BITS / 8));
+        store(out + channel, numbers_of<BITS>(last) * scale + offset);
+    }
+}
+
+// A token's latent to out[channel], gain and steps multiplied in; up to a vector behind it is written, too.
 inline void read_value(const kvc_records& records, const uint8_t* token, float* out) {
-    unpack_value(records.side, token + records.side.code_offset, out);
-    if (records.side.gain_offset < 0) return;
+    const kvc_side& side = records.side;
     const float gain = gain_of(records, token);
-    for (int i = 0; i < float_positions(records.side); i += kLanes) store(out + i, load(out + i) * gain);
+    const uint8_t* codes = token + side.code_offset;
+    for (int band = 0; band < side.num_bands; ++band) {
+        const int bits = side.bits[band], width = side.widths[band];
+        const float scale = gain * side.steps[band];
+        bits == 32   ? read_band<32>(codes, width, 1.f, out)
+        : bits == 16 ? read_band<16>(codes, width, 1.f, out)
+        : bits == 8  ? read_band<8>(codes, width, scale, out)
+        : bits == 4  ? read_band<4>(codes, width, scale, out)
+                     : read_band<2>(codes, width, scale, out);
+        codes += bits * width / 8;
+        out += width;
+    }
 }
 
 // out[c][token] = mean[c] + sum_position decode[position][c] latent[position][token], for eight channels c and the
