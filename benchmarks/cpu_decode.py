@@ -1,6 +1,7 @@
 """Decode attention of one Llama-3.1-8B layer on the CPU: compressed pages against vLLM's bf16 op and torch's SDPA.
 
     python benchmarks/cpu_decode.py [--contexts 1024 4096 32768] [--batches 1 4] [--threads 2] [--note "..."]
+    python benchmarks/cpu_decode.py --forms latents   (MLA and xkv, on their kernels and on the torch code before them)
 
 One repetition times every method once, one after the other, so that other load on the machine falls on all of them;
 ratios are taken within a repetition and their median is reported. A model has many layers, so a step finds its cache in
@@ -25,6 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import latent_steps
 import torch
 from torch import Tensor
 
@@ -55,6 +57,8 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=15)
     parser.add_argument("--note", default="", help="what else the machine was doing")
     parser.add_argument("--without-vllm", action="store_true")
+    parser.add_argument("--forms", choices=("heads", "latents"), default="heads", help="caches to measure")
+    parser.add_argument("--without-torch-code", action="store_true", help="leave out what kernels have replaced: slow")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if library.load() is None:
@@ -62,11 +66,12 @@ def main() -> None:
     rows = []
     for batch in args.batches:
         for context in args.contexts:
-            row = measure(context, batch, args.repetitions, not args.without_vllm)
+            row = measure(context, batch, args)
             rows.append(row)
             print(line(row), flush=True)
     result = {
         "what": "decode attention, one Llama-3.1-8B layer",
+        "forms": args.forms,
         "shape": {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "block_size": BLOCK_SIZE},
         "machine": machine(args.threads),
         "note": args.note,
@@ -74,35 +79,43 @@ def main() -> None:
         "rows": rows,
         "linear_fit_r2": linear_fits(rows),
     }
-    path = RESULTS / f"{datetime.date.today()}-{machine_name()}-cpu-decode.json"
+    suffix = "" if args.forms == "heads" else f"-{args.forms}"
+    path = RESULTS / f"{datetime.date.today()}-{machine_name()}-cpu-decode{suffix}.json"
     RESULTS.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(path)
 
 
-def measure(context: int, batch: int, repetitions: int, with_vllm: bool) -> dict[str, Any]:
+def measure(context: int, batch: int, args: argparse.Namespace) -> dict[str, Any]:
     """Every method's samples at one context and batch, in seconds per decode step of one layer."""
     gc.collect()
     copies = max(1, -(-COLD_BYTES // (4 * KV_HEADS * HEAD_DIM * context * batch)))
     query_THD = torch.randn(batch, HEADS, HEAD_DIM, dtype=torch.bfloat16)
-    methods = {f"{bits}-bit": compressed_step(bits, context, batch, copies, query_THD) for bits in BITS}
-    methods["append 4-bit"] = append_step(4, context, batch, copies)
+    if args.forms == "heads":
+        methods = {f"{bits}-bit": compressed_step(bits, context, batch, copies, query_THD) for bits in BITS}
+        methods["append 4-bit"] = append_step(4, context, batch, copies)
+    else:
+        methods = latent_methods(context, batch, copies, query_THD)
+        if args.without_torch_code:
+            methods = {name: step for name, step in methods.items() if not name.endswith(", torch")}
     methods["torch sdpa bf16"] = sdpa_step(context, batch, copies, query_THD)
     baseline = "torch sdpa bf16"
-    if with_vllm:
+    if not args.without_vllm:
         baseline = "vllm cpu_attn bf16"
         methods[baseline] = vllm_step(context, batch, copies, query_THD)
     wall: dict[str, list[float]] = {name: [] for name in methods}
     cpu: dict[str, list[float]] = {name: [] for name in methods}
-    for repetition in range(repetitions + 1):
+    for repetition in range(args.repetitions + 1):
         for name, step in methods.items():
+            # Torch code that kernels have replaced is far from waiting for memory.
+            turns = 1 if name.endswith(", torch") else copies
             wall_start, cpu_start = time.perf_counter(), time.process_time()
-            for copy in range(copies):
+            for copy in range(turns):
                 step(copy)
             cpu_seconds, wall_seconds = time.process_time() - cpu_start, time.perf_counter() - wall_start
             if repetition:  # the first one warms up
-                wall[name].append(wall_seconds / copies)
-                cpu[name].append(cpu_seconds / copies)
+                wall[name].append(wall_seconds / turns)
+                cpu[name].append(cpu_seconds / turns)
     return {
         "context": context,
         "batch": batch,
@@ -114,6 +127,17 @@ def measure(context: int, batch: int, repetitions: int, with_vllm: bool) -> dict
         "speedup_wall": ratios(wall, baseline),
         "speedup_cpu": ratios(cpu, baseline),
     }
+
+
+def latent_methods(context: int, batch: int, copies: int, query_THD: Tensor) -> dict[str, Callable[[int], None]]:
+    table_RN = block_table(context, batch)
+    methods = latent_steps.mla_steps(HEADS, context, table_RN, BLOCK_SIZE, copies)
+    for share in ("kv", "v"):
+        for bits in (8, 4):
+            methods |= latent_steps.shared_steps(
+                bits, share, query_THD, KV_HEADS, context, table_RN, BLOCK_SIZE, copies
+            )
+    return methods
 
 
 def ratios(samples: dict[str, list[float]], baseline: str) -> dict[str, float]:
@@ -137,7 +161,7 @@ def linear_fits(rows: list[dict[str, Any]]) -> dict[str, float]:
         return {}
     contexts = [float(row["context"]) for row in chosen]
     fits = {}
-    for name in chosen[0]["cpu_seconds"].keys() - {"append 4-bit"}:
+    for name in [name for name in chosen[0]["cpu_seconds"] if not name.startswith("append")]:
         times = [statistics.median(row["cpu_seconds"][name]) for row in chosen]
         fits[name] = statistics.correlation(contexts, times) ** 2
     return fits

@@ -2,9 +2,20 @@
 // KVC_LEVEL_NUMBER (enum kvc_level).
 #include "attend.h"
 #include "encode.h"
+#include "latent.h"
+#include "shared.h"
 
 namespace kvcompress::cpu::KVC_LEVEL {
 
-extern const Kernels kernels = {attend_scratch_bytes, attend, merge, finish, append_scratch_bytes, append};
+extern const Kernels kernels = {
+    {attend_scratch_bytes, attend_width, attend, merge, finish},
+    append_scratch_bytes,
+    append,
+    {latent::scratch_bytes, latent::width, latent::attend, latent::merge, latent::finish},
+    latent::append,
+    {shared::scratch_bytes, shared::width, shared::attend, shared::merge, shared::finish},
+    store_scratch_bytes,
+    store_token,
+};
 
 }  // namespace kvcompress::cpu::KVC_LEVEL

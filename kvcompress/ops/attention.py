@@ -53,10 +53,10 @@ def decode_attention(
     on_device = cuda.library_for(pages_NHX, layout, plan, query_THD, output_THD)
     if on_device is not None and max_query_len is None:
         on_host = not isinstance(query_starts, Tensor) or query_starts.device.type == "cpu"
-        max_query_len = _longest(_list(query_starts)) if on_host else query_THD.shape[0]
+        max_query_len = _longest(host_list(query_starts)) if on_host else query_THD.shape[0]
     if on_device is not None and max_query_len is not None and max_query_len <= cuda.MOST_QUERIES:
         table_RN, starts_R, lengths_R = (
-            _int32(numbers, query_THD.device) for numbers in (block_table_RN, query_starts, seq_lens)
+            int32_rows(numbers, query_THD.device) for numbers in (block_table_RN, query_starts, seq_lens)
         )
         cuda.attend(
             on_device,
@@ -76,15 +76,13 @@ def decode_attention(
     covered = plan.covered(layout, pages_NHX) and rows_covered(query_THD, output_THD)
     compiled = library.load() if covered else None
     if compiled is None:
-        starts, lengths = _list(query_starts), _list(seq_lens)
+        starts, lengths = host_list(query_starts), host_list(seq_lens)
         reference.decode_attention(
             output_THD, query_THD, pages_NHX, layout, plan, block_table_RN, starts, lengths, softmax_scale, lse_TH
         )
         return
     assert lse_TH is None or (lse_TH.dtype == torch.float32 and lse_TH.is_contiguous())
-    block_table_RN, starts_R, lengths_R = (
-        _int32(numbers, query_THD.device) for numbers in (block_table_RN, query_starts, seq_lens)
-    )
+    block_table_RN, starts_R, lengths_R = (int32_rows(each) for each in (block_table_RN, query_starts, seq_lens))
     requests = lengths_R.shape[0]
     assert starts_R.shape[0] == requests + 1
     assert block_table_RN.shape[0] >= requests
@@ -111,20 +109,21 @@ def decode_attention(
     library.check(compiled.kvc_attend(ctypes.byref(args)))
 
 
-def _int32(numbers: Tensor | Sequence[int], device: torch.device) -> Tensor:
-    """Rows of numbers that follow each other."""
+def int32_rows(numbers: Tensor | Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+    """Numbers as kernels read them: int32, those of a row side by side."""
     if not isinstance(numbers, Tensor):
         return torch.tensor(numbers, dtype=torch.int32, device=device)
     found = numbers.to(device=device, dtype=torch.int32)
     return found if found.stride(-1) == 1 else found.contiguous()
 
 
+def host_list(numbers: Tensor | Sequence[int]) -> Sequence[int]:
+    """Numbers as the torch code loops over them."""
+    return numbers.tolist() if isinstance(numbers, Tensor) else numbers
+
+
 def _longest(starts: Sequence[int]) -> int:
     return max((stop - start for start, stop in itertools.pairwise(starts)), default=0)
-
-
-def _list(numbers: Tensor | Sequence[int]) -> Sequence[int]:
-    return numbers.tolist() if isinstance(numbers, Tensor) else numbers
 
 
 @torch.library.custom_op("kvcompress::decode_attention", mutates_args=())

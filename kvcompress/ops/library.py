@@ -9,9 +9,10 @@ import sysconfig
 import warnings
 from pathlib import Path
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 MAX_BANDS = 4
 MAX_HEAD_DIM = 512
+MAX_LATENT_CHANNELS = 4096
 LEVELS = ("portable", "avx2", "avx512", "avx512vnni")
 """Instruction-set levels, each faster than the one before."""
 

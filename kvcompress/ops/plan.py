@@ -99,8 +99,8 @@ class LayerPlan:
             struct = library.Pages()
             struct.block_size = layout.block_size
             struct.num_kv_heads, struct.head_dim = self.k.mean_HD.shape
-            struct.k = _side_struct(self.k.spec, layout.k)
-            struct.v = _side_struct(self.v.spec, layout.v)
+            struct.k = side_struct(self.k.spec, layout.k)
+            struct.v = side_struct(self.v.spec, layout.v)
             self._pages[layout] = struct
         struct = library.Pages.from_buffer_copy(self._pages[layout])
         struct.data = pages_NHX.data_ptr()
@@ -145,21 +145,25 @@ def rows_struct(rows_THD: Tensor) -> library.Rows:
     return library.Rows(rows_THD.data_ptr(), rows_THD.stride(0), rows_THD.stride(1), DTYPES[rows_THD.dtype])
 
 
-def _side_struct(spec: SideSpec, place: SideLayout) -> library.Side:
-    struct = library.Side()
-    bands: list[Band] = []
-    for band in spec.bands:
-        # Neighbouring bands of one width are one: bands are whole bytes.
-        if bands and bands[-1].bits == band.bits:
-            bands[-1] = Band(band.bits, bands[-1].width + band.width)
-        else:
-            bands.append(band)
+def side_struct(spec: SideSpec, place: SideLayout) -> library.Side:
+    struct, bands = library.Side(), merged_bands(spec)
     struct.rank, struct.num_bands, struct.outliers = spec.rank, len(bands), spec.outliers
     for index, band in enumerate(bands):
         struct.bits[index], struct.widths[index], struct.steps[index] = band.bits, band.width, step(band.bits)
     struct.gain_offset, struct.outlier_offset, struct.channel_offset, struct.code_offset = place
     struct.code_bytes = spec.code_bytes
     return struct
+
+
+def merged_bands(spec: SideSpec) -> list[Band]:
+    """Neighbouring bands of one width as one: bands are whole bytes."""
+    bands: list[Band] = []
+    for band in spec.bands:
+        if bands and bands[-1].bits == band.bits:
+            bands[-1] = Band(band.bits, bands[-1].width + band.width)
+        else:
+            bands.append(band)
+    return bands
 
 
 def step(bits: int) -> float:

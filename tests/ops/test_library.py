@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvcompress.ops import library
+from kvcompress.ops import interface, library
 from kvcompress.ops.append import append
 from kvcompress.ops.attention import decode_attention
 from tests.ops.cases import bands, exact, random_cache, random_codec, relative_error
@@ -31,9 +31,17 @@ def fresh() -> Iterator[None]:
 def test_structs_have_the_sizes_the_library_was_built_with() -> None:
     compiled = library.load()
     assert compiled is not None
-    sizes = (ctypes.c_int64 * 2)()
+    structs = (
+        library.AttendArgs,
+        library.AppendArgs,
+        interface.LatentAttendArgs,
+        interface.LatentAppendArgs,
+        interface.SharedAttendArgs,
+        interface.StoreArgs,
+    )
+    sizes = (ctypes.c_int64 * len(structs))()
     compiled.kvc_struct_sizes(sizes)
-    assert list(sizes) == [ctypes.sizeof(library.AttendArgs), ctypes.sizeof(library.AppendArgs)]
+    assert list(sizes) == [ctypes.sizeof(struct) for struct in structs]
 
 
 @pytest.mark.usefixtures("compiled")
