@@ -110,14 +110,17 @@ size_t attend_scratch_bytes(const kvc_attend_args& args) {
     return lay_out(args.pages, nullptr, unused);
 }
 
-KVC_INLINE int64_t query_token(const kvc_attend_args& args, const Item& item, int row) {
+template <typename Args>
+KVC_INLINE int64_t query_token(const Args& args, const Item& item, int row) {
     return args.query_starts[item.request] + item.first_token + row / item.group;
 }
-KVC_INLINE int query_head(const kvc_attend_args& args, const Item& item, int row) {
+template <typename Args>
+KVC_INLINE int query_head(const Args& args, const Item& item, int row) {
     return item.kv_head * (args.num_heads / args.pages.num_kv_heads) + item.first_group + row % item.group;
 }
 // Tokens a row sees: those up to its own.
-KVC_INLINE int visible(const kvc_attend_args& args, const Item& item, int row) {
+template <typename Args>
+KVC_INLINE int visible(const Args& args, const Item& item, int row) {
     const int queries = args.query_starts[item.request + 1] - args.query_starts[item.request];
     return args.seq_lens[item.request] - queries + item.first_token + row / item.group + 1;
 }
@@ -319,7 +322,7 @@ inline void attend_tile(const kvc_attend_args& args, const Item& item, int start
     if (pages.v.outliers) mix_outliers(pages.v, tile.v_outliers, s.scores, s.decay, rows, outlier_tokens, s.exact);
     switch (form_of(pages.v)) {
         case Form::FLOATS:
-            mix_tile(s.scores, s.decay, rows, static_cast<float*>(s.values), tile.tokens, s.value_width, s.sums);
+            mix_tile(s.scores, s.decay, rows, static_cast<float*>(s.values), tile.tokens, s.value_width, s.value_width, s.sums);
             break;
         case Form::HALVES:
 #if KVC_LEVEL_NUMBER >= 1
@@ -330,12 +333,14 @@ inline void attend_tile(const kvc_attend_args& args, const Item& item, int start
             }
 #endif
             break;
-        case Form::INTEGERS:
+        case Form::INTEGERS: {
 #if KVC_LEVEL_NUMBER >= 3
+            Ahead ahead = ahead_of(args, item, pages.v, next);
             mix_tile_integer(static_cast<TileWeights*>(s.tile_weights), s.weights, rows, static_cast<uint8_t*>(s.values), (tile.tokens + 3) / 4,
-                             s.value_width, s.sums, ahead_of(args, item, pages.v, next));
+                             s.value_width, s.value_width, s.sums, ahead);
 #endif
             break;
+        }
     }
 }
 
@@ -383,8 +388,11 @@ void attend(const kvc_attend_args& args, const Item& item, int start, int stop, 
     }
 }
 
-void merge(const kvc_attend_args& args, const Item& item, const Partial& into, const Partial& from) {
-    const int rank = args.pages.v.rank;
+int attend_width(const kvc_attend_args& args) { return args.pages.v.rank; }
+
+template <typename Args, int (*WIDTH)(const Args&)>
+void merge(const Args& args, const Item& item, const Partial& into, const Partial& from) {
+    const int width = WIDTH(args);
     for (int row = 0; row < item.tokens * item.group; ++row) {
         if (from.sum[row] == 0) continue;  // none of these tokens is visible to the row
         const float max = into.max[row] > from.max[row] ? into.max[row] : from.max[row];
@@ -392,8 +400,8 @@ void merge(const kvc_attend_args& args, const Item& item, const Partial& into, c
         const float theirs = exp_nonpositive(splat(from.max[row] - max))[0];
         into.max[row] = max;
         into.sum[row] = into.sum[row] * ours + from.sum[row] * theirs;
-        for (int c = 0; c < rank; ++c)
-            into.latent[row * rank + c] = into.latent[row * rank + c] * ours + from.latent[row * rank + c] * theirs;
+        for (int i = 0; i < width; ++i)
+            into.latent[row * width + i] = into.latent[row * width + i] * ours + from.latent[row * width + i] * theirs;
     }
 }
 

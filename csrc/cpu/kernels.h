@@ -14,6 +14,7 @@ constexpr int kTile = 64;            // tokens between two updates of the runnin
 constexpr int kTileGroups = kTile / kGroup;
 constexpr int kMaxRows = 64;         // rows (query token x query head of the group) attended together
 constexpr int kMaxHeadDim = 512;
+constexpr int kMaxLowRank = 32;      // of a block's residual
 constexpr int kAppendTokens = 8;     // tokens encoded together, for one reading of the projection
 constexpr size_t kAlign = 64;
 
@@ -27,21 +28,30 @@ struct Item {
     int group;        // query heads attended
 };
 
-// Running softmax of an item's rows: maxima, sums and unnormalised latents [rows][rank].
+// Running softmax of an item's rows: maxima, sums and unnormalised results [rows][width].
 struct Partial {
     float* max;
     float* sum;
     float* latent;
 };
 
-struct Kernels {
-    size_t (*attend_scratch_bytes)(const kvc_attend_args&);
+// Attention on one form of cache.
+template <typename Args>
+struct Attention {
+    size_t (*scratch_bytes)(const Args&);
+    // Floats of a row's unnormalised result.
+    int (*width)(const Args&);
     // Attend tokens [start, stop) of the item's request; overwrites `partial`.
-    void (*attend)(const kvc_attend_args&, const Item&, int start, int stop, const Partial& partial, void* scratch);
+    void (*attend)(const Args&, const Item&, int start, int stop, const Partial& partial, void* scratch);
     // Fold `from` into `into`.
-    void (*merge)(const kvc_attend_args&, const Item&, const Partial& into, const Partial& from);
-    // Latents to outputs.
-    void (*finish)(const kvc_attend_args&, const Item&, const Partial& partial, void* scratch);
+    void (*merge)(const Args&, const Item&, const Partial& into, const Partial& from);
+    // Results to outputs.
+    void (*finish)(const Args&, const Item&, const Partial& partial, void* scratch);
+};
+
+struct Kernels {
+    Attention<kvc_attend_args> attention;
+    Attention<kvc_block_attend_args> block_attention;
     size_t (*append_scratch_bytes)(const kvc_append_args&);
     // Encode and store one head of up to kAppendTokens tokens.
     void (*append)(const kvc_append_args&, int64_t first, int count, int head, void* scratch);

@@ -1,0 +1,151 @@
+// Parts of a block's record that stand beside its codes: scales and zeros, the low-rank residual's factors, outliers.
+#pragma once
+
+#include "outliers.h"
+#include "vec.h"
+
+namespace kvcompress::cpu::KVC_LEVEL {
+namespace {
+
+// Channels with room for whole vectors of every level.
+KVC_INLINE int padded_rank(const kvc_block_side& side) { return round_up(side.rank, 16); }
+
+// `width` channels of a side's codes as one band of the scalar form, whose unpacking is the same.
+KVC_INLINE kvc_side band_of(const kvc_block_side& side, int width) {
+    kvc_side band{};
+    band.rank = band.widths[0] = width;
+    band.num_bands = 1;
+    band.bits[0] = side.bits;
+    band.steps[0] = 1;
+    band.code_bytes = side.rank * side.bits / 8;
+    return band;
+}
+
+// Halves [rows][columns] to floats out[column][row], `stride` apart, with zeros up to the next whole vector of rows.
+inline void read_halves(const uint8_t* halves, int rows, int columns, float* out, int stride) {
+    typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+    for (int row = 0; row < rows; row += kLanes, halves += 2 * kLanes * columns, out += kLanes) {
+        const int count = min_of(rows - row, kLanes);
+        if (columns == 1) {
+            Halves narrow = {};
+            std::memcpy(&narrow, halves, count == kLanes ? sizeof narrow : static_cast<size_t>(2 * count));
+            store(out, half_to_float(__builtin_convertvector(narrow, VecU)));
+        } else if (columns == 2) {
+            VecU pairs = {};
+            std::memcpy(&pairs, halves, count == kLanes ? sizeof pairs : static_cast<size_t>(4 * count));
+            store(out, half_to_float(pairs & 0xffffu));
+            store(out + stride, half_to_float(pairs >> 16));
+        } else {
+            for (int column = 0; column < columns; ++column) {
+                alignas(kAlign) uint32_t words[kLanes] = {};
+                for (int lane = 0; lane < count; ++lane) std::memcpy(words + lane, halves + 2 * (lane * columns + column), 2);
+                store(out + column * stride, half_to_float(load(words)));
+            }
+        }
+    }
+}
+
+// ---- outliers ------------------------------------------------------------------------------------------------------
+
+// A block's outliers in order of their tokens: token within the block, channel, value.
+struct Sparse {
+    int32_t* token;
+    int32_t* channel;
+    float* value;
+    int next;  // the first that belongs to a later tile
+};
+
+inline void read_sparse(const kvc_block_side& side, int block, const uint8_t* record, Sparse& out) {
+    typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+    const float inverse = 1.f / static_cast<float>(side.rank);
+    // A damaged page may name a place that is not there; it must not become a write elsewhere.
+    const VecI last = VecI{} + (block * side.rank - 1);
+    for (int i = 0; i < side.outliers; i += kLanes) {
+        const size_t bytes = 2 * static_cast<size_t>(min_of(side.outliers - i, kLanes));
+        Halves value = {}, number = {};
+        std::memcpy(&value, record + side.value_offset + 2 * i, bytes);
+        std::memcpy(&number, record + side.place_offset + 2 * i, bytes);
+        VecI place = __builtin_convertvector(number, VecI);
+        place = place < last ? place : last;
+        // Exact: places are below 2^16, and half an entry is more than the product's error.
+        const VecI token = __builtin_convertvector((__builtin_convertvector(place, VecF) + 0.5f) * inverse, VecI);
+        const VecI channel = place - token * side.rank;
+        std::memcpy(out.token + i, &token, sizeof token);
+        std::memcpy(out.channel + i, &channel, sizeof channel);
+        store(out.value + i, half_to_float(__builtin_convertvector(value, VecU)));
+    }
+    if (block > kTile)  // tiles are found by order, which a damaged page may lack
+        for (int i = 1; i < side.outliers; ++i)
+            if (out.token[i] < out.token[i - 1]) out.token[i] = out.token[i - 1];
+    out.next = 0;
+}
+
+// The outliers [first, next) of the tile that begins at a token of the block; tiles are asked for in order.
+KVC_INLINE int of_tile(Sparse& sparse, int count, int start) {
+    const int first = sparse.next;
+    while (sparse.next < count && sparse.token[sparse.next] < start + kTile) ++sparse.next;
+    return first;
+}
+
+// score[row][token] += query[row][channel] * value; queries are [rows / 4][channels][4], rows padded to fours.
+inline void score_sparse(const Sparse& sparse, int first, int start, const float* queries, int rank, int rows, float* scores) {
+    for (int row = 0; row < rows; row += 4, queries += 4 * rank, scores += 4 * kTile) {
+        alignas(kAlign) float sums[4 * kTile] = {};
+        for (int i = first; i < sparse.next; ++i) {
+            float* target = sums + 4 * (sparse.token[i] - start);
+            store4(target, load4(target) + load4(queries + 4 * sparse.channel[i]) * sparse.value[i]);
+        }
+        for (int token = 0; token < kTile; token += 4) {
+            Vec4 four[4];
+            repeat<4>([&](auto t) KVC_LAMBDA { four[t] = load4(sums + 4 * (token + t)); });
+            transpose4(four);
+            repeat<4>([&](auto r) KVC_LAMBDA {
+                float* target = scores + r * kTile + token;
+                store4(target, load4(target) + four[r]);
+            });
+        }
+    }
+}
+
+// exact[row][channel] = exact * decay[row] + weight[row][token] * value; exact is [rows / 4][channels][4].
+inline void mix_sparse(const Sparse& sparse, int first, int start, const float* weights, const float* decay, int rank, int rows, float* exact) {
+    for (int row = 0; row < rows; row += 4, exact += 4 * rank, weights += 4 * kTile, decay += 4) {
+        const Vec4 factor = load4(decay);
+        if (factor[0] != 1 || factor[1] != 1 || factor[2] != 1 || factor[3] != 1)
+            for (int c = 0; c < rank; ++c) store4(exact + 4 * c, load4(exact + 4 * c) * factor);
+        alignas(kAlign) float turned[4 * kTile];
+        for (int token = 0; token < kTile; token += 4) {
+            Vec4 weight[4];
+            repeat<4>([&](auto r) KVC_LAMBDA { weight[r] = load4(weights + r * kTile + token); });
+            transpose4(weight);
+            repeat<4>([&](auto t) KVC_LAMBDA { store4(turned + 4 * (token + t), weight[t]); });
+        }
+        for (int i = first; i < sparse.next; ++i) {
+            float* target = exact + 4 * sparse.channel[i];
+            store4(target, load4(target) + load4(turned + 4 * (sparse.token[i] - start)) * sparse.value[i]);
+        }
+    }
+}
+
+// ---- low-rank residual ---------------------------------------------------------------------------------------------
+
+// Weights of a row on the factors: out[l] = sum_i x[i] factors[l][i]; x has zeros past its end.
+KVC_INLINE void project(const float* x, const float* factors, int stride, int count, int low_rank, float* out) {
+    for (int l = 0; l < low_rank; ++l, factors += stride) {
+        VecF total = {};
+        for (int i = 0; i < count; i += kLanes) total += load(x + i) * load(factors + i);
+        out[l] = sum(total);
+    }
+}
+
+// x[i] = x[i] * decay + sum_l weight[l] factors[l][i]
+KVC_INLINE void expand(const float* weight, const float* factors, int stride, int count, int low_rank, float decay, float* x) {
+    for (int i = 0; i < count; i += kLanes) {
+        VecF total = load(x + i) * decay;
+        for (int l = 0; l < low_rank; ++l) total += load(factors + l * stride + i) * weight[l];
+        store(x + i, total);
+    }
+}
+
+}  // namespace
+}  // namespace kvcompress::cpu::KVC_LEVEL
