@@ -359,8 +359,8 @@ void attend_blocks(const kvc_block_attend_args& args, const Item& item, int star
     for (int low = start; low < stop; low += block) {
         const int end = low + block;
         if (end <= last_seen) attend_sealed(args, item, low, end + block <= min_of(last_seen, stop) ? end : low, rows, partial, s);
-        // Queries inside the block, its last token's own excepted.
-        if (first_seen < end && last_seen > low && (first_seen < last_seen || first_seen != end))
+        // The block is open for queries of its own tokens, the last one's excepted.
+        if (first_seen < end && last_seen > low)
             attend_exact(args, item, low, min_of(stop, end - 1), rows, partial, s);
     }
     const int width = block_width(args);

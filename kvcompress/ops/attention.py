@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvcompress.codec.layout import PageLayout
 from kvcompress.ops import library, reference
-from kvcompress.ops.plan import LayerPlan, rows_covered, rows_struct
+from kvcompress.ops.plan import LayerPlan, host_int32, host_list, rows_covered, rows_struct
 
 SPLIT_TOKENS = 4096
 """Tokens one thread attends at a time. Fixed positions, so that a result depends on nothing but its own tokens."""
@@ -48,16 +48,16 @@ def decode_attention(
     covered = plan.covered() and pages_NHX.device.type == "cpu" and rows_covered(query_THD, output_THD)
     compiled = library.load() if covered else None
     if compiled is None:
-        starts, lengths = _list(query_starts), _list(seq_lens)
+        starts, lengths = host_list(query_starts), host_list(seq_lens)
         reference.decode_attention(
             output_THD, query_THD, pages_NHX, layout, plan, block_table_RN, starts, lengths, softmax_scale, lse_TH
         )
         return
     assert lse_TH is None or (lse_TH.dtype == torch.float32 and lse_TH.is_contiguous())
-    block_table_RN = _int32(block_table_RN)
+    block_table_RN = host_int32(block_table_RN)
     if block_table_RN.stride(-1) != 1:
         block_table_RN = block_table_RN.contiguous()
-    starts_R, lengths_R = _int32(query_starts), _int32(seq_lens)
+    starts_R, lengths_R = host_int32(query_starts), host_int32(seq_lens)
     requests = lengths_R.shape[0]
     assert starts_R.shape[0] == requests + 1
     assert block_table_RN.shape[0] >= requests
@@ -82,16 +82,6 @@ def decode_attention(
         level=library.level(),
     )
     library.check(compiled.kvc_attend(ctypes.byref(args)))
-
-
-def _int32(numbers: Tensor | Sequence[int]) -> Tensor:
-    if isinstance(numbers, Tensor):
-        return numbers.to(device="cpu", dtype=torch.int32)
-    return torch.tensor(numbers, dtype=torch.int32)
-
-
-def _list(numbers: Tensor | Sequence[int]) -> Sequence[int]:
-    return numbers.tolist() if isinstance(numbers, Tensor) else numbers
 
 
 @torch.library.custom_op("kvcompress::decode_attention", mutates_args=())

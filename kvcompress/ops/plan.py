@@ -143,6 +143,16 @@ def rows_struct(rows_THD: Tensor) -> library.Rows:
     return library.Rows(rows_THD.data_ptr(), rows_THD.stride(0), rows_THD.stride(1), _DTYPES[rows_THD.dtype])
 
 
+def host_int32(numbers: Tensor | Sequence[int]) -> Tensor:
+    if isinstance(numbers, Tensor):
+        return numbers.to(device="cpu", dtype=torch.int32)
+    return torch.tensor(numbers, dtype=torch.int32)
+
+
+def host_list(numbers: Tensor | Sequence[int]) -> Sequence[int]:
+    return numbers.tolist() if isinstance(numbers, Tensor) else numbers
+
+
 def _side_struct(spec: SideSpec, place: SideLayout) -> library.Side:
     struct = library.Side()
     bands: list[Band] = []

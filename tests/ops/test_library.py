@@ -28,9 +28,10 @@ def fresh() -> Iterator[None]:
 def test_structs_have_the_sizes_the_library_was_built_with() -> None:
     compiled = library.load()
     assert compiled is not None
-    sizes = (ctypes.c_int64 * 2)()
+    sizes = (ctypes.c_int64 * 3)()
     compiled.kvc_struct_sizes(sizes)
-    assert list(sizes) == [ctypes.sizeof(library.AttendArgs), ctypes.sizeof(library.AppendArgs)]
+    structs = (library.AttendArgs, library.AppendArgs, library.BlockAttendArgs)
+    assert list(sizes) == [ctypes.sizeof(struct) for struct in structs]
 
 
 @pytest.mark.usefixtures("fresh")
