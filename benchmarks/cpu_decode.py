@@ -28,16 +28,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvcompress.codec.gear import BlockCodec, BlockSideCodec
+from kvcompress.codec.gear_spec import Axis, BlockSide
 from kvcompress.codec.layer import LayerCodec, SideCodec
 from kvcompress.codec.layout import PageLayout
 from kvcompress.codec.spec import Band, SideSpec
-from kvcompress.ops import library
+from kvcompress.ops import block_reference, blocks, library
 from kvcompress.ops.append import append
 from kvcompress.ops.attention import decode_attention
+from kvcompress.ops.block_plan import BlockPlan
 from kvcompress.ops.plan import LayerPlan
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 BITS = (16, 8, 4, 2)
+BLOCK_BITS = (4, 2)
+BLOCK = 64
+"""Tokens that the form `blocks` compresses together, here with GEAR's rank 2 and 2 % outliers."""
+
+IN_TORCH = " in torch"
+"""Ends the name of a method that runs on the torch code which the kernels replace."""
+
 BLOCK_SIZE = 128
 """vLLM's default on the CPU, for both."""
 
@@ -87,6 +97,9 @@ def measure(context: int, batch: int, repetitions: int, with_vllm: bool) -> dict
     query_THD = torch.randn(batch, HEADS, HEAD_DIM, dtype=torch.bfloat16)
     methods = {f"{bits}-bit": compressed_step(bits, context, batch, copies, query_THD) for bits in BITS}
     methods["append 4-bit"] = append_step(4, context, batch, copies)
+    for bits in BLOCK_BITS:
+        steps = block_steps(bits, context, batch, copies, query_THD)
+        methods[f"gear {bits}-bit"], methods[f"gear {bits}-bit{IN_TORCH}"] = steps
     methods["torch sdpa bf16"] = sdpa_step(context, batch, copies, query_THD)
     baseline = "torch sdpa bf16"
     if with_vllm:
@@ -96,13 +109,15 @@ def measure(context: int, batch: int, repetitions: int, with_vllm: bool) -> dict
     cpu: dict[str, list[float]] = {name: [] for name in methods}
     for repetition in range(repetitions + 1):
         for name, step in methods.items():
+            # The torch path is slow enough to need no more than one, and leaves nothing in the processor's caches.
+            runs = 1 if name.endswith(IN_TORCH) else copies
             wall_start, cpu_start = time.perf_counter(), time.process_time()
-            for copy in range(copies):
+            for copy in range(runs):
                 step(copy)
             cpu_seconds, wall_seconds = time.process_time() - cpu_start, time.perf_counter() - wall_start
             if repetition:  # the first one warms up
-                wall[name].append(wall_seconds / copies)
-                cpu[name].append(cpu_seconds / copies)
+                wall[name].append(wall_seconds / runs)
+                cpu[name].append(cpu_seconds / runs)
     return {
         "context": context,
         "batch": batch,
@@ -200,6 +215,46 @@ def append_step(bits: int, context: int, batch: int, copies: int) -> Callable[[i
         append(caches[copy], layout, plan, keys_THD, values_THD, slots_T)
 
     return step
+
+
+def block_codec_of(bits: int) -> BlockCodec:
+    def side(axis: Axis) -> BlockSideCodec:
+        spec = BlockSide(BLOCK, HEAD_DIM, bits, axis, 64, low_rank=2, iterations=3, outliers=168)
+        scalar = codec_of(bits).k
+        return BlockSideCodec(spec, scalar.mean_HD, scalar.basis_HDR, scalar.inverse_HRD, scalar.scale_HR)
+
+    return BlockCodec(side("tokens"), side("channels"))
+
+
+def block_steps(
+    bits: int, context: int, batch: int, copies: int, query_THD: Tensor
+) -> tuple[Callable[[int], None], Callable[[int], None]]:
+    """Form `blocks`, by the kernels and by the torch code. The newest block is half full, its tokens in a ring."""
+    codec = block_codec_of(bits)
+    plan, per_page = BlockPlan(codec), BLOCK_SIZE // BLOCK
+    length = context - BLOCK // 2
+    keys_THD, values_THD = torch.randn(2, BLOCK * min(64, length // BLOCK), KV_HEADS, HEAD_DIM)
+    records_NHB = codec.seal(keys_THD, values_THD)
+    pages = batch * -(-context // BLOCK_SIZE)
+    # Some blocks, again and again: what they hold does not change what they take.
+    number = torch.arange(pages * per_page) % records_NHB.shape[0]
+    cache_NHMB = records_NHB[number].unflatten(0, (pages, per_page)).transpose(1, 2).contiguous()
+    caches = [cache_NHMB] + [cache_NHMB.clone() for _ in range(copies - 1)]
+    rings_NHXPD = torch.randn(batch, KV_HEADS, 2, BLOCK + 1, HEAD_DIM, dtype=torch.bfloat16)
+    newest_THD = torch.randn(batch, KV_HEADS, HEAD_DIM, dtype=torch.bfloat16)
+    table_RN = block_table(context, batch)
+    rings, starts, lengths = list(range(batch)), list(range(batch + 1)), [length] * batch
+    output_THD = torch.empty_like(query_THD)
+
+    def step(copy: int) -> None:
+        inputs = (output_THD, query_THD, newest_THD, newest_THD, caches[copy], rings_NHXPD, rings)
+        blocks.attend(*inputs, plan, table_RN, starts, lengths, HEAD_DIM**-0.5)
+
+    def step_in_torch(copy: int) -> None:
+        inputs = (output_THD, query_THD, newest_THD, newest_THD, caches[copy], rings_NHXPD, rings)
+        block_reference.attend(*inputs, codec, table_RN, starts, lengths, HEAD_DIM**-0.5)
+
+    return step, step_in_torch
 
 
 def sdpa_step(context: int, batch: int, copies: int, query_THD: Tensor) -> Callable[[int], None]:

@@ -21,18 +21,26 @@ KVC_INLINE kvc_side band_of(const kvc_block_side& side, int width) {
     return band;
 }
 
+// `bytes` of a vector's, the rest zeros. The size is a constant where it can be: compilers turn others into a call.
+template <typename Vector>
+KVC_INLINE Vector load_some(const uint8_t* p, int bytes) {
+    Vector v = {};
+    if (bytes >= static_cast<int>(sizeof v))
+        std::memcpy(&v, p, sizeof v);
+    else
+        std::memcpy(&v, p, static_cast<size_t>(bytes));
+    return v;
+}
+
 // Halves [rows][columns] to floats out[column][row], `stride` apart, with zeros up to the next whole vector of rows.
 inline void read_halves(const uint8_t* halves, int rows, int columns, float* out, int stride) {
     typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
     for (int row = 0; row < rows; row += kLanes, halves += 2 * kLanes * columns, out += kLanes) {
         const int count = min_of(rows - row, kLanes);
         if (columns == 1) {
-            Halves narrow = {};
-            std::memcpy(&narrow, halves, count == kLanes ? sizeof narrow : static_cast<size_t>(2 * count));
-            store(out, half_to_float(__builtin_convertvector(narrow, VecU)));
+            store(out, half_to_float(__builtin_convertvector(load_some<Halves>(halves, 2 * count), VecU)));
         } else if (columns == 2) {
-            VecU pairs = {};
-            std::memcpy(&pairs, halves, count == kLanes ? sizeof pairs : static_cast<size_t>(4 * count));
+            const VecU pairs = load_some<VecU>(halves, 4 * count);
             store(out, half_to_float(pairs & 0xffffu));
             store(out + stride, half_to_float(pairs >> 16));
         } else {
@@ -61,11 +69,9 @@ inline void read_sparse(const kvc_block_side& side, int block, const uint8_t* re
     // A damaged page may name a place that is not there; it must not become a write elsewhere.
     const VecI last = VecI{} + (block * side.rank - 1);
     for (int i = 0; i < side.outliers; i += kLanes) {
-        const size_t bytes = 2 * static_cast<size_t>(min_of(side.outliers - i, kLanes));
-        Halves value = {}, number = {};
-        std::memcpy(&value, record + side.value_offset + 2 * i, bytes);
-        std::memcpy(&number, record + side.place_offset + 2 * i, bytes);
-        VecI place = __builtin_convertvector(number, VecI);
+        const int bytes = 2 * (side.outliers - i);
+        const Halves value = load_some<Halves>(record + side.value_offset + 2 * i, bytes);
+        VecI place = __builtin_convertvector(load_some<Halves>(record + side.place_offset + 2 * i, bytes), VecI);
         place = place < last ? place : last;
         // Exact: places are below 2^16, and half an entry is more than the product's error.
         const VecI token = __builtin_convertvector((__builtin_convertvector(place, VecF) + 0.5f) * inverse, VecI);
