@@ -12,6 +12,9 @@
 namespace kvcompress::cpu::KVC_LEVEL {
 namespace {
 
+// Functions that keep their own frame: in one, the compiler runs out of registers for addresses.
+#define KVC_NOINLINE inline __attribute__((noinline))
+
 // Where each thread's temporary arrays start.
 struct BlockScratch {
     float* row;            // a few rows of queries or outputs
@@ -165,7 +168,7 @@ inline void soften_rows(const Partial& partial, int rows, const int* seen, float
 
 // ---- a complete block ----------------------------------------------------------------------------------------------
 
-inline void read_block(const kvc_block_pages& pages, const uint8_t* record, BlockScratch& s) {
+KVC_NOINLINE void read_block(const kvc_block_pages& pages, const uint8_t* record, BlockScratch& s) {
     const kvc_block_side &k = pages.k, &v = pages.v;
     read_halves(record + k.scale_offset, k.rank, s.k_groups, s.k_scale, padded_rank(k));
     read_halves(record + k.zero_offset, k.rank, s.k_groups, s.k_zero, padded_rank(k));
@@ -180,7 +183,7 @@ inline void read_block(const kvc_block_pages& pages, const uint8_t* record, Bloc
 }
 
 // Scores of a tile; groups of tokens that share their scales are taken together.
-inline void score_sealed(const kvc_block_pages& pages, const uint8_t* record, int start, int tokens, int rows, int& folded_group, BlockScratch& s, Ahead& ahead) {
+KVC_NOINLINE void score_sealed(const kvc_block_pages& pages, const uint8_t* record, int start, int tokens, int rows, int& folded_group, BlockScratch& s, Ahead& ahead) {
     const kvc_block_side& k = pages.k;
     const kvc_side band = band_of(k, k.rank);
     for (int group = 0; group * kGroup < tokens; ++group)
@@ -195,18 +198,15 @@ inline void score_sealed(const kvc_block_pages& pages, const uint8_t* record, in
     }
     read_halves(record + k.token_offset + 2 * k.low_rank * start, tokens, k.low_rank, s.tokens, kTile);
     for (int row = 0; row < rows; ++row) {
-        const float* low = s.low + row * kMaxLowRank;
-        for (int t = 0; t < kTile; t += kLanes) {
-            VecF score = load(s.scores + row * kTile + t) + s.constant[row];
-            for (int l = 0; l < k.low_rank; ++l) score += load(s.tokens + l * kTile + t) * low[l];
-            store(s.scores + row * kTile + t, score);
-        }
+        float* scores = s.scores + row * kTile;
+        for (int t = 0; t < kTile; t += kLanes) store(scores + t, load(scores + t) + s.constant[row]);
+        expand(s.low + row * kMaxLowRank, s.tokens, kTile, kTile, k.low_rank, scores);
     }
     const int outliers = of_tile(s.k_sparse, k.outliers, start);
     if (k.outliers) score_sparse(s.k_sparse, outliers, start, s.side_by_side, k.rank, rows, s.scores);
 }
 
-inline void mix_sealed(const kvc_block_pages& pages, const uint8_t* record, int start, int tokens, int rows, BlockScratch& s, Ahead& ahead) {
+KVC_NOINLINE void mix_sealed(const kvc_block_pages& pages, const uint8_t* record, int start, int tokens, int rows, BlockScratch& s, Ahead& ahead) {
     const kvc_block_side& v = pages.v;
     read_halves(record + v.scale_offset + 2 * s.v_groups * start, tokens, s.v_groups, s.v_scale, kTile);
     read_halves(record + v.zero_offset + 2 * s.v_groups * start, tokens, s.v_groups, s.v_zero, kTile);
@@ -226,7 +226,9 @@ inline void mix_sealed(const kvc_block_pages& pages, const uint8_t* record, int 
     for (int row = 0; row < rows; ++row) {
         float low[kMaxLowRank];
         project(s.scores + row * kTile, s.tokens, kTile, kTile, v.low_rank, low);
-        expand(low, s.v_channels, padded_rank(v), padded_rank(v), v.low_rank, s.decay[row], s.residual + row * padded_rank(v));
+        float* residual = s.residual + row * padded_rank(v);
+        scale_row(residual, padded_rank(v), s.decay[row]);
+        expand(low, s.v_channels, padded_rank(v), padded_rank(v), v.low_rank, residual);
     }
 }
 
@@ -255,9 +257,7 @@ inline void attend_sealed(const kvc_block_attend_args& args, const Item& item, i
         int seen[kMaxRows];
         for (int row = 0; row < rows; ++row) seen[row] = visible(args, item, row) >= block_start + pages.block ? tokens : 0;
         soften_rows(partial, rows, seen, s.scores, s.decay, s.mass);
-        for (int row = 0; row < rows; ++row)
-            for (int d = 0; s.decay[row] != 1 && d < s.head_width; d += kLanes)
-                store(s.exact_sums + row * s.head_width + d, load(s.exact_sums + row * s.head_width + d) * s.decay[row]);
+        for (int row = 0; row < rows; ++row) scale_row(s.exact_sums + row * s.head_width, s.head_width, s.decay[row]);
         mix_sealed(pages, record, start, tokens, rows, s, values);
     }
 }
@@ -296,7 +296,7 @@ inline void score_exact(const float* queries, const float* keys, int width, int 
         }
 }
 
-inline void attend_exact(const kvc_block_attend_args& args, const Item& item, int block_start, int stop, int rows, const Partial& partial, BlockScratch& s) {
+KVC_NOINLINE void attend_exact(const kvc_block_attend_args& args, const Item& item, int block_start, int stop, int rows, const Partial& partial, BlockScratch& s) {
     const kvc_block_side& v = args.pages.v;
     const int end = block_start + args.pages.block;
     for (int start = block_start; start < stop; start += kTile) {
@@ -316,8 +316,8 @@ inline void attend_exact(const kvc_block_attend_args& args, const Item& item, in
             const float decay = s.decay[row];
             if (decay == 1) continue;
             s.mass[row] *= decay;
-            for (int i = 0; i < s.value_width; ++i) s.sums[row * s.value_width + i] *= decay;
-            for (int c = 0; c < padded_rank(v); ++c) s.residual[row * padded_rank(v) + c] *= decay;
+            scale_row(s.sums + row * s.value_width, s.value_width, decay);
+            scale_row(s.residual + row * padded_rank(v), padded_rank(v), decay);
             for (int c = 0; v.outliers && c < v.rank; ++c) s.outliers[at_row(row, v.rank) + 4 * c] *= decay;
         }
     }

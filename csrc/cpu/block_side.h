@@ -55,7 +55,8 @@ inline void read_halves(const uint8_t* halves, int rows, int columns, float* out
 
 // ---- outliers ------------------------------------------------------------------------------------------------------
 
-// A block's outliers in order of their tokens: token within the block, channel, value.
+// A block's outliers in order of their tokens. Tokens (within the block) and channels are counted in fours, the floats
+// that four rows have side by side.
 struct Sparse {
     int32_t* token;
     int32_t* channel;
@@ -75,9 +76,9 @@ inline void read_sparse(const kvc_block_side& side, int block, const uint8_t* re
         place = place < last ? place : last;
         // Exact: places are below 2^16, and half an entry is more than the product's error.
         const VecI token = __builtin_convertvector((__builtin_convertvector(place, VecF) + 0.5f) * inverse, VecI);
-        const VecI channel = place - token * side.rank;
-        std::memcpy(out.token + i, &token, sizeof token);
-        std::memcpy(out.channel + i, &channel, sizeof channel);
+        const VecI tokens = token * 4, channels = (place - token * side.rank) * 4;
+        std::memcpy(out.token + i, &tokens, sizeof tokens);
+        std::memcpy(out.channel + i, &channels, sizeof channels);
         store(out.value + i, half_to_float(__builtin_convertvector(value, VecU)));
     }
     if (block > kTile)  // tiles are found by order, which a damaged page may lack
@@ -89,21 +90,28 @@ inline void read_sparse(const kvc_block_side& side, int block, const uint8_t* re
 // The outliers [first, next) of the tile that begins at a token of the block; tiles are asked for in order.
 KVC_INLINE int of_tile(Sparse& sparse, int count, int start) {
     const int first = sparse.next;
-    while (sparse.next < count && sparse.token[sparse.next] < start + kTile) ++sparse.next;
+    while (sparse.next < count && sparse.token[sparse.next] < 4 * (start + kTile)) ++sparse.next;
     return first;
 }
 
 // score[row][token] += query[row][channel] * value; queries are [rows / 4][channels][4], rows padded to fours.
 inline void score_sparse(const Sparse& sparse, int first, int start, const float* queries, int rank, int rows, float* scores) {
     for (int row = 0; row < rows; row += 4, queries += 4 * rank, scores += 4 * kTile) {
-        alignas(kAlign) float sums[4 * kTile] = {};
-        for (int i = first; i < sparse.next; ++i) {
-            float* target = sums + 4 * (sparse.token[i] - start);
-            store4(target, load4(target) + load4(queries + 4 * sparse.channel[i]) * sparse.value[i]);
+        // Neighbours often share their token; two sums let them overlap.
+        alignas(kAlign) float sums[2][4 * kTile] = {};
+        const auto add = [&](int i, float* side) KVC_LAMBDA {
+            float* target = side + sparse.token[i] - 4 * start;
+            store4(target, load4(target) + load4(queries + sparse.channel[i]) * sparse.value[i]);
+        };
+        int i = first;
+        for (; i + 2 <= sparse.next; i += 2) {
+            add(i, sums[0]);
+            add(i + 1, sums[1]);
         }
+        if (i < sparse.next) add(i, sums[0]);
         for (int token = 0; token < kTile; token += 4) {
             Vec4 four[4];
-            repeat<4>([&](auto t) KVC_LAMBDA { four[t] = load4(sums + 4 * (token + t)); });
+            repeat<4>([&](auto t) KVC_LAMBDA { four[t] = load4(sums[0] + 4 * (token + t)) + load4(sums[1] + 4 * (token + t)); });
             transpose4(four);
             repeat<4>([&](auto r) KVC_LAMBDA {
                 float* target = scores + r * kTile + token;
@@ -127,30 +135,54 @@ inline void mix_sparse(const Sparse& sparse, int first, int start, const float* 
             repeat<4>([&](auto t) KVC_LAMBDA { store4(turned + 4 * (token + t), weight[t]); });
         }
         for (int i = first; i < sparse.next; ++i) {
-            float* target = exact + 4 * sparse.channel[i];
-            store4(target, load4(target) + load4(turned + 4 * (sparse.token[i] - start)) * sparse.value[i]);
+            float* target = exact + sparse.channel[i];
+            store4(target, load4(target) + load4(turned + sparse.token[i] - 4 * start) * sparse.value[i]);
         }
     }
 }
 
 // ---- low-rank residual ---------------------------------------------------------------------------------------------
 
-// Weights of a row on the factors: out[l] = sum_i x[i] factors[l][i]; x has zeros past its end.
-KVC_INLINE void project(const float* x, const float* factors, int stride, int count, int low_rank, float* out) {
-    for (int l = 0; l < low_rank; ++l, factors += stride) {
-        VecF total = {};
-        for (int i = 0; i < count; i += kLanes) total += load(x + i) * load(factors + i);
-        out[l] = sum(total);
-    }
+// The loops below take a compile-time number of factors at a time: one at a time, most of their work would be loading
+// and storing what is summed up.
+constexpr int kFactors = 4;
+template <typename Body>
+KVC_INLINE void by_factors(int low_rank, const Body& body) {
+    int l = 0;
+    for (; l + kFactors <= low_rank; l += kFactors) body(std::integral_constant<int, kFactors>{}, l);
+    if (low_rank - l == 3) body(std::integral_constant<int, 3>{}, l);
+    if (low_rank - l == 2) body(std::integral_constant<int, 2>{}, l);
+    if (low_rank - l == 1) body(std::integral_constant<int, 1>{}, l);
 }
 
-// x[i] = x[i] * decay + sum_l weight[l] factors[l][i]
-KVC_INLINE void expand(const float* weight, const float* factors, int stride, int count, int low_rank, float decay, float* x) {
-    for (int i = 0; i < count; i += kLanes) {
-        VecF total = load(x + i) * decay;
-        for (int l = 0; l < low_rank; ++l) total += load(factors + l * stride + i) * weight[l];
-        store(x + i, total);
-    }
+// Weights of a row on the factors: out[l] = sum_i x[i] factors[l][i]; x has zeros past its end.
+KVC_INLINE void project(const float* x, const float* factors, int stride, int count, int low_rank, float* out) {
+    by_factors(low_rank, [&](auto n, int l) KVC_LAMBDA {
+        VecF totals[n];
+        repeat<n>([&](auto j) KVC_LAMBDA { totals[j] = VecF{}; });
+        for (int i = 0; i < count; i += kLanes) {
+            const VecF entry = load(x + i);
+            repeat<n>([&](auto j) KVC_LAMBDA { totals[j] += entry * load(factors + (l + j) * stride + i); });
+        }
+        repeat<n>([&](auto j) KVC_LAMBDA { out[l + j] = sum(totals[j]); });
+    });
+}
+
+// x[i] += sum_l weight[l] factors[l][i]
+KVC_INLINE void expand(const float* weight, const float* factors, int stride, int count, int low_rank, float* x) {
+    by_factors(low_rank, [&](auto n, int l) KVC_LAMBDA {
+        for (int i = 0; i < count; i += kLanes) {
+            VecF total = load(x + i);
+            repeat<n>([&](auto j) KVC_LAMBDA { total += load(factors + (l + j) * stride + i) * weight[l + j]; });
+            store(x + i, total);
+        }
+    });
+}
+
+// x[i] *= decay
+KVC_INLINE void scale_row(float* x, int count, float decay) {
+    if (decay == 1) return;
+    for (int i = 0; i < count; i += kLanes) store(x + i, load(x + i) * decay);
 }
 
 }  // namespace
