@@ -95,13 +95,15 @@ KVC_INLINE int of_tile(Sparse& sparse, int count, int start) {
 }
 
 // score[row][token] += query[row][channel] * value; queries are [rows / 4][channels][4], rows padded to fours.
-inline void score_sparse(const Sparse& sparse, int first, int start, const float* queries, int rank, int rows, float* scores) {
+inline void score_sparse(const Sparse sparse, int first, int start, const float* queries, int rank, int rows, float* scores) {
     for (int row = 0; row < rows; row += 4, queries += 4 * rank, scores += 4 * kTile) {
         // Neighbours often share their token; two sums let them overlap.
         alignas(kAlign) float sums[2][4 * kTile] = {};
-        const auto add = [&](int i, float* side) KVC_LAMBDA {
-            float* target = side + sparse.token[i] - 4 * start;
-            store4(target, load4(target) + load4(queries + sparse.channel[i]) * sparse.value[i]);
+        const int32_t *token = sparse.token, *channel = sparse.channel;
+        const float* value = sparse.value;
+        const auto add = [=](int i, float* side) KVC_LAMBDA {
+            float* target = side + token[i] - 4 * start;
+            store4(target, load4(target) + load4(queries + channel[i]) * value[i]);
         };
         int i = first;
         for (; i + 2 <= sparse.next; i += 2) {
@@ -109,12 +111,12 @@ inline void score_sparse(const Sparse& sparse, int first, int start, const float
             add(i + 1, sums[1]);
         }
         if (i < sparse.next) add(i, sums[0]);
-        for (int token = 0; token < kTile; token += 4) {
+        for (int t = 0; t < kTile; t += 4) {
             Vec4 four[4];
-            repeat<4>([&](auto t) KVC_LAMBDA { four[t] = load4(sums[0] + 4 * (token + t)) + load4(sums[1] + 4 * (token + t)); });
+            repeat<4>([&](auto n) KVC_LAMBDA { four[n] = load4(sums[0] + 4 * (t + n)) + load4(sums[1] + 4 * (t + n)); });
             transpose4(four);
             repeat<4>([&](auto r) KVC_LAMBDA {
-                float* target = scores + r * kTile + token;
+                float* target = scores + r * kTile + t;
                 store4(target, load4(target) + four[r]);
             });
         }
@@ -122,21 +124,23 @@ inline void score_sparse(const Sparse& sparse, int first, int start, const float
 }
 
 // exact[row][channel] = exact * decay[row] + weight[row][token] * value; exact is [rows / 4][channels][4].
-inline void mix_sparse(const Sparse& sparse, int first, int start, const float* weights, const float* decay, int rank, int rows, float* exact) {
+inline void mix_sparse(const Sparse sparse, int first, int start, const float* weights, const float* decay, int rank, int rows, float* exact) {
     for (int row = 0; row < rows; row += 4, exact += 4 * rank, weights += 4 * kTile, decay += 4) {
         const Vec4 factor = load4(decay);
         if (factor[0] != 1 || factor[1] != 1 || factor[2] != 1 || factor[3] != 1)
             for (int c = 0; c < rank; ++c) store4(exact + 4 * c, load4(exact + 4 * c) * factor);
         alignas(kAlign) float turned[4 * kTile];
-        for (int token = 0; token < kTile; token += 4) {
+        for (int t = 0; t < kTile; t += 4) {
             Vec4 weight[4];
-            repeat<4>([&](auto r) KVC_LAMBDA { weight[r] = load4(weights + r * kTile + token); });
+            repeat<4>([&](auto r) KVC_LAMBDA { weight[r] = load4(weights + r * kTile + t); });
             transpose4(weight);
-            repeat<4>([&](auto t) KVC_LAMBDA { store4(turned + 4 * (token + t), weight[t]); });
+            repeat<4>([&](auto n) KVC_LAMBDA { store4(turned + 4 * (t + n), weight[n]); });
         }
+        const int32_t *token = sparse.token, *channel = sparse.channel;
+        const float* value = sparse.value;
         for (int i = first; i < sparse.next; ++i) {
-            float* target = exact + sparse.channel[i];
-            store4(target, load4(target) + load4(turned + sparse.token[i] - 4 * start) * sparse.value[i]);
+            float* target = exact + channel[i];
+            store4(target, load4(target) + load4(turned + token[i] - 4 * start) * value[i]);
         }
     }
 }

@@ -3,6 +3,7 @@
 #include "attend.h"
 #include "block_attend.h"
 #include "encode.h"
+#include "gather.h"
 
 namespace kvcompress::cpu::KVC_LEVEL {
 
@@ -11,6 +12,8 @@ extern const Kernels kernels = {
     {block_scratch_bytes, block_width, attend_blocks, merge<kvc_block_attend_args, block_width>, finish_blocks},
     append_scratch_bytes,
     append,
+    gather_scratch_bytes,
+    gather,
 };
 
 }  // namespace kvcompress::cpu::KVC_LEVEL

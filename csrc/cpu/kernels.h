@@ -16,6 +16,7 @@ constexpr int kMaxRows = 64;         // rows (query token x query head of the gr
 constexpr int kMaxHeadDim = 512;
 constexpr int kMaxLowRank = 32;      // of a block's residual
 constexpr int kAppendTokens = 8;     // tokens encoded together, for one reading of the projection
+constexpr int kGatherTokens = 8;     // tokens decoded together, for the same reason
 constexpr size_t kAlign = 64;
 
 // Rows of one KV head of one request: `tokens` query tokens from `first_token` on, each with its group of query heads.
@@ -55,6 +56,9 @@ struct Kernels {
     size_t (*append_scratch_bytes)(const kvc_append_args&);
     // Encode and store one head of up to kAppendTokens tokens.
     void (*append)(const kvc_append_args&, int64_t first, int count, int head, void* scratch);
+    size_t (*gather_scratch_bytes)(const kvc_gather_args&);
+    // Decode one head of up to kGatherTokens of a request's tokens to rows from `first_row` on.
+    void (*gather)(const kvc_gather_args&, int request, int first, int count, int64_t first_row, int head, void* scratch);
 };
 
 namespace portable { extern const Kernels kernels; }

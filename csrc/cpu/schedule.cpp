@@ -48,10 +48,11 @@ using namespace kvcompress::cpu;
 
 int32_t kvc_abi_version(void) { return KVC_ABI_VERSION; }
 
-void kvc_struct_sizes(int64_t sizes[3]) {
+void kvc_struct_sizes(int64_t sizes[4]) {
     sizes[0] = sizeof(kvc_attend_args);
     sizes[1] = sizeof(kvc_append_args);
-    sizes[2] = sizeof(kvc_block_attend_args);
+    sizes[2] = sizeof(kvc_gather_args);
+    sizes[3] = sizeof(kvc_block_attend_args);
 }
 
 int32_t kvc_best_level(void) {
@@ -89,4 +90,22 @@ int32_t kvc_append(const kvc_append_args* args) {
         kernels.append(*args, first, static_cast<int>(left < kAppendTokens ? left : kAppendTokens), static_cast<int>(index % heads), memory);
     });
     return ok ? KVC_OK : KVC_NO_MEMORY;
+}
+
+int32_t kvc_gather(const kvc_gather_args* args) {
+    if (!covered(args->pages)) return KVC_BAD_SHAPE;
+    const Kernels& kernels = kernels_of(args->level);
+    const int heads = args->pages.num_kv_heads;
+    int64_t first_row = 0;
+    for (int request = 0; request < args->num_requests; first_row += args->seq_lens[request++]) {
+        const int32_t status = check_blocks(*args, request, args->seq_lens[request]);
+        if (status != KVC_OK) return status;
+        const int length = args->seq_lens[request], chunks = (length + kGatherTokens - 1) / kGatherTokens;
+        const bool ok = parallel(static_cast<int64_t>(chunks) * heads, args->threads, kernels.gather_scratch_bytes(*args), [&](int64_t index, char* memory) {
+            const int first = static_cast<int>(index / heads) * kGatherTokens, left = length - first;
+            kernels.gather(*args, request, first, left < kGatherTokens ? left : kGatherTokens, first_row + first, static_cast<int>(index % heads), memory);
+        });
+        if (!ok) return KVC_NO_MEMORY;
+    }
+    return KVC_OK;
 }

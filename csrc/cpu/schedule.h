@@ -91,6 +91,18 @@ inline int tokens_per_item(int queries, int group) {
     return queries < most ? queries : most;
 }
 
+// Whether all blocks of a request's first `tokens` tokens are in the cache.
+template <typename Args>
+int32_t check_blocks(const Args& args, int request, int tokens) {
+    const int blocks = (tokens + args.pages.block_size - 1) / args.pages.block_size;
+    if (tokens < 0 || blocks > args.block_table_stride) return KVC_BAD_LENGTH;
+    for (int i = 0; i < blocks; ++i) {
+        const int32_t block = args.block_table[request * args.block_table_stride + i];
+        if (block < 0 || block >= args.pages.num_blocks) return KVC_BAD_BLOCK;
+    }
+    return KVC_OK;
+}
+
 template <typename Args>
 int32_t make_jobs(const Args& args, std::vector<Job>& jobs) {
     const int heads = args.pages.num_kv_heads, group_size = args.num_heads / heads;
@@ -99,12 +111,8 @@ int32_t make_jobs(const Args& args, std::vector<Job>& jobs) {
         const int queries = args.query_starts[request + 1] - args.query_starts[request];
         if (queries == 0) continue;
         if (queries < 0 || queries > length) return KVC_BAD_LENGTH;
-        const int blocks = (paged_tokens(args, length) + args.pages.block_size - 1) / args.pages.block_size;
-        if (blocks > args.block_table_stride) return KVC_BAD_LENGTH;
-        for (int i = 0; i < blocks; ++i) {
-            const int32_t block = args.block_table[request * args.block_table_stride + i];
-            if (block < 0 || block >= args.pages.num_blocks) return KVC_BAD_BLOCK;
-        }
+        const int32_t status = check_blocks(args, request, paged_tokens(args, length));
+        if (status != KVC_OK) return status;
         for (int first_group = 0; first_group < group_size; first_group += kMaxRows) {
             const int group = group_size - first_group < kMaxRows ? group_size - first_group : kMaxRows;
             const int step = tokens_per_item(queries, group);

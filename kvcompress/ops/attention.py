@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvcompress.codec.layout import PageLayout
 from kvcompress.ops import library, reference
-from kvcompress.ops.plan import LayerPlan, host_int32, host_list, rows_covered, rows_struct
+from kvcompress.ops.plan import LayerPlan, block_table_struct, host_int32, host_list, rows_covered, rows_struct
 
 SPLIT_TOKENS = 4096
 """Tokens one thread attends at a time. Fixed positions, so that a result depends on nothing but its own tokens."""
@@ -54,13 +54,10 @@ def decode_attention(
         )
         return
     assert lse_TH is None or (lse_TH.dtype == torch.float32 and lse_TH.is_contiguous())
-    block_table_RN = host_int32(block_table_RN)
-    if block_table_RN.stride(-1) != 1:
-        block_table_RN = block_table_RN.contiguous()
     starts_R, lengths_R = host_int32(query_starts), host_int32(seq_lens)
     requests = lengths_R.shape[0]
     assert starts_R.shape[0] == requests + 1
-    assert block_table_RN.shape[0] >= requests
+    table_RN, table_stride = block_table_struct(block_table_RN, requests)
     args = library.AttendArgs(
         pages=plan.pages_struct(pages_NHX, layout),
         query=rows_struct(query_THD),
@@ -70,8 +67,8 @@ def decode_attention(
         k_mean_HD=plan.k.mean_HD.data_ptr(),
         v_decode_HRD=plan.v.decode_HRD.data_ptr(),
         v_mean_HD=plan.v.mean_HD.data_ptr(),
-        block_table=block_table_RN.data_ptr(),
-        block_table_stride=block_table_RN.stride(0) if requests > 1 else block_table_RN.shape[1],
+        block_table=table_RN.data_ptr(),
+        block_table_stride=table_stride,
         query_starts=starts_R.data_ptr(),
         seq_lens=lengths_R.data_ptr(),
         num_requests=requests,

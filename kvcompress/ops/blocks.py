@@ -11,7 +11,7 @@ from torch import Tensor
 from kvcompress.ops import block_reference, library
 from kvcompress.ops.attention import SPLIT_TOKENS
 from kvcompress.ops.block_plan import BlockPlan
-from kvcompress.ops.plan import host_int32, host_list, rows_covered, rows_struct
+from kvcompress.ops.plan import block_table_struct, host_int32, host_list, rows_covered, rows_struct
 
 
 def attend(
@@ -77,14 +77,11 @@ def attend(
     assert pages_NHMB.stride()[2:] == (spec.record_bytes, 1), pages_NHMB.stride()
     assert rings_NHXPD.stride()[2:] == (places * head_dim, head_dim, 1), rings_NHXPD.stride()
     assert lse_TH is None or (lse_TH.dtype == torch.float32 and lse_TH.is_contiguous())
-    block_table_RN = host_int32(block_table_RN)
-    if block_table_RN.stride(-1) != 1:
-        block_table_RN = block_table_RN.contiguous()
     rings_R, starts_R, lengths_R = (host_int32(numbers) for numbers in (ring_R, query_starts, seq_lens))
     requests = lengths_R.shape[0]
     assert starts_R.shape[0] == requests + 1
     assert rings_R.shape[0] == requests
-    assert block_table_RN.shape[0] >= requests
+    table_RN, table_stride = block_table_struct(block_table_RN, requests)
     ring = rows_struct(rings_NHXPD)
     args = library.BlockAttendArgs(
         pages=plan.pages_struct(pages_NHMB),
@@ -101,8 +98,8 @@ def attend(
         v_decode_HRD=plan.v_decode_HRD.data_ptr(),
         v_mean_HD=plan.v_mean_HD.data_ptr(),
         ring_of=rings_R.data_ptr(),
-        block_table=block_table_RN.data_ptr(),
-        block_table_stride=block_table_RN.stride(0) if requests > 1 else block_table_RN.shape[1],
+        block_table=table_RN.data_ptr(),
+        block_table_stride=table_stride,
         query_starts=starts_R.data_ptr(),
         seq_lens=lengths_R.data_ptr(),
         num_requests=requests,

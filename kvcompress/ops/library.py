@@ -105,6 +105,24 @@ class AppendArgs(ctypes.Structure):
     )
 
 
+class GatherArgs(ctypes.Structure):
+    _fields_ = (
+        ("pages", Pages),
+        ("keys", Rows),
+        ("values", Rows),
+        ("k_decode_HRD", ctypes.c_void_p),
+        ("k_mean_HD", ctypes.c_void_p),
+        ("v_decode_HRD", ctypes.c_void_p),
+        ("v_mean_HD", ctypes.c_void_p),
+        ("block_table", ctypes.c_void_p),
+        ("block_table_stride", ctypes.c_int64),
+        ("seq_lens", ctypes.c_void_p),
+        ("num_requests", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+        ("level", ctypes.c_int32),
+    )
+
+
 class BlockSide(ctypes.Structure):
     _fields_ = (
         ("rank", ctypes.c_int32),
@@ -246,4 +264,4 @@ def level() -> int:
 def check(status: int) -> None:
     """Raise ValueError for a kernel's status that is not success."""
     if status:
-        raise ValueError(f"attention on compressed pages failed: {_STATUS[status]}")
+        raise ValueError(f"work on compressed pages failed: {_STATUS[status]}")

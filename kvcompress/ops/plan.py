@@ -153,6 +153,15 @@ def host_list(numbers: Tensor | Sequence[int]) -> Sequence[int]:
     return numbers.tolist() if isinstance(numbers, Tensor) else numbers
 
 
+def block_table_struct(block_table_RN: Tensor, requests: int) -> tuple[Tensor, int]:
+    """The table as kernels read it (keep it while they do), and how far its rows are apart."""
+    assert block_table_RN.shape[0] >= requests
+    block_table_RN = host_int32(block_table_RN)
+    if block_table_RN.stride(-1) != 1:
+        block_table_RN = block_table_RN.contiguous()
+    return block_table_RN, block_table_RN.stride(0) if requests > 1 else block_table_RN.shape[1]
+
+
 def _side_struct(spec: SideSpec, place: SideLayout) -> library.Side:
     struct = library.Side()
     bands: list[Band] = []

@@ -70,6 +70,28 @@ def append(
     pages.append(pages_NHX, layout, _codec(plan), keys_THD, values_THD, slots_T)
 
 
+def gather_decode(
+    keys_THD: Tensor,
+    values_THD: Tensor,
+    pages_NHX: Tensor,
+    layout: PageLayout,
+    plan: LayerPlan,
+    block_table_RN: Tensor,
+    seq_lens: Sequence[int],
+) -> None:
+    """`codec.pages.read`, then the decoder; writes keys and values of all requests, one after the other."""
+    from kvcompress.codec import pages
+
+    start = 0
+    for request, length in enumerate(seq_lens):
+        blocks_N = block_table_RN[request, : -(-length // layout.block_size)].long()
+        latents = pages.read(pages_NHX, layout, _codec(plan), blocks_N, length)
+        for side, latent_THR, out_THD in zip((plan.k, plan.v), latents, (keys_THD, values_THD), strict=True):
+            decoded_THD = torch.einsum("thr,hrd->thd", latent_THR, side.decode_HRD) + side.mean_HD
+            out_THD[start : start + length] = decoded_THD.to(out_THD.dtype)
+        start += length
+
+
 def decode_attention(
     output_THD: Tensor,
     query_THD: Tensor,

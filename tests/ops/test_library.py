@@ -28,9 +28,9 @@ def fresh() -> Iterator[None]:
 def test_structs_have_the_sizes_the_library_was_built_with() -> None:
     compiled = library.load()
     assert compiled is not None
-    sizes = (ctypes.c_int64 * 3)()
+    sizes = (ctypes.c_int64 * 4)()
     compiled.kvc_struct_sizes(sizes)
-    structs = (library.AttendArgs, library.AppendArgs, library.BlockAttendArgs)
+    structs = (library.AttendArgs, library.AppendArgs, library.GatherArgs, library.BlockAttendArgs)
     assert list(sizes) == [ctypes.sizeof(struct) for struct in structs]
 
 

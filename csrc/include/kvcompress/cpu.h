@@ -100,6 +100,20 @@ typedef struct {
     int32_t level;
 } kvc_append_args;
 
+typedef struct {
+    kvc_pages pages;
+    kvc_rows keys;    // written; the tokens of all requests, one request after the other
+    kvc_rows values;
+    const float *k_decode_HRD, *k_mean_HD;
+    const float *v_decode_HRD, *v_mean_HD;
+    const int32_t* block_table;
+    int64_t block_table_stride;
+    const int32_t* seq_lens;
+    int32_t num_requests;
+    int32_t threads;
+    int32_t level;
+} kvc_gather_args;
+
 // ---- blocks (kvcompress/codec/gear.py) -------------------------------------------------------------------------------
 
 // Keys or values of one block of one head. Offsets within the block's record; the parts are those of codec/gear_spec.py.
@@ -172,8 +186,8 @@ typedef struct {
 
 KVC_EXPORT int32_t kvc_abi_version(void);
 
-// sizeof(kvc_attend_args), sizeof(kvc_append_args), sizeof(kvc_block_attend_args).
-KVC_EXPORT void kvc_struct_sizes(int64_t sizes[3]);
+// Of the args of attend, append, gather and attend_blocks.
+KVC_EXPORT void kvc_struct_sizes(int64_t sizes[4]);
 
 // The best level this machine has.
 KVC_EXPORT int32_t kvc_best_level(void);
@@ -187,6 +201,9 @@ KVC_EXPORT int32_t kvc_attend_blocks(const kvc_block_attend_args* args);
 
 // Encode tokens and store them in their slots.
 KVC_EXPORT int32_t kvc_append(const kvc_append_args* args);
+
+// Stored tokens back to keys and values.
+KVC_EXPORT int32_t kvc_gather(const kvc_gather_args* args);
 
 #ifdef __cplusplus
 }
