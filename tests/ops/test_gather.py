@@ -58,7 +58,7 @@ def test_gather_without_the_library() -> None:
 
 
 @pytest.mark.usefixtures("compiled")
-@pytest.mark.parametrize(("lengths", "message"), [([40, 49], "outside the cache"), ([80, 1], "block table holds")])
+@pytest.mark.parametrize(("lengths", "message"), [([40, 49], "outside the cache"), ([81, 1], "block table holds")])
 def test_gather_beyond_what_is_stored_is_refused(lengths: list[int], message: str) -> None:
     cache = random_cache(random_codec(2, *SIDES[0]), [40, 9])
     with pytest.raises(ValueError, match=message):
