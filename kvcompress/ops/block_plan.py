@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, field, fields
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from torch import Tensor
 
-from kvcompress.codec.gear_spec import BlockSide, BlockSpec
+from kvcompress.codec.gear_spec import Axis, BlockSide, BlockSpec
 from kvcompress.ops import library
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _TENSORS = 4
 """Of each side: mean, basis, inverse, scale."""
 
-_AXES = ("tokens", "channels")
+_AXES: tuple[Axis, ...] = get_args(Axis)
 _TILE = 16
 """Tokens whose codes the kernels unpack together."""
 
@@ -89,8 +89,7 @@ class BlockPlan:
         sides = []
         for index in range(2):
             values = dict(zip(names, numbers[index * len(names) : (index + 1) * len(names)], strict=True))
-            axis = _AXES[values.pop("along")]
-            spec = BlockSide(along=axis, **values)
+            spec = BlockSide(along=_AXES[values.pop("along")], **values)
             sides.append(BlockSideCodec(spec, *tensors[index * _TENSORS : (index + 1) * _TENSORS]))
         return cls(BlockCodec(*sides))
 

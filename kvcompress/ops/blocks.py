@@ -55,7 +55,6 @@ def attend(
     covered = covered and rows_covered(query_THD, output_THD, keys_THD, values_THD, rings_NHXPD)
     compiled = library.load() if covered else None
     if compiled is None:
-        lists = (host_list(numbers) for numbers in (query_starts, seq_lens))
         block_reference.attend(
             output_THD,
             query_THD,
@@ -66,7 +65,8 @@ def attend(
             host_list(ring_R),
             plan.codec,
             block_table_RN,
-            *lists,
+            host_list(query_starts),
+            host_list(seq_lens),
             softmax_scale,
             lse_TH,
         )
@@ -130,8 +130,21 @@ def block_attention_op(
     """`attend` for graphs: output and lse; tensors and numbers are `BlockPlan.flatten()`'s."""
     plan = BlockPlan.unflatten(tensors, numbers)
     output, lse = torch.zeros_like(query), query.new_full(query.shape[:2], -torch.inf, dtype=torch.float32)
-    batch = (ring_of, plan, block_table, query_starts, seq_lens)
-    attend(output, query, keys, values, pages, rings, *batch, softmax_scale, lse)
+    attend(
+        output,
+        query,
+        keys,
+        values,
+        pages,
+        rings,
+        ring_of,
+        plan,
+        block_table,
+        query_starts,
+        seq_lens,
+        softmax_scale,
+        lse,
+    )
     return output, lse
 
 

@@ -211,3 +211,11 @@ def test_planted_massive_activation(side_of_outlier: str) -> None:
         if side_of_outlier in (name, "both"):
             planted[0, :, [5, 40]] *= 100.0
     assert relative_error(planted_keys, planted_values) <= 1.2 * clean
+
+
+@pytest.mark.parametrize("distinct", [1, 3, 40, 100_000])
+@pytest.mark.parametrize("count", [0, 1, 8, 168, 512])
+def test_the_largest_entries_are_those_of_a_stable_sort(distinct: int, count: int) -> None:
+    numbers = torch.randint(distinct, (3, 2, 512), generator=torch.Generator().manual_seed(count)).float()
+    expected = numbers.sort(dim=-1, descending=True, stable=True).indices[..., :count].sort(-1).values
+    assert torch.equal(gear_blocks._largest(numbers, count), expected)
