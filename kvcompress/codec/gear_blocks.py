@@ -89,7 +89,7 @@ def _furthest(unit_NHSR: Tensor, scale_H1R: Tensor, side: BlockSide) -> Tensor:
 
 def _largest(numbers_NHE: Tensor, count: int) -> Tensor:
     """Places of the `count` largest entries, ascending; of equal ones the first, because ties must fall the same way
-    everywhere. No sort of all entries: that took as long as all the rest of a block's encoding."""
+    everywhere. No sort of all entries: it was two fifths of the work of encoding a block."""
     if not count:
         return torch.empty(*numbers_NHE.shape[:-1], 0, dtype=torch.int64, device=numbers_NHE.device)
     least_NH1 = numbers_NHE.topk(count, dim=-1).values[..., -1:]
