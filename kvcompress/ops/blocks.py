@@ -77,7 +77,9 @@ def attend(
     assert pages_NHMB.stride()[2:] == (spec.record_bytes, 1), pages_NHMB.stride()
     assert rings_NHXPD.stride()[2:] == (places * head_dim, head_dim, 1), rings_NHXPD.stride()
     assert lse_TH is None or (lse_TH.dtype == torch.float32 and lse_TH.is_contiguous())
-    rings_R, starts_R, lengths_R = (host_int32(numbers) for numbers in (ring_R, query_starts, seq_lens))
+    # A column of an engine's block table is one way to say which rings: its numbers are not side by side.
+    numbers = (ring_R, query_starts, seq_lens)
+    rings_R, starts_R, lengths_R = (host_int32(each).contiguous() for each in numbers)
     requests = lengths_R.shape[0]
     assert starts_R.shape[0] == requests + 1
     assert rings_R.shape[0] == requests

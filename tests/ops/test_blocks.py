@@ -176,13 +176,19 @@ def test_requests_without_queries_are_skipped(level: str) -> None:
     assert_exact(batch, random_query(2, 2, 32))
 
 
-def test_strided_queries_keys_and_outputs(level: str) -> None:
+def test_strided_queries_keys_outputs_and_numbers(level: str) -> None:
     batch = random_batch(random_codec(2, 32, sides()), [90, 33], [1, 3])
     query_THD = random_query(4, 4, 32)
     expected_THD, _ = batch.attend(query_THD)
     # One projection's rows: queries, keys and values side by side.
     wide_THD = torch.cat([query_THD, batch.newest(0), batch.newest(1)], dim=1)
     output_THD = torch.zeros(4, 9, 32)
+
+    def column(numbers: list[int]) -> Tensor:
+        found = torch.tensor([[number, -1] for number in numbers], dtype=torch.int32)[:, 0]
+        assert not found.is_contiguous()
+        return found
+
     blocks.attend(
         output_THD[:, 2:6],
         wide_THD[:, :4],
@@ -190,11 +196,11 @@ def test_strided_queries_keys_and_outputs(level: str) -> None:
         wide_THD[:, 6:],
         batch.pages_NHMB,
         batch.rings_NHXPD,
-        torch.tensor(batch.ring_R),
+        column(batch.ring_R),
         batch.plan,
         batch.block_table_RN,
-        torch.tensor(batch.query_starts),
-        torch.tensor(batch.seq_lens),
+        column(batch.query_starts),
+        column(batch.seq_lens),
         32**-0.5,
     )
     assert torch.equal(output_THD[:, 2:6], expected_THD)
