@@ -82,6 +82,8 @@ demo: setup
 
 bench: setup
 	@$(BIN)/python benchmarks/cpu_decode.py
+	@$(BIN)/python benchmarks/cpu_decode.py --forms latents
+	@$(BIN)/python benchmarks/cpu_decode.py --forms blocks
 
 clean:
 	rm -rf $(VENV) build demo .pytest_cache .mypy_cache .ruff_cache

@@ -1,6 +1,8 @@
 """Decode attention of one Llama-3.1-8B layer on the CPU: compressed pages against vLLM's bf16 op and torch's SDPA.
 
     python benchmarks/cpu_decode.py [--contexts 1024 4096 32768] [--batches 1 4] [--threads 2] [--note "..."]
+    python benchmarks/cpu_decode.py --forms latents   (MLA and xkv, on their kernels and on the torch code before them)
+    python benchmarks/cpu_decode.py --forms blocks    (GEAR, the same)
 
 One repetition times every method once, one after the other, so that other load on the machine falls on all of them;
 ratios are taken within a repetition and their median is reported. A model has many layers, so a step finds its cache in
@@ -25,6 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import latent_steps
 import torch
 from torch import Tensor
 
@@ -65,6 +68,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=15)
     parser.add_argument("--note", default="", help="what else the machine was doing")
     parser.add_argument("--without-vllm", action="store_true")
+    parser.add_argument("--forms", choices=("heads", "blocks", "latents"), default="heads", help="caches to measure")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if library.load() is None:
@@ -72,11 +76,12 @@ def main() -> None:
     rows = []
     for batch in args.batches:
         for context in args.contexts:
-            row = measure(context, batch, args.repetitions, not args.without_vllm)
+            row = measure(context, batch, args.repetitions, not args.without_vllm, args.forms)
             rows.append(row)
             print(line(row), flush=True)
     result = {
         "what": "decode attention, one Llama-3.1-8B layer",
+        "forms": args.forms,
         "shape": {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "block_size": BLOCK_SIZE},
         "machine": machine(args.threads),
         "note": args.note,
@@ -84,22 +89,28 @@ def main() -> None:
         "rows": rows,
         "linear_fit_r2": linear_fits(rows),
     }
-    path = RESULTS / f"{datetime.date.today()}-{machine_name()}-cpu-decode.json"
+    suffix = "" if args.forms == "heads" else f"-{args.forms}"
+    path = RESULTS / f"{datetime.date.today()}-{machine_name()}-cpu-decode{suffix}.json"
     RESULTS.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(path)
 
 
-def measure(context: int, batch: int, repetitions: int, with_vllm: bool) -> dict[str, Any]:
+def measure(context: int, batch: int, repetitions: int, with_vllm: bool, forms: str) -> dict[str, Any]:
     """Every method's samples at one context and batch, in seconds per decode step of one layer."""
     gc.collect()
     copies = max(1, -(-COLD_BYTES // (4 * KV_HEADS * HEAD_DIM * context * batch)))
     query_THD = torch.randn(batch, HEADS, HEAD_DIM, dtype=torch.bfloat16)
-    methods = {f"{bits}-bit": compressed_step(bits, context, batch, copies, query_THD) for bits in BITS}
-    methods["append 4-bit"] = append_step(4, context, batch, copies)
-    for bits in BLOCK_BITS:
-        steps = block_steps(bits, context, batch, copies, query_THD)
-        methods[f"gear {bits}-bit"], methods[f"gear {bits}-bit{IN_TORCH}"] = steps
+    if forms == "heads":
+        methods = {f"{bits}-bit": compressed_step(bits, context, batch, copies, query_THD) for bits in BITS}
+        methods["append 4-bit"] = append_step(4, context, batch, copies)
+    elif forms == "blocks":
+        methods = {}
+        for bits in BLOCK_BITS:
+            steps = block_steps(bits, context, batch, copies, query_THD)
+            methods[f"gear {bits}-bit"], methods[f"gear {bits}-bit{IN_TORCH}"] = steps
+    else:
+        methods = latent_methods(context, batch, copies, query_THD)
     methods["torch sdpa bf16"] = sdpa_step(context, batch, copies, query_THD)
     baseline = "torch sdpa bf16"
     if with_vllm:
@@ -131,6 +142,17 @@ def measure(context: int, batch: int, repetitions: int, with_vllm: bool) -> dict
     }
 
 
+def latent_methods(context: int, batch: int, copies: int, query_THD: Tensor) -> dict[str, Callable[[int], None]]:
+    table_RN = block_table(context, batch)
+    methods = latent_steps.mla_steps(HEADS, context, table_RN, BLOCK_SIZE, copies)
+    for share in ("kv", "v"):
+        for bits in (8, 4):
+            methods |= latent_steps.shared_steps(
+                bits, share, query_THD, KV_HEADS, context, table_RN, BLOCK_SIZE, copies
+            )
+    return methods
+
+
 def ratios(samples: dict[str, list[float]], baseline: str) -> dict[str, float]:
     """Median over repetitions of baseline's time over the method's."""
     return {
@@ -152,7 +174,7 @@ def linear_fits(rows: list[dict[str, Any]]) -> dict[str, float]:
         return {}
     contexts = [float(row["context"]) for row in chosen]
     fits = {}
-    for name in chosen[0]["cpu_seconds"].keys() - {"append 4-bit"}:
+    for name in [name for name in chosen[0]["cpu_seconds"] if not name.startswith("append")]:
         times = [statistics.median(row["cpu_seconds"][name]) for row in chosen]
         fits[name] = statistics.correlation(contexts, times) ** 2
     return fits

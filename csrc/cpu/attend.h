@@ -9,6 +9,7 @@
 #include "half_side.h"
 #include "integer_side.h"
 #include "outliers.h"
+#include "softmax.h"
 
 namespace kvcompress::cpu::KVC_LEVEL {
 namespace {
@@ -44,17 +45,6 @@ struct Scratch {
     float* exact;       // [rows / 4][value rank][4]: what outliers add to the sums, where values have any
     int key_width;      // positions or quads
     int value_width;
-};
-
-struct Arena {
-    char* base;
-    size_t used = 0;
-    template <typename T>
-    T* take(size_t count) {
-        T* start = reinterpret_cast<T*>(base + used);
-        used += (count * sizeof(T) + kAlign - 1) / kAlign * kAlign;
-        return start;
-    }
 };
 
 inline size_t lay_out(const kvc_pages& pages, char* base, Scratch& s) {
@@ -227,44 +217,6 @@ inline void read_tile(const kvc_attend_args& args, const Item& item, int start, 
     }
 }
 
-// Scores of a row to weights p * gain; returns what the row's earlier sums must be multiplied by.
-inline float soften(float* scores, const float* k_gain, const float* v_gain, int seen, float& row_max, float& row_sum, float& largest, float& weight_sum) {
-    constexpr int kVectors = kTile / kLanes;
-    largest = weight_sum = 0;
-    if (seen <= 0) {
-        std::memset(scores, 0, sizeof(float) * kTile);
-        return 1.f;
-    }
-    const VecF hidden = splat(-__builtin_inff());
-    VecF score[kVectors], max = hidden;
-    repeat<kVectors>([&](auto i) KVC_LAMBDA { score[i] = load(scores + i * kLanes) * load(k_gain + i * kLanes); });
-    if (seen < kTile)
-        repeat<kVectors>([&](auto i) KVC_LAMBDA {
-            VecI token;
-            for (int lane = 0; lane < kLanes; ++lane) token[lane] = i * kLanes + lane;
-            // A select, not a product: slots past the end may hold anything.
-            score[i] = token < seen ? score[i] : hidden;
-        });
-    repeat<kVectors>([&](auto i) KVC_LAMBDA { max = max_of(score[i], max); });
-    const float tile_max = max_lane(max);
-    const float new_max = tile_max > row_max ? tile_max : row_max;
-    const float decay = exp_nonpositive(splat(row_max - new_max))[0];
-    VecF total = {}, weights = {}, top = {};
-    repeat<kVectors>([&](auto i) KVC_LAMBDA {
-        const VecF p = exp_nonpositive(score[i] - new_max);
-        const VecF weight = p * load(v_gain + i * kLanes);
-        total += p;
-        weights += weight;
-        top = max_of(weight, top);
-        store(scores + i * kLanes, weight);
-    });
-    row_max = new_max;
-    row_sum = row_sum * decay + sum(total);
-    largest = max_lane(top);
-    weight_sum = sum(weights);
-    return decay;
-}
-
 #if KVC_LEVEL_NUMBER >= 3
 KVC_INLINE Ahead ahead_of(const kvc_attend_args& args, const Item& item, const kvc_side& side, int token) {
     const uint8_t* record = record_of(args, item, token);
@@ -390,19 +342,8 @@ void attend(const kvc_attend_args& args, const Item& item, int start, int stop, 
 
 int attend_width(const kvc_attend_args& args) { return args.pages.v.rank; }
 
-template <typename Args, int (*WIDTH)(const Args&)>
-void merge(const Args& args, const Item& item, const Partial& into, const Partial& from) {
-    const int width = WIDTH(args);
-    for (int row = 0; row < item.tokens * item.group; ++row) {
-        if (from.sum[row] == 0) continue;  // none of these tokens is visible to the row
-        const float max = into.max[row] > from.max[row] ? into.max[row] : from.max[row];
-        const float ours = exp_nonpositive(splat(into.max[row] - max))[0];
-        const float theirs = exp_nonpositive(splat(from.max[row] - max))[0];
-        into.max[row] = max;
-        into.sum[row] = into.sum[row] * ours + from.sum[row] * theirs;
-        for (int i = 0; i < width; ++i)
-            into.latent[row * width + i] = into.latent[row * width + i] * ours + from.latent[row * width + i] * theirs;
-    }
+void merge(const kvc_attend_args& args, const Item& item, const Partial& into, const Partial& from) {
+    merge_rows(item.rows(), args.pages.v.rank, into, from);
 }
 
 void finish(const kvc_attend_args& args, const Item& item, const Partial& partial, void* scratch) {

@@ -333,7 +333,7 @@ void attend_blocks(const kvc_block_attend_args& args, const Item& item, int star
     BlockScratch s{};
     lay_out(args.pages, static_cast<char*>(scratch), s);
     const kvc_block_side &k = args.pages.k, &v = args.pages.v;
-    const int rows = item.tokens * item.group, fours = round_up(rows, 4), head_dim = args.pages.head_dim, block = args.pages.block;
+    const int rows = item.rows(), fours = round_up(rows, 4), head_dim = args.pages.head_dim, block = args.pages.block;
     for (int row = 0; row < rows; ++row) {
         partial.max[row] = -__builtin_inff();
         partial.sum[row] = 0;
@@ -379,13 +379,17 @@ void attend_blocks(const kvc_block_attend_args& args, const Item& item, int star
     }
 }
 
+void merge_blocks(const kvc_block_attend_args& args, const Item& item, const Partial& into, const Partial& from) {
+    merge_rows(item.rows(), block_width(args), into, from);
+}
+
 void finish_blocks(const kvc_block_attend_args& args, const Item& item, const Partial& partial, void* scratch) {
     BlockScratch s{};
     lay_out(args.pages, static_cast<char*>(scratch), s);
     const int rank = args.pages.v.rank, head_dim = args.pages.head_dim, width = block_width(args);
     const float* decode = args.v_decode_HRD + static_cast<int64_t>(item.kv_head) * rank * head_dim;
     const float* mean = args.v_mean_HD + item.kv_head * head_dim;
-    const int rows = item.tokens * item.group;
+    const int rows = item.rows();
     for (int first = 0; first < rows; first += kMatrixRows) {
         const int count = min_of(rows - first, kMatrixRows);
         rows_times_matrix(partial.latent + first * width, count, width, decode, rank, head_dim, s.row, kMaxHeadDim);

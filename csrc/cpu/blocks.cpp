@@ -21,6 +21,18 @@ bool covered(const kvc_block_pages& pages) {
 }
 
 }  // namespace
+
+template <>
+struct Form<kvc_block_attend_args> {
+    static constexpr bool together = false;
+    static int kv_heads(const kvc_block_attend_args& args) { return args.pages.num_kv_heads; }
+    static int32_t check(const kvc_block_attend_args& args, int request, int length) {
+        if (args.ring_of[request] < 0 || args.ring_of[request] >= args.rings.num_rings) return KVC_BAD_BLOCK;
+        const int complete = length / args.pages.block * args.pages.block;
+        return check_blocks(args.block_table, args.block_table_stride, request, complete, args.pages.block_size, args.pages.num_blocks);
+    }
+};
+
 }  // namespace kvcompress::cpu
 
 using namespace kvcompress::cpu;
@@ -29,7 +41,5 @@ int32_t kvc_attend_blocks(const kvc_block_attend_args* args) {
     if (!covered(args->pages) || args->num_heads <= 0 || args->num_heads % args->pages.num_kv_heads || args->split_tokens <= 0 ||
         args->split_tokens % args->pages.block || args->rings.places < args->pages.block)
         return KVC_BAD_SHAPE;
-    for (int request = 0; request < args->num_requests; ++request)
-        if (args->ring_of[request] < 0 || args->ring_of[request] >= args->rings.num_rings) return KVC_BAD_BLOCK;
     return schedule(*args, kernels_of(args->level).block_attention);
 }

@@ -4,16 +4,23 @@
 #include "block_attend.h"
 #include "encode.h"
 #include "gather.h"
+#include "latent.h"
+#include "shared.h"
 
 namespace kvcompress::cpu::KVC_LEVEL {
 
 extern const Kernels kernels = {
-    {attend_scratch_bytes, attend_width, attend, merge<kvc_attend_args, attend_width>, finish},
-    {block_scratch_bytes, block_width, attend_blocks, merge<kvc_block_attend_args, block_width>, finish_blocks},
+    {attend_scratch_bytes, attend_width, attend, merge, finish},
     append_scratch_bytes,
     append,
     gather_scratch_bytes,
     gather,
+    {block_scratch_bytes, block_width, attend_blocks, merge_blocks, finish_blocks},
+    {latent::scratch_bytes, latent::width, latent::attend, latent::merge, latent::finish},
+    latent::append,
+    {shared::scratch_bytes, shared::width, shared::attend, shared::merge, shared::finish},
+    store_scratch_bytes,
+    store_token,
 };
 
 }  // namespace kvcompress::cpu::KVC_LEVEL

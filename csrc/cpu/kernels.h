@@ -15,11 +15,13 @@ constexpr int kTileGroups = kTile / kGroup;
 constexpr int kMaxRows = 64;         // rows (query token x query head of the group) attended together
 constexpr int kMaxHeadDim = 512;
 constexpr int kMaxLowRank = 32;      // of a block's residual
+constexpr int kMaxLatentChannels = 4096;  // of MLA, or of a latent that layers share
 constexpr int kAppendTokens = 8;     // tokens encoded together, for one reading of the projection
 constexpr int kGatherTokens = 8;     // tokens decoded together, for the same reason
 constexpr size_t kAlign = 64;
 
-// Rows of one KV head of one request: `tokens` query tokens from `first_token` on, each with its group of query heads.
+// Rows of one KV head of one request, or of several neighbours: `tokens` query tokens from `first_token` on, each with
+// its group of query heads. Rows are [KV head][token][query head].
 struct Item {
     int request;
     int kv_head;
@@ -27,38 +29,48 @@ struct Item {
     int tokens;
     int first_group;  // first query head of the KV head's group
     int group;        // query heads attended
+    int kv_heads;
+
+    int rows_per_head() const { return tokens * group; }
+    int rows() const { return kv_heads * rows_per_head(); }
 };
 
-// Running softmax of an item's rows: maxima, sums and unnormalised results [rows][width].
+// Running softmax of an item's rows: maxima, sums and unnormalised values [rows][width].
 struct Partial {
     float* max;
     float* sum;
     float* latent;
 };
 
-// Attention on one form of cache.
+// Attention over one form of cache.
 template <typename Args>
 struct Attention {
     size_t (*scratch_bytes)(const Args&);
-    // Floats of a row's unnormalised result.
+    // Floats of a row's unnormalised values.
     int (*width)(const Args&);
     // Attend tokens [start, stop) of the item's request; overwrites `partial`.
     void (*attend)(const Args&, const Item&, int start, int stop, const Partial& partial, void* scratch);
     // Fold `from` into `into`.
     void (*merge)(const Args&, const Item&, const Partial& into, const Partial& from);
-    // Results to outputs.
+    // Unnormalised values to outputs.
     void (*finish)(const Args&, const Item&, const Partial& partial, void* scratch);
 };
 
 struct Kernels {
     Attention<kvc_attend_args> attention;
-    Attention<kvc_block_attend_args> block_attention;
     size_t (*append_scratch_bytes)(const kvc_append_args&);
     // Encode and store one head of up to kAppendTokens tokens.
     void (*append)(const kvc_append_args&, int64_t first, int count, int head, void* scratch);
     size_t (*gather_scratch_bytes)(const kvc_gather_args&);
     // Decode one head of up to kGatherTokens of a request's tokens to rows from `first_row` on.
     void (*gather)(const kvc_gather_args&, int request, int first, int count, int64_t first_row, int head, void* scratch);
+    Attention<kvc_block_attend_args> block_attention;
+    Attention<kvc_latent_attend_args> latent_attention;
+    void (*latent_append)(const kvc_latent_append_args&, int64_t token);
+    Attention<kvc_shared_attend_args> shared_attention;
+    size_t (*store_scratch_bytes)();
+    // Encode and store one token's records.
+    void (*store)(const kvc_store_args&, int64_t token, void* scratch);
 };
 
 namespace portable { extern const Kernels kernels; }

@@ -18,8 +18,6 @@ const Kernels& kernels_of(int level) {
 #endif
 }
 
-namespace {
-
 bool covered(const kvc_side& side, int head_dim) {
     int rank = 0;
     int64_t bytes = 0;
@@ -36,23 +34,35 @@ bool covered(const kvc_side& side, int head_dim) {
     return rank == side.rank && rank <= head_dim && bytes == side.code_bytes;
 }
 
-bool covered(const kvc_pages& pages) {
+static bool covered(const kvc_pages& pages) {
     return pages.head_dim > 0 && pages.head_dim <= kMaxHeadDim && pages.head_dim % 8 == 0 && pages.block_size > 0 &&
            pages.block_size % kGroup == 0 && pages.num_kv_heads > 0 && covered(pages.k, pages.head_dim) && covered(pages.v, pages.head_dim);
 }
 
-}  // namespace
+template <>
+struct Form<kvc_attend_args> {
+    static constexpr bool together = false;
+    static int kv_heads(const kvc_attend_args& args) { return args.pages.num_kv_heads; }
+    static int32_t check(const kvc_attend_args& args, int request, int length) {
+        return check_blocks(args.block_table, args.block_table_stride, request, length, args.pages.block_size, args.pages.num_blocks);
+    }
+};
+
 }  // namespace kvcompress::cpu
 
 using namespace kvcompress::cpu;
 
 int32_t kvc_abi_version(void) { return KVC_ABI_VERSION; }
 
-void kvc_struct_sizes(int64_t sizes[4]) {
+void kvc_struct_sizes(int64_t sizes[8]) {
     sizes[0] = sizeof(kvc_attend_args);
     sizes[1] = sizeof(kvc_append_args);
-    sizes[2] = sizeof(kvc_gather_args);
-    sizes[3] = sizeof(kvc_block_attend_args);
+    sizes[2] = sizeof(kvc_latent_attend_args);
+    sizes[3] = sizeof(kvc_latent_append_args);
+    sizes[4] = sizeof(kvc_shared_attend_args);
+    sizes[5] = sizeof(kvc_store_args);
+    sizes[6] = sizeof(kvc_gather_args);
+    sizes[7] = sizeof(kvc_block_attend_args);
 }
 
 int32_t kvc_best_level(void) {
@@ -98,7 +108,7 @@ int32_t kvc_gather(const kvc_gather_args* args) {
     const int heads = args->pages.num_kv_heads;
     int64_t first_row = 0;
     for (int request = 0; request < args->num_requests; first_row += args->seq_lens[request++]) {
-        const int32_t status = check_blocks(*args, request, args->seq_lens[request]);
+        const int32_t status = check_blocks(args->block_table, args->block_table_stride, request, args->seq_lens[request], args->pages.block_size, args->pages.num_blocks);
         if (status != KVC_OK) return status;
         const int length = args->seq_lens[request], chunks = (length + kGatherTokens - 1) / kGatherTokens;
         const bool ok = parallel(static_cast<int64_t>(chunks) * heads, args->threads, kernels.gather_scratch_bytes(*args), [&](int64_t index, char* memory) {

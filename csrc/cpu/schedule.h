@@ -22,9 +22,15 @@ namespace kvcompress::cpu {
 // The kernels of the level asked for, or of the best this machine has.
 const Kernels& kernels_of(int level);
 
-// Tokens of a request that must lie in pages.
-inline int paged_tokens(const kvc_attend_args&, int length) { return length; }
-inline int paged_tokens(const kvc_block_attend_args& args, int length) { return length / args.pages.block * args.pages.block; }
+// Whether the kernels can compute a side with up to `channels` channels; offsets are the caller's to check.
+bool covered(const kvc_side& side, int channels);
+
+// What the scheduler asks of a form's arguments, beside the fields that all of them have. Each form specialises it:
+//   static int kv_heads(const Args&);
+//   static bool together;  // several KV heads make one item while their rows fit
+//   static int32_t check(const Args&, int request, int length);  // kvc_status of the request's tables
+template <typename Args>
+struct Form;
 
 inline size_t aligned(size_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
 
@@ -78,10 +84,10 @@ struct Job {
     std::unique_ptr<std::atomic<int>> pending;
 };
 
-inline size_t partial_floats(const Item& item, int width) { return static_cast<size_t>(item.tokens * item.group * (width + 2)); }
+inline size_t partial_floats(const Item& item, int width) { return static_cast<size_t>(item.rows()) * static_cast<size_t>(width + 2); }
 
 inline Partial partial_at(float* memory, const Item& item) {
-    const int rows = item.tokens * item.group;
+    const int rows = item.rows();
     return {memory, memory + rows, memory + 2 * rows};
 }
 
@@ -91,35 +97,26 @@ inline int tokens_per_item(int queries, int group) {
     return queries < most ? queries : most;
 }
 
-// Whether all blocks of a request's first `tokens` tokens are in the cache.
-template <typename Args>
-int32_t check_blocks(const Args& args, int request, int tokens) {
-    const int blocks = (tokens + args.pages.block_size - 1) / args.pages.block_size;
-    if (tokens < 0 || blocks > args.block_table_stride) return KVC_BAD_LENGTH;
-    for (int i = 0; i < blocks; ++i) {
-        const int32_t block = args.block_table[request * args.block_table_stride + i];
-        if (block < 0 || block >= args.pages.num_blocks) return KVC_BAD_BLOCK;
-    }
-    return KVC_OK;
-}
-
 template <typename Args>
 int32_t make_jobs(const Args& args, std::vector<Job>& jobs) {
-    const int heads = args.pages.num_kv_heads, group_size = args.num_heads / heads;
+    const int heads = Form<Args>::kv_heads(args), group_size = args.num_heads / heads;
     for (int request = 0; request < args.num_requests; ++request) {
         const int length = args.seq_lens[request];
         const int queries = args.query_starts[request + 1] - args.query_starts[request];
         if (queries == 0) continue;
         if (queries < 0 || queries > length) return KVC_BAD_LENGTH;
-        const int32_t status = check_blocks(args, request, paged_tokens(args, length));
+        const int32_t status = Form<Args>::check(args, request, length);
         if (status != KVC_OK) return status;
         for (int first_group = 0; first_group < group_size; first_group += kMaxRows) {
             const int group = group_size - first_group < kMaxRows ? group_size - first_group : kMaxRows;
             const int step = tokens_per_item(queries, group);
+            const int most = kMaxRows / (step * group);
+            const int together = !Form<Args>::together ? 1 : most < heads ? most : heads;
             for (int token = 0; token < queries; token += step)
-                for (int head = 0; head < heads; ++head) {
+                for (int head = 0; head < heads; head += together) {
                     Job job{};
-                    job.item = {request, head, token, queries - token < step ? queries - token : step, first_group, group};
+                    job.item = {request, head, token, queries - token < step ? queries - token : step, first_group, group,
+                                heads - head < together ? heads - head : together};
                     job.visible = length - queries + token + job.item.tokens;
                     job.splits = (job.visible + args.split_tokens - 1) / args.split_tokens;
                     jobs.push_back(std::move(job));
@@ -189,6 +186,17 @@ int32_t schedule(const Args& args, const Attention<Args>& kernels) {
     } catch (const std::bad_alloc&) {
         return KVC_NO_MEMORY;
     }
+}
+
+// KVC_OK if a request's row of a block table has blocks of the cache for its first `tokens` tokens.
+inline int32_t check_blocks(const int32_t* block_table, int64_t stride, int request, int tokens, int block_size, int64_t num_blocks) {
+    const int blocks = (tokens + block_size - 1) / block_size;
+    if (tokens < 0 || blocks > stride) return KVC_BAD_LENGTH;
+    for (int i = 0; i < blocks; ++i) {
+        const int32_t block = block_table[request * stride + i];
+        if (block < 0 || block >= num_blocks) return KVC_BAD_BLOCK;
+    }
+    return KVC_OK;
 }
 
 }  // namespace kvcompress::cpu

@@ -29,6 +29,18 @@ typedef float VecF __attribute__((vector_size(4 * KVC_LANES), may_alias));
 typedef int32_t VecI __attribute__((vector_size(4 * KVC_LANES), may_alias));
 typedef uint32_t VecU __attribute__((vector_size(4 * KVC_LANES), may_alias));
 
+// Temporary arrays, one after the other.
+struct Arena {
+    char* base;
+    size_t used = 0;
+    template <typename T>
+    T* take(size_t count) {
+        T* start = reinterpret_cast<T*>(base + used);
+        used += (count * sizeof(T) + kAlign - 1) / kAlign * kAlign;
+        return start;
+    }
+};
+
 constexpr int round_up(int value, int unit) { return (value + unit - 1) / unit * unit; }
 KVC_INLINE int min_of(int a, int b) { return a < b ? a : b; }
 

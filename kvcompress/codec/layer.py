@@ -32,7 +32,7 @@ class SideCodec(Side[SideSpec]):
 
     def encode(self, x_THD: Tensor) -> scalar.Encoded:
         """Keys or values `[tokens, heads, head_dim]` as they are stored."""
-        return scalar.encode(self._latent(x_THD), self.weight_HR, self.spec)
+        return scalar.encode(self.latent(x_THD), self.weight_HR, self.spec)
 
     def decode(self, encoded: scalar.Encoded) -> Tensor:
         """Stored tokens to normalized latents `[tokens, heads, rank]`, float32."""
@@ -44,9 +44,10 @@ class SideCodec(Side[SideSpec]):
 
     def clips(self, x_THD: Tensor) -> Tensor:
         """Which keys or values are beyond their codes' reach (`scalar.clips`), bool `[tokens, heads]`."""
-        return scalar.clips(self.encode(x_THD), self._latent(x_THD), self.weight_HR, self.spec)
+        return scalar.clips(self.encode(x_THD), self.latent(x_THD), self.weight_HR, self.spec)
 
-    def _latent(self, x_THD: Tensor) -> Tensor:
+    def latent(self, x_THD: Tensor) -> Tensor:
+        """Keys or values to normalized latents `[tokens, heads, rank]`, float32."""
         return torch.einsum("thd,hdr->thr", x_THD.float() - self.mean_HD, self.encode_HDR)
 
     def cut(self, spec: SideSpec) -> SideCodec:

@@ -30,18 +30,18 @@ class SideLayout:
         """Store encoded tokens in their slots. Slots below 0 are padding and are skipped."""
         valid_T = slots_T >= 0
         block_T, offset_T = slots_T[valid_T] // self.block_size, slots_T[valid_T] % self.block_size
-        self._view(pages_NX)[block_T, :, offset_T] = encoded.to_record()[valid_T]
+        self.view(pages_NX)[block_T, :, offset_T] = encoded.to_record()[valid_T]
 
     def read(self, pages_NX: Tensor, blocks_N: Tensor, length: int) -> Encoded:
         """The first `length` tokens of a block table."""
-        record_THX = self._view(pages_NX)[blocks_N].transpose(1, 2).flatten(0, 1)[:length]
+        record_THX = self.view(pages_NX)[blocks_N].transpose(1, 2).flatten(0, 1)[:length]
         return Encoded.from_record(record_THX, self.spec)
 
     @property
     def end(self) -> int:
         return self.offset + self.records * self.block_size * self.spec.bytes_per_token
 
-    def _view(self, pages_NX: Tensor) -> Tensor:
+    def view(self, pages_NX: Tensor) -> Tensor:
         """`[num_blocks, records, block_size, bytes per token]`."""
         shape = (self.records, self.block_size, self.spec.bytes_per_token)
         view: Tensor = pages_NX[:, self.offset : self.end].unflatten(-1, shape)

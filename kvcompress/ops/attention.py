@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvcompress.codec.layout import PageLayout
 from kvcompress.ops import library, reference
-from kvcompress.ops.plan import LayerPlan, block_table_struct, host_int32, host_list, rows_covered, rows_struct
+from kvcompress.ops.plan import LayerPlan, rows_covered, rows_struct
 
 SPLIT_TOKENS = 4096
 """Tokens one thread attends at a time. Fixed positions, so that a result depends on nothing but its own tokens."""
@@ -54,10 +54,11 @@ def decode_attention(
         )
         return
     assert lse_TH is None or (lse_TH.dtype == torch.float32 and lse_TH.is_contiguous())
-    starts_R, lengths_R = host_int32(query_starts), host_int32(seq_lens)
+    block_table_RN = table_tensor(block_table_RN)
+    starts_R, lengths_R = int32_tensor(query_starts), int32_tensor(seq_lens)
     requests = lengths_R.shape[0]
     assert starts_R.shape[0] == requests + 1
-    table_RN, table_stride = block_table_struct(block_table_RN, requests)
+    assert block_table_RN.shape[0] >= requests
     args = library.AttendArgs(
         pages=plan.pages_struct(pages_NHX, layout),
         query=rows_struct(query_THD),
@@ -67,8 +68,8 @@ def decode_attention(
         k_mean_HD=plan.k.mean_HD.data_ptr(),
         v_decode_HRD=plan.v.decode_HRD.data_ptr(),
         v_mean_HD=plan.v.mean_HD.data_ptr(),
-        block_table=table_RN.data_ptr(),
-        block_table_stride=table_stride,
+        block_table=block_table_RN.data_ptr(),
+        block_table_stride=block_table_RN.stride(0) if requests > 1 else block_table_RN.shape[1],
         query_starts=starts_R.data_ptr(),
         seq_lens=lengths_R.data_ptr(),
         num_requests=requests,
@@ -79,6 +80,24 @@ def decode_attention(
         level=library.level(),
     )
     library.check(compiled.kvc_attend(ctypes.byref(args)))
+
+
+def table_tensor(block_table_RN: Tensor) -> Tensor:
+    """A block table as the kernels read it: int32, a request's entries side by side."""
+    table_RN = int32_tensor(block_table_RN)
+    return table_RN if table_RN.stride(-1) == 1 else table_RN.contiguous()
+
+
+def int32_tensor(numbers: Tensor | Sequence[int]) -> Tensor:
+    """Numbers as the kernels read them: int32 on the host."""
+    if isinstance(numbers, Tensor):
+        return numbers.to(device="cpu", dtype=torch.int32)
+    return torch.tensor(numbers, dtype=torch.int32)
+
+
+def host_list(numbers: Tensor | Sequence[int]) -> Sequence[int]:
+    """Numbers as the torch code loops over them."""
+    return numbers.tolist() if isinstance(numbers, Tensor) else numbers
 
 
 @torch.library.custom_op("kvcompress::decode_attention", mutates_args=())

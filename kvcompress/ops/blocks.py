@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from kvcompress.ops import block_reference, library
-from kvcompress.ops.attention import SPLIT_TOKENS
+from kvcompress.ops.attention import SPLIT_TOKENS, host_list, int32_tensor, table_tensor
 from kvcompress.ops.block_plan import BlockPlan
-from kvcompress.ops.plan import block_table_struct, host_int32, host_list, rows_covered, rows_struct
+from kvcompress.ops.plan import rows_covered, rows_struct
 
 
 def attend(
@@ -79,11 +79,12 @@ def attend(
     assert lse_TH is None or (lse_TH.dtype == torch.float32 and lse_TH.is_contiguous())
     # A column of an engine's block table is one way to say which rings: its numbers are not side by side.
     numbers = (ring_R, query_starts, seq_lens)
-    rings_R, starts_R, lengths_R = (host_int32(each).contiguous() for each in numbers)
+    rings_R, starts_R, lengths_R = (int32_tensor(each).contiguous() for each in numbers)
     requests = lengths_R.shape[0]
     assert starts_R.shape[0] == requests + 1
     assert rings_R.shape[0] == requests
-    table_RN, table_stride = block_table_struct(block_table_RN, requests)
+    table_RN = table_tensor(block_table_RN)
+    assert table_RN.shape[0] >= requests
     ring = rows_struct(rings_NHXPD)
     args = library.BlockAttendArgs(
         pages=plan.pages_struct(pages_NHMB),
@@ -101,7 +102,7 @@ def attend(
         v_mean_HD=plan.v_mean_HD.data_ptr(),
         ring_of=rings_R.data_ptr(),
         block_table=table_RN.data_ptr(),
-        block_table_stride=table_stride,
+        block_table_stride=table_RN.stride(0) if requests > 1 else table_RN.shape[1],
         query_starts=starts_R.data_ptr(),
         seq_lens=lengths_R.data_ptr(),
         num_requests=requests,

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from kvcompress.codec.layout import PageLayout
 from kvcompress.ops import library, reference
-from kvcompress.ops.plan import LayerPlan, block_table_struct, host_int32, host_list, rows_covered, rows_struct
+from kvcompress.ops.attention import host_list, int32_tensor, table_tensor
+from kvcompress.ops.plan import LayerPlan, rows_covered, rows_struct
 
 
 def gather_decode(
@@ -43,8 +44,9 @@ def gather_decode(
     if compiled is None:
         reference.gather_decode(keys_THD, values_THD, pages_NHX, layout, plan, block_table_RN, host_list(seq_lens))
         return keys_THD, values_THD
-    lengths_R = host_int32(seq_lens)
-    table_RN, stride = block_table_struct(block_table_RN, lengths_R.shape[0])
+    lengths_R = int32_tensor(seq_lens)
+    table_RN, requests = table_tensor(block_table_RN), lengths_R.shape[0]
+    assert table_RN.shape[0] >= requests
     args = library.GatherArgs(
         pages=plan.pages_struct(pages_NHX, layout),
         keys=rows_struct(keys_THD),
@@ -54,9 +56,9 @@ def gather_decode(
         v_decode_HRD=plan.v.decode_HRD.data_ptr(),
         v_mean_HD=plan.v.mean_HD.data_ptr(),
         block_table=table_RN.data_ptr(),
-        block_table_stride=stride,
+        block_table_stride=table_RN.stride(0) if requests > 1 else table_RN.shape[1],
         seq_lens=lengths_R.data_ptr(),
-        num_requests=lengths_R.shape[0],
+        num_requests=requests,
         threads=torch.get_num_threads(),
         level=library.level(),
     )

@@ -1,22 +1,46 @@
-"""Latent attention on paged memory in torch: one vector per token is the key of all heads, and its start the value."""
+"""Latent attention on paged memory: one vector per token is the key of all heads, and its start the value.
+
+Pages are `[blocks, tokens per block, channels]` in float32, bfloat16 or float16; blocks may be strided. A slot is
+block * tokens per block + offset.
+"""
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from kvcompress.ops.reference import SCORE_BYTES
+from kvcompress.ops import interface, latent_reference, library
+from kvcompress.ops.attention import int32_tensor, table_tensor
+from kvcompress.ops.plan import DTYPES, rows_covered, rows_struct
+
+SPLIT_TOKENS = 1024
+"""Tokens one thread attends at a time: fewer than of per-head pages, because all heads are one piece of work."""
 
 
 def append(pages_NSC: Tensor, key_TC: Tensor, slots_T: Tensor) -> None:
-    """Store tokens in their slots (block * tokens per block + offset); slots below 0 are padding and are skipped."""
-    valid = slots_T >= 0
-    if not bool(valid.all()):
-        key_TC, slots_T = key_TC[valid], slots_T[valid]
-    block_size = pages_NSC.shape[1]
-    pages_NSC[slots_T // block_size, slots_T % block_size] = key_TC.to(pages_NSC.dtype)
+    """Store tokens `[tokens, channels]` in their slots. Slots below 0 are padding and are skipped.
+
+    Raises:
+        ValueError: a slot lies outside the cache.
+    """
+    covered = _covered(pages_NSC) and rows_covered(key_TC) and key_TC.shape[1] == pages_NSC.shape[2]
+    compiled = library.load() if covered else None
+    if compiled is None:
+        latent_reference.append(pages_NSC, key_TC, slots_T)
+        return
+    assert key_TC.shape[0] == slots_T.shape[0]
+    slots_T = slots_T.to(torch.int64).contiguous()
+    args = interface.LatentAppendArgs(
+        pages=_pages_struct(pages_NSC),
+        keys=rows_struct(key_TC[:, None]),
+        slots=slots_T.data_ptr(),
+        num_tokens=slots_T.shape[0],
+        level=library.level(),
+    )
+    library.check(compiled.kvc_latent_append(ctypes.byref(args)))
 
 
 def attend(
@@ -24,37 +48,107 @@ def attend(
     query_THC: Tensor,
     pages_NSC: Tensor,
     block_table_RN: Tensor,
-    query_starts: Sequence[int],
-    seq_lens: Sequence[int],
+    query_starts: Tensor | Sequence[int],
+    seq_lens: Tensor | Sequence[int],
     softmax_scale: float,
+    split_tokens: int = SPLIT_TOKENS,
 ) -> None:
     """Causal attention of every request's new tokens over all of its tokens, in float32.
 
     Args:
         output_THR: written in place; R, the latent's channels, are the first of the cached vector's.
-        query_THC: absorbed queries `[tokens, heads, channels]`.
-        pages_NSC: `[blocks, tokens per block, channels]`; blocks may be strided.
-        block_table_RN: blocks of each request, in order.
+        query_THC: absorbed queries `[tokens, heads, channels]`; float32, bfloat16 or float16.
+        pages_NSC: what `append` has stored, the new tokens included.
+        block_table_RN: blocks of each request, in order; entries past its end are not read.
         query_starts: where each request's new tokens start in query and output, and where the last one's end.
         seq_lens: tokens of each request, new ones included.
+        softmax_scale: on the product of query and cached vector.
+        split_tokens: a positive multiple of 64.
+
+    Raises:
+        ValueError: a request has more queries than tokens, or a block lies outside the cache.
     """
-    rank, heads = output_THR.shape[2], query_THC.shape[1]
-    for request, length in enumerate(seq_lens):
-        start, stop = query_starts[request], query_starts[request + 1]
-        if start == stop:
-            continue
-        blocks_N = block_table_RN[request, : -(-length // pages_NSC.shape[1])].long()
-        keys_LC = pages_NSC[blocks_N].flatten(0, 1)[:length].float()
-        step = max(1, SCORE_BYTES // (4 * heads * length))
-        for first in range(start, stop, step):
-            last = min(first + step, stop)
-            # Tokens after the chunk's last query are invisible to all of it.
-            visible = length - (stop - last)
-            queries = last - first
-            query_HQC = query_THC[first:last].float().transpose(0, 1) * softmax_scale
-            scores_HQL = query_HQC @ keys_LC[:visible].mT
-            if queries > 1:
-                mask_QL = torch.ones(queries, visible, dtype=torch.bool, device=scores_HQL.device)
-                scores_HQL = scores_HQL.masked_fill(~mask_QL.tril(visible - queries), -torch.inf)
-            mixed_HQR = scores_HQL.softmax(-1) @ keys_LC[:visible, :rank]
-            output_THR[first:last] = mixed_HQR.transpose(0, 1).to(output_THR.dtype)
+    compiled = library.load() if _covered(pages_NSC) and rows_covered(query_THC, output_THR) else None
+    if compiled is None:
+        starts, lengths = torch.as_tensor(query_starts).tolist(), torch.as_tensor(seq_lens).tolist()
+        latent_reference.attend(output_THR, query_THC, pages_NSC, block_table_RN, starts, lengths, softmax_scale)
+        return
+    table_RN, starts_R, lengths_R = table_tensor(block_table_RN), int32_tensor(query_starts), int32_tensor(seq_lens)
+    requests = lengths_R.shape[0]
+    assert starts_R.shape[0] == requests + 1
+    assert table_RN.shape[0] >= requests
+    assert query_THC.shape[2] == pages_NSC.shape[2]
+    args = interface.LatentAttendArgs(
+        pages=_pages_struct(pages_NSC),
+        query=rows_struct(query_THC),
+        output=rows_struct(output_THR),
+        block_table=table_RN.data_ptr(),
+        block_table_stride=table_RN.stride(0) if requests > 1 else table_RN.shape[1],
+        query_starts=starts_R.data_ptr(),
+        seq_lens=lengths_R.data_ptr(),
+        num_requests=requests,
+        num_heads=query_THC.shape[1],
+        rank=output_THR.shape[2],
+        softmax_scale=softmax_scale,
+        split_tokens=split_tokens,
+        threads=torch.get_num_threads(),
+        level=library.level(),
+    )
+    library.check(compiled.kvc_latent_attend(ctypes.byref(args)))
+
+
+def _covered(pages_NSC: Tensor) -> bool:
+    channels = pages_NSC.shape[2]
+    return rows_covered(pages_NSC) and channels <= library.MAX_LATENT_CHANNELS
+
+
+def _pages_struct(pages_NSC: Tensor) -> interface.LatentPages:
+    return interface.LatentPages(
+        data=pages_NSC.data_ptr(),
+        num_blocks=pages_NSC.shape[0],
+        block_stride=pages_NSC.stride(0),
+        token_stride=pages_NSC.stride(1),
+        block_size=pages_NSC.shape[1],
+        channels=pages_NSC.shape[2],
+        dtype=DTYPES[pages_NSC.dtype],
+    )
+
+
+@torch.library.custom_op("kvcompress::latent_append", mutates_args=("pages",))
+def append_op(pages: Tensor, keys: Tensor, slots: Tensor) -> None:
+    """`append` for graphs."""
+    append(pages, keys, slots)
+
+
+@append_op.register_fake
+def _(pages: Tensor, keys: Tensor, slots: Tensor) -> None:
+    return None
+
+
+@torch.library.custom_op("kvcompress::latent_attention", mutates_args=())
+def attend_op(
+    query: Tensor,
+    pages: Tensor,
+    block_table: Tensor,
+    query_starts: Tensor,
+    seq_lens: Tensor,
+    rank: int,
+    softmax_scale: float,
+) -> Tensor:
+    """`attend` for graphs; the output's channels are the first `rank`."""
+    output = query.new_zeros(*query.shape[:2], rank)
+    attend(output, query, pages, block_table, query_starts, seq_lens, softmax_scale)
+    return output
+
+
+@attend_op.register_fake
+def _(
+    query: Tensor,
+    pages: Tensor,
+    block_table: Tensor,
+    query_starts: Tensor,
+    seq_lens: Tensor,
+    rank: int,
+    softmax_scale: float,
+) -> Tensor:
+    return query.new_empty(*query.shape[:2], rank)

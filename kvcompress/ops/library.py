@@ -9,10 +9,11 @@ import sysconfig
 import warnings
 from pathlib import Path
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 MAX_BANDS = 4
 MAX_HEAD_DIM = 512
 MAX_LOW_RANK = 32
+MAX_LATENT_CHANNELS = 4096
 LEVELS = ("portable", "avx2", "avx512", "avx512vnni")
 """Instruction-set levels, each faster than the one before."""
 

@@ -98,8 +98,8 @@ class LayerPlan:
             struct = library.Pages()
             struct.block_size = layout.block_size
             struct.num_kv_heads, struct.head_dim = self.k.mean_HD.shape
-            struct.k = _side_struct(self.k.spec, layout.k)
-            struct.v = _side_struct(self.v.spec, layout.v)
+            struct.k = side_struct(self.k.spec, layout.k)
+            struct.v = side_struct(self.v.spec, layout.v)
             self._pages[layout] = struct
         struct = library.Pages.from_buffer_copy(self._pages[layout])
         struct.data = pages_NHX.data_ptr()
@@ -131,52 +131,38 @@ class LayerPlan:
         return cls(*sides)
 
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""Number formats of rows and latents, as the kernels call them."""
 
 
 def rows_covered(*rows_THD: Tensor) -> bool:
     """Whether the kernels can read or write these tensors."""
-    return all(rows.device.type == "cpu" and rows.dtype in _DTYPES and rows.stride(-1) == 1 for rows in rows_THD)
+    return all(rows.device.type == "cpu" and rows.dtype in DTYPES and rows.stride(-1) == 1 for rows in rows_THD)
 
 
 def rows_struct(rows_THD: Tensor) -> library.Rows:
-    return library.Rows(rows_THD.data_ptr(), rows_THD.stride(0), rows_THD.stride(1), _DTYPES[rows_THD.dtype])
+    return library.Rows(rows_THD.data_ptr(), rows_THD.stride(0), rows_THD.stride(1), DTYPES[rows_THD.dtype])
 
 
-def host_int32(numbers: Tensor | Sequence[int]) -> Tensor:
-    if isinstance(numbers, Tensor):
-        return numbers.to(device="cpu", dtype=torch.int32)
-    return torch.tensor(numbers, dtype=torch.int32)
-
-
-def host_list(numbers: Tensor | Sequence[int]) -> Sequence[int]:
-    return numbers.tolist() if isinstance(numbers, Tensor) else numbers
-
-
-def block_table_struct(block_table_RN: Tensor, requests: int) -> tuple[Tensor, int]:
-    """The table as kernels read it (keep it while they do), and how far its rows are apart."""
-    assert block_table_RN.shape[0] >= requests
-    block_table_RN = host_int32(block_table_RN)
-    if block_table_RN.stride(-1) != 1:
-        block_table_RN = block_table_RN.contiguous()
-    return block_table_RN, block_table_RN.stride(0) if requests > 1 else block_table_RN.shape[1]
-
-
-def _side_struct(spec: SideSpec, place: SideLayout) -> library.Side:
-    struct = library.Side()
-    bands: list[Band] = []
-    for band in spec.bands:
-        # Neighbouring bands of one width are one: bands are whole bytes.
-        if bands and bands[-1].bits == band.bits:
-            bands[-1] = Band(band.bits, bands[-1].width + band.width)
-        else:
-            bands.append(band)
+def side_struct(spec: SideSpec, place: SideLayout) -> library.Side:
+    struct, bands = library.Side(), merged_bands(spec)
     struct.rank, struct.num_bands, struct.outliers = spec.rank, len(bands), spec.outliers
     for index, band in enumerate(bands):
         struct.bits[index], struct.widths[index], struct.steps[index] = band.bits, band.width, step(band.bits)
     struct.gain_offset, struct.outlier_offset, struct.channel_offset, struct.code_offset = place
     struct.code_bytes = spec.code_bytes
     return struct
+
+
+def merged_bands(spec: SideSpec) -> list[Band]:
+    """Neighbouring bands of one width as one: bands are whole bytes."""
+    bands: list[Band] = []
+    for band in spec.bands:
+        if bands and bands[-1].bits == band.bits:
+            bands[-1] = Band(band.bits, bands[-1].width + band.width)
+        else:
+            bands.append(band)
+    return bands
 
 
 def step(bits: int) -> float:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvcompress.ops import library
+from kvcompress.ops import interface, library
 from kvcompress.ops.append import append
 from kvcompress.ops.attention import decode_attention
 from tests.ops.cases import bands, exact, random_cache, random_codec, relative_error
@@ -28,9 +28,18 @@ def fresh() -> Iterator[None]:
 def test_structs_have_the_sizes_the_library_was_built_with() -> None:
     compiled = library.load()
     assert compiled is not None
-    sizes = (ctypes.c_int64 * 4)()
+    structs = (
+        library.AttendArgs,
+        library.AppendArgs,
+        interface.LatentAttendArgs,
+        interface.LatentAppendArgs,
+        interface.SharedAttendArgs,
+        interface.StoreArgs,
+        library.GatherArgs,
+        library.BlockAttendArgs,
+    )
+    sizes = (ctypes.c_int64 * len(structs))()
     compiled.kvc_struct_sizes(sizes)
-    structs = (library.AttendArgs, library.AppendArgs, library.GatherArgs, library.BlockAttendArgs)
     assert list(sizes) == [ctypes.sizeof(struct) for struct in structs]
 
 

@@ -196,13 +196,8 @@ def test_a_fault_on_one_path_is_named_with_it(path: str, form: str) -> None:
 
 def test_one_layer_of_a_group_that_reads_the_wrong_pages_is_named() -> None:
     members, inputs = canary_layers.make("shared")
-    impl, stock = members[1].layer.impl, members[1].layer.impl._pages_of
-
-    def other_pages(place: int, request: int, length: int) -> Any:
-        pages_NX, blocks_N, layout = stock(place, request, length)
-        return pages_NX, blocks_N.flip(0), layout
-
-    impl._pages_of = other_pages
+    impl, stock = members[1].layer.impl, members[1].layer.impl._table
+    impl._table = lambda place: stock(place).flip(1)
     with pytest.raises(ValueError, match=r"layer 1 \(layers.1.attn\), (decode|prefix hit|chunked prefill): "):
         check(members, inputs)
 

@@ -13,7 +13,7 @@ extern "C" {
 #define KVC_EXPORT __attribute__((visibility("default")))
 
 // Raised whenever a struct below or the meaning of an argument changes.
-#define KVC_ABI_VERSION 3
+#define KVC_ABI_VERSION 4
 
 #define KVC_MAX_BANDS 4
 #define KVC_MAX_OUTLIERS 2
@@ -184,10 +184,109 @@ typedef struct {
     int32_t level;
 } kvc_block_attend_args;
 
+// ---- MLA: one vector per token, its first channels the latent, is the key of all heads; the latent is the value ----
+
+// [num_blocks, block_size, channels] of numbers; strides in elements, channels contiguous.
+typedef struct {
+    void* data;
+    int64_t num_blocks;
+    int64_t block_stride;
+    int64_t token_stride;
+    int32_t block_size;
+    int32_t channels;
+    int32_t dtype;
+} kvc_latent_pages;
+
+typedef struct {
+    kvc_latent_pages pages;
+    kvc_rows query;  // [tokens, num_heads, channels], absorbed
+    kvc_rows output; // [tokens, num_heads, rank]
+    const int32_t* block_table;
+    int64_t block_table_stride;
+    const int32_t* query_starts; // [num_requests + 1]
+    const int32_t* seq_lens;     // [num_requests]
+    int32_t num_requests;
+    int32_t num_heads;
+    int32_t rank;
+    float softmax_scale;
+    int32_t split_tokens;
+    int32_t threads;
+    int32_t level;
+} kvc_latent_attend_args;
+
+typedef struct {
+    kvc_latent_pages pages;
+    kvc_rows keys; // [tokens, 1, channels]
+    const int64_t* slots;
+    int64_t num_tokens;
+    int32_t level;
+} kvc_latent_append_args;
+
+// ---- Layers that share a latent (kvcompress/codec/shared.py) -------------------------------------------------------
+
+// One side's records in the pages of one layer: uint8 [num_blocks][records][block_size][token_bytes]. The side's offsets
+// are within a token's bytes.
+typedef struct {
+    uint8_t* data; // the first page's first record
+    int64_t num_blocks;
+    int64_t block_stride;
+    int32_t block_size;
+    int32_t records;
+    int32_t token_bytes;
+    kvc_side side;
+    const int32_t* block_table; // attention only
+    int64_t block_table_stride;
+} kvc_records;
+
+// Keys that the group shares: num_stripes records of one layer each, and the rotation. Keys of the layer's own: one
+// kvc_records with a record per KV head, and no decode_blocked.
+typedef struct {
+    const kvc_records* k;
+    const kvc_records* v; // num_stripes
+    int32_t num_k;
+    int32_t num_stripes;
+    kvc_rows query;
+    kvc_rows output;
+    kvc_rows keys; // the step's own tokens as they are: [tokens, num_kv_heads, head_dim], after RoPE
+    kvc_rows values;
+    const float* k_mean_HD;
+    const float* k_decode_HDR;     // keys of the layer's own
+    const float* k_decode_blocked; // shared keys: see kvcompress/ops/shared_plan.py
+    const int16_t* k_codes_blocked;
+    const float* k_scale_HD;       // of k_codes_blocked
+    const float* v_decode_HRD;
+    const float* v_mean_HD;
+    const float* rope_frequency_F;
+    float rope_amplitude;
+    const int32_t* query_starts;
+    const int32_t* seq_lens;
+    const int32_t* stored_lens;  // [num_requests]: tokens attended as stored; those after them are rows of the step
+    const int32_t* exact_rows;   // the row of each of these, request after request
+    const int32_t* exact_starts; // [num_requests]: where a request's begin in exact_rows
+    int32_t num_requests;
+    int32_t num_heads;
+    int32_t num_kv_heads;
+    int32_t head_dim;
+    float softmax_scale;
+    int32_t split_tokens;
+    int32_t threads;
+    int32_t level;
+} kvc_shared_attend_args;
+
+typedef struct {
+    kvc_records records;
+    kvc_rows latents; // float32 [tokens, records, rank], normalized
+    const float* weight_HR;
+    const int64_t* slots;
+    int64_t num_tokens;
+    int32_t threads;
+    int32_t level;
+} kvc_store_args;
+
 KVC_EXPORT int32_t kvc_abi_version(void);
 
-// Of the args of attend, append, gather and attend_blocks.
-KVC_EXPORT void kvc_struct_sizes(int64_t sizes[4]);
+// sizeof(kvc_attend_args), sizeof(kvc_append_args), and so on: see schedule.cpp.
+KVC_EXPORT void kvc_struct_sizes(int64_t sizes[8]);
 
 // The best level this machine has.
 KVC_EXPORT int32_t kvc_best_level(void);
@@ -204,6 +303,18 @@ KVC_EXPORT int32_t kvc_append(const kvc_append_args* args);
 
 // Stored tokens back to keys and values.
 KVC_EXPORT int32_t kvc_gather(const kvc_gather_args* args);
+
+// As kvc_attend, for latents; the result is in latent space.
+KVC_EXPORT int32_t kvc_latent_attend(const kvc_latent_attend_args* args);
+
+// Store tokens in their slots in the pages' number format.
+KVC_EXPORT int32_t kvc_latent_append(const kvc_latent_append_args* args);
+
+// As kvc_attend, for one layer of a group. The step's records must have been stored where keys are the layer's own.
+KVC_EXPORT int32_t kvc_shared_attend(const kvc_shared_attend_args* args);
+
+// Encode latents and store them as records.
+KVC_EXPORT int32_t kvc_store(const kvc_store_args* args);
 
 #ifdef __cplusplus
 }

@@ -67,8 +67,8 @@ class LatentAttentionImpl(CompressedAttentionImpl):
             query,
             pages_NSC,
             batch.block_table,
-            batch.query_starts.tolist(),
-            batch.seq_lens.tolist(),
+            batch.query_starts,
+            batch.seq_lens,
             self.scale,
         )
 

@@ -18,11 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcompress.codec.scalar import Encoded
+from kvcompress.codec.layer import SideCodec
 from kvcompress.codec.shared import SharedCodec
 from kvcompress.codec.shared_pages import SharedLayout
 from kvcompress.codec.shared_spec import SharedSpec
+from kvcompress.ops import shared
 from kvcompress.ops.reference import SCORE_BYTES
+from kvcompress.ops.shared_plan import SharedPlan
 from kvcompress.serving.vllm import compat
 from kvcompress.serving.vllm.backend import (
     CompressedAttentionBackend,
@@ -70,23 +72,6 @@ class LayerGroup:
         return SharedLayout.of(self.specs[place], kv_cache.shape[2])
 
 
-@dataclass(frozen=True)
-class _Running:
-    """The slots of a step's tokens, sorted, and the row of each."""
-
-    slots_T: Tensor
-    rows_T: Tensor
-
-    @classmethod
-    def of(cls, slots_T: Tensor) -> _Running:
-        return cls(*slots_T.long().sort())
-
-    def rows(self, slots_T: Tensor) -> Tensor:
-        """The step's row that goes to each of these slots, -1 for slots that it leaves alone."""
-        place_T = torch.searchsorted(self.slots_T, slots_T).clamp(max=self.slots_T.shape[0] - 1)
-        return self.rows_T[place_T].where(self.slots_T[place_T] == slots_T, -1)
-
-
 class SharedAttentionImpl(CompressedAttentionImpl):
     """Attention of one layer of a group."""
 
@@ -101,6 +86,7 @@ class SharedAttentionImpl(CompressedAttentionImpl):
         """Set the codec, on the layer's device, for requests of up to `longest` tokens."""
         assert isinstance(codec, SharedCodec)
         self.codec = codec
+        self._shared_plan = SharedPlan.of(codec)
         self._workspace_bytes = workspace_bytes(codec.spec, self.num_heads, longest)
 
     def _run(
@@ -111,77 +97,88 @@ class SharedAttentionImpl(CompressedAttentionImpl):
         Arguments as in the per-head backend; `kv_cache` is `uint8 [blocks, 1, tokens per block, bytes per token]`.
         """
         slots_T = batch.slot_mapping[: key.shape[0]]
-        starts, lengths = batch.query_starts.tolist(), batch.seq_lens.tolist()
-        step = {"k": key, "v": value}
-        positions_T = _positions(starts, lengths).to(key.device)
-        self._add(step, positions_T)
-        if "k" not in self.codec.shared_sides:
-            layout = self.group.page_layout(self.place, kv_cache)
-            layout.k.write(_pages(kv_cache), self.codec.k.encode(step["k"]), slots_T)
-        running = _Running.of(slots_T)
-        for request, length in enumerate(lengths):
-            rows = slice(starts[request], starts[request + 1])
-            if rows.start == rows.stop:
-                continue
-            row_T = running.rows(self._slots(request, length - (rows.stop - rows.start)))
-            keys, values = (self._read(side, x_THD, rows, row_T, request) for side, x_THD in step.items())
-            _attend(output[rows], query[rows], keys, values, self.scale)
+        self._add({"k": key, "v": value}, _positions(batch).to(key.device))
+        places = range(self.group.size)
+        pages = [self._records(place) for place in places]
+        tables = [self._table(place) for place in places]
+        k_places: Sequence[int] = places
+        if isinstance(self.codec.k, SideCodec):
+            k_places = [self.place]
+            latent_THR = self.codec.k.latent(key)
+            shared.store(pages[self.place]["k"], self.codec.k.spec, latent_THR, self.codec.k.weight_HR, slots_T)
+        stored_lens, exact_rows = step_tokens(batch, slots_T, kv_cache.shape[2])
+        shared.attend(
+            output,
+            query,
+            key,
+            value,
+            self._shared_plan,
+            [pages[place]["k"] for place in k_places],
+            [page["v"] for page in pages],
+            [tables[place] for place in k_places],
+            tables,
+            batch.query_starts,
+            batch.seq_lens,
+            stored_lens,
+            exact_rows,
+            self.scale,
+        )
         if self.place == self.group.size - 1:
-            self._store(key.shape[0])
+            self._store(pages, key.shape[0])
 
     def _add(self, step: dict[str, Tensor], positions_T: Tensor) -> None:
-        for side, shared in self.codec.shared_sides.items():
-            part_TR = shared.part(self.codec.states(side, step[side], positions_T))
-            self.group.sums[side] = part_TR if self.place == 0 else self.group.sums[side] + part_TR
+        for name, side in self.codec.shared_sides.items():
+            part_TR = side.part(self.codec.states(name, step[name], positions_T))
+            self.group.sums[name] = part_TR if self.place == 0 else self.group.sums[name] + part_TR
 
-    def _slots(self, request: int, length: int) -> Tensor:
-        """Where the first tokens of a request lie in this layer's cache."""
-        _, blocks_N, layout = self._pages_of(self.place, request, length)
-        positions_T, size = torch.arange(length, device=blocks_N.device), layout.v.block_size
-        return blocks_N[positions_T // size] * size + positions_T % size
+    def _store(self, pages: Sequence[dict[str, Tensor]], tokens: int) -> None:
+        for name, side in self.codec.shared_sides.items():
+            latent_TWR = self.group.sums.pop(name).unflatten(-1, side.scale_WR.shape)
+            for place, records in enumerate(pages):
+                slots_T, stripe = self.group.metadata(place).slot_mapping[:tokens], slice(place, place + 1)
+                shared.store(records[name], side.spec, latent_TWR[:, stripe], side.weight_WR[stripe], slots_T)
 
-    def _read(self, side: str, step_THD: Tensor, rows: slice, row_T: Tensor, request: int) -> Tensor:
-        """Keys or values of all tokens of a request `[tokens, KV heads, head_dim]`, float32.
+    def _table(self, place: int) -> Tensor:
+        """Blocks of each request's tokens in the cache of the layer at a place."""
+        return self.group.metadata(place).block_table
 
-        Args:
-            step_THD: those of the running step's tokens, all requests.
-            rows: the request's own among them.
-            row_T: for each token before them, its row in `step_THD`, -1 where it is of an earlier step.
-        """
-        shared = self.codec.shared_sides.get(side)
-        stored = row_T.shape[0]
-        if shared is None:
-            length = stored + rows.stop - rows.start
-            pages_NX, blocks_N, layout = self._pages_of(self.place, request, length)
-            return self.codec.k.reconstruct(layout.k.read(pages_NX, blocks_N, length))  # type: ignore[union-attr]
-        own_THD = step_THD[rows].float()
-        if stored == 0:
-            return own_THD
-        stripes = []
-        for place in range(self.group.size):
-            pages_NX, blocks_N, layout = self._pages_of(place, request, stored)
-            stripes.append((layout.k if side == "k" else layout.v).read(pages_NX, blocks_N, stored))
-        latent_TR = shared.decode(Encoded.concatenate(stripes))
-        read_THD = self.codec.read(side, latent_TR, torch.arange(stored, device=own_THD.device))
-        # A prompt may begin with blocks that another request of the step is about to fill: they are not stored yet.
-        before_THD = torch.where(row_T[:, None, None] < 0, read_THD, step_THD[row_T].float())
-        return torch.cat([before_THD, own_THD])
-
-    def _store(self, tokens: int) -> None:
-        for side, shared in self.codec.shared_sides.items():
-            encoded = shared.encode(self.group.sums.pop(side))
-            for place, layer in enumerate(self.group.layers):
-                layout = self.group.page_layout(place, layer.kv_cache)
-                slots_T = self.group.metadata(place).slot_mapping[:tokens]
-                part = layout.k if side == "k" else layout.v
-                part.write(_pages(layer.kv_cache), encoded.heads(place, place + 1), slots_T)
-
-    def _pages_of(self, place: int, request: int, length: int) -> tuple[Tensor, Tensor, SharedLayout]:
-        """The pages of the layer at a place, and the blocks of a request's first tokens in them."""
+    def _records(self, place: int) -> dict[str, Tensor]:
+        """Both sides' records in the pages of the layer at a place, as `ops.shared` takes them."""
         cache = self.group.layers[place].kv_cache
-        layout = self.group.page_layout(place, cache)
-        blocks = -(-length // layout.v.block_size)
-        return _pages(cache), self.group.metadata(place).block_table[request, :blocks].long(), layout
+        layout, pages_NX = self.group.page_layout(place, cache), cache.view(cache.shape[0], -1)
+        return {"k": layout.k.view(pages_NX), "v": layout.v.view(pages_NX)}
+
+
+def step_tokens(batch: CompressedMetadata, slots_T: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """Which tokens a running step sees as they are: its own, and those that another of its requests is to store.
+
+    A prompt may begin with blocks that another request of the step is about to fill: they are not stored yet. Only
+    whole blocks are shared.
+
+    Returns:
+        How many tokens of each request come before the first such token, and for every token from there on, request
+        after request, its row in the step; -1 for one that is stored.
+    """
+    starts_R, queries_R = batch.query_starts[:-1].long(), batch.query_starts.diff().long()
+    before_R = batch.seq_lens.long() - queries_R
+    whole_R = before_R // block_size
+    table_RN = batch.block_table[: len(before_R), : int(whole_R.max()) if len(whole_R) else 0].cpu()
+    running_RN = torch.isin(table_RN, slots_T.cpu() // block_size)
+    running_RN &= torch.arange(table_RN.shape[1]) < whole_R[:, None]
+    if not running_RN.any():
+        return before_R, torch.arange(int(batch.query_starts[0]), int(batch.query_starts[-1]))
+    sorted_T, row_T = slots_T.cpu().long().sort()
+    stored, rows = before_R.clone(), []
+    for request, (start, queries) in enumerate(zip(starts_R.tolist(), queries_R.tolist(), strict=True)):
+        if running_RN[request].any():
+            stored[request] = block_size * int(running_RN[request].nonzero()[0])
+            position_T = torch.arange(int(stored[request]), int(before_R[request]))
+            seen_T = batch.block_table[request].cpu().long()[position_T // block_size] * block_size
+            seen_T += position_T % block_size
+            place_T = torch.searchsorted(sorted_T, seen_T).clamp(max=len(sorted_T) - 1)
+            rows.append(row_T[place_T].where(sorted_T[place_T] == seen_T, -1))
+        rows.append(torch.arange(start, start + queries))
+    return stored, torch.cat(rows)
 
 
 def cache_spec(layer: SharedSpec, block_size: int) -> compat.FullAttentionSpec:
@@ -209,37 +206,11 @@ def workspace_bytes(spec: SharedSpec, num_heads: int, longest: int) -> int:
     return 3 * (longest * channels * torch.float32.itemsize + scores)
 
 
-def _positions(starts: Sequence[int], lengths: Sequence[int]) -> Tensor:
+def _positions(batch: CompressedMetadata) -> Tensor:
     """Positions of a step's tokens, request after request."""
+    starts, lengths = batch.query_starts.tolist(), batch.seq_lens.tolist()
     ranges = [
         torch.arange(length - (stop - start), length)
         for length, start, stop in zip(lengths, starts, starts[1:], strict=False)
     ]
     return torch.cat(ranges) if ranges else torch.zeros(0, dtype=torch.int64)
-
-
-def _pages(kv_cache: Tensor) -> Tensor:
-    """`uint8 [blocks, page_bytes]`; blocks may be strided."""
-    return kv_cache.view(kv_cache.shape[0], -1)
-
-
-def _attend(output_QHD: Tensor, query_QHD: Tensor, keys_THD: Tensor, values_THD: Tensor, scale: float) -> None:
-    """Causal attention of the newest tokens over all, in float32, a bounded number of queries at a time."""
-    queries, tokens = query_QHD.shape[0], keys_THD.shape[0]
-    keys_HTD, values_HTD = keys_THD.transpose(0, 1), values_THD.transpose(0, 1)
-    step = max(1, SCORE_BYTES // (4 * query_QHD.shape[1] * tokens))
-    for first in range(0, queries, step):
-        last = min(first + step, queries)
-        visible = tokens - (queries - last)
-        seen = torch.ones(last - first, visible, dtype=torch.bool, device=keys_THD.device).tril(
-            visible - (last - first)
-        )
-        mixed_HQD = torch.nn.functional.scaled_dot_product_attention(
-            query_QHD[first:last].transpose(0, 1).float(),
-            keys_HTD[:, :visible],
-            values_HTD[:, :visible],
-            attn_mask=seen,
-            scale=scale,
-            enable_gqa=True,
-        )
-        output_QHD[first:last] = mixed_HQD.transpose(0, 1).to(output_QHD.dtype)

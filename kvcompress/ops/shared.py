@@ -1,0 +1,251 @@
+"""Attention of one layer that shares a latent with the others of its group, and the records it is stored in.
+
+Records are `uint8 [blocks, records, tokens per block, bytes per token]`, a token's parts one after the other; blocks
+may be strided. A slot is block * tokens per block + offset. A stripe of the group's latent is one record per token;
+keys that a layer has for itself are one per KV head.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kvcompress.codec.spec import SideSpec
+from kvcompress.ops import interface, library, shared_reference
+from kvcompress.ops.attention import int32_tensor, table_tensor
+from kvcompress.ops.plan import rows_covered, rows_struct
+from kvcompress.ops.shared_plan import SharedPlan, record_struct, spec_of
+
+SPLIT_TOKENS = 512
+"""Tokens one thread attends at a time: few, because keys are expanded and all heads are one piece of work."""
+
+EXPAND_QUERIES = 64
+"""From this many queries of a request on, its keys and values are expanded once for all of them, in torch."""
+
+
+def store(records_NHSX: Tensor, spec: SideSpec, latent_THR: Tensor, weight_HR: Tensor, slots_T: Tensor) -> None:
+    """Encode normalized latents and store them in their slots. Slots below 0 are padding and are skipped.
+
+    Args:
+        latent_THR: float32 `[tokens, records, channels]`.
+        weight_HR: importance of each channel's squared error, as `codec.scalar.encode` has it.
+
+    Raises:
+        ValueError: a slot lies outside the cache.
+    """
+    covered = _on_host(records_NHSX) and rows_covered(latent_THR) and latent_THR.dtype == torch.float32
+    covered = covered and spec.rank <= library.MAX_HEAD_DIM and not spec.outliers
+    compiled = library.load() if covered else None
+    if compiled is None:
+        shared_reference.store(records_NHSX, spec, latent_THR, weight_HR, slots_T)
+        return
+    assert latent_THR.shape == (slots_T.shape[0], records_NHSX.shape[1], spec.rank)
+    slots_T, weight_HR = slots_T.to(torch.int64).contiguous(), weight_HR.float().contiguous()
+    args = interface.StoreArgs(
+        records=_records_struct(records_NHSX, record_struct(spec)),
+        latents=rows_struct(latent_THR),
+        weight_HR=weight_HR.data_ptr(),
+        slots=slots_T.data_ptr(),
+        num_tokens=slots_T.shape[0],
+        threads=torch.get_num_threads(),
+        level=library.level(),
+    )
+    library.check(compiled.kvc_store(ctypes.byref(args)))
+
+
+def attend(
+    output_THD: Tensor,
+    query_THD: Tensor,
+    keys_THD: Tensor,
+    values_THD: Tensor,
+    plan: SharedPlan,
+    k_records: Sequence[Tensor],
+    v_records: Sequence[Tensor],
+    k_tables: Sequence[Tensor],
+    v_tables: Sequence[Tensor],
+    query_starts: Tensor | Sequence[int],
+    seq_lens: Tensor | Sequence[int],
+    stored_lens: Tensor | Sequence[int],
+    exact_rows: Tensor,
+    softmax_scale: float,
+    split_tokens: int = SPLIT_TOKENS,
+    expand_queries: int = EXPAND_QUERIES,
+) -> None:
+    """Causal attention of every request's newest tokens over all its tokens.
+
+    A request's first tokens are attended as they are stored, the others as they are: rows of the running step. Keys of
+    the layer's own are all attended as stored.
+
+    Args:
+        output_THD: result, written in place `[tokens, query heads, head_dim]`.
+        query_THD: post-RoPE queries of all requests; float32, bfloat16 or float16; may be padded at the end.
+        keys_THD, values_THD: the step's own `[tokens, KV heads, head_dim]`, keys after RoPE.
+        k_records, v_records: one per layer of the group; keys of the layer's own: its records alone.
+        k_tables, v_tables: for each of them, block numbers `[requests, blocks]` of each request's tokens, in order.
+        query_starts: where each request's queries begin, and the end of the last `[requests + 1]`.
+        seq_lens: tokens of each request, its queries' own included `[requests]`.
+        stored_lens: how many of them are attended as they are stored `[requests]`.
+        exact_rows: for each of the others, request after request, its row in `keys_THD` and `values_THD`; -1 where it
+            is as it is stored after all.
+        softmax_scale: usually head_dim ** -0.5.
+        split_tokens: a positive multiple of 64.
+        expand_queries: requests with as many queries go to torch code.
+
+    Raises:
+        ValueError: a request has more queries than tokens, or a block lies outside the cache.
+    """
+    starts_R, lengths_R, stored_R = int32_tensor(query_starts), int32_tensor(seq_lens), int32_tensor(stored_lens)
+    rows = int32_tensor(exact_rows)
+    exact_R = torch.nn.functional.pad((lengths_R - stored_R).cumsum(0, dtype=torch.int32), (1, 0))
+    covered = plan.covered() and rows_covered(query_THD, output_THD, keys_THD, values_THD)
+    covered = covered and all(_on_host(records) for records in (*k_records, *v_records)) and bool((rows >= 0).all())
+    compiled = library.load() if covered else None
+    kernel_R = (starts_R.diff() < expand_queries) if compiled is not None else torch.zeros_like(lengths_R).bool()
+    for start, stop in _runs(kernel_R.tolist()):
+        k_run, v_run = ([table_RN[start:stop] for table_RN in tables] for tables in (k_tables, v_tables))
+        exact = rows[exact_R[start] : exact_R[stop]]
+        starts_run, lengths_run, stored_run = starts_R[start : stop + 1], lengths_R[start:stop], stored_R[start:stop]
+        if compiled is None or not kernel_R[start]:
+            shared_reference.attend(
+                output_THD, query_THD, keys_THD, values_THD, plan, k_records, v_records, k_run, v_run,
+                starts_run.tolist(), lengths_run.tolist(), stored_run.tolist(), exact, softmax_scale,
+            )  # fmt: skip
+            continue
+        codes, scale = None, None
+        if plan.frequency_F is not None and library.level() >= library.LEVELS.index("avx512vnni"):
+            codes, scale = plan.k_codes_blocked or (None, None)
+        k_run, v_run = ([table_tensor(table_RN) for table_RN in tables] for tables in (k_run, v_run))
+        own = plan.frequency_F is None
+        args = interface.SharedAttendArgs(
+            k=_records_array(k_records, k_run, plan.k_struct),
+            v=_records_array(v_records, v_run, plan.v_struct),
+            num_k=len(k_records),
+            num_stripes=len(v_records),
+            query=rows_struct(query_THD),
+            output=rows_struct(output_THD),
+            keys=rows_struct(keys_THD),
+            values=rows_struct(values_THD),
+            k_mean_HD=plan.k_mean_HD.data_ptr(),
+            k_decode_HDR=plan.k_decode_HDR.data_ptr() if own else None,
+            k_decode_blocked=None if own or codes is not None else plan.k_decode_blocked.data_ptr(),
+            k_codes_blocked=None if codes is None else codes.data_ptr(),
+            k_scale_HD=None if scale is None else scale.data_ptr(),
+            v_decode_HRD=plan.v_decode_HRD.data_ptr(),
+            v_mean_HD=plan.v_mean_HD.data_ptr(),
+            rope_frequency_F=None if plan.frequency_F is None else plan.frequency_F.data_ptr(),
+            rope_amplitude=plan.amplitude,
+            query_starts=starts_run.data_ptr(),
+            seq_lens=lengths_run.data_ptr(),
+            stored_lens=stored_run.data_ptr(),
+            exact_rows=rows.data_ptr(),
+            exact_starts=exact_R[start:].data_ptr(),
+            num_requests=stop - start,
+            num_heads=query_THD.shape[1],
+            num_kv_heads=plan.k_mean_HD.shape[0],
+            head_dim=plan.k_mean_HD.shape[1],
+            softmax_scale=softmax_scale,
+            split_tokens=split_tokens,
+            threads=torch.get_num_threads(),
+            level=library.level(),
+        )
+        library.check(compiled.kvc_shared_attend(ctypes.byref(args)))
+
+
+def _runs(flags: list[bool]) -> list[tuple[int, int]]:
+    """Neighbours of one flag, as ranges."""
+    ends = [i + 1 for i, flag in enumerate(flags) if i + 1 == len(flags) or flags[i + 1] != flag]
+    return list(zip([0, *ends], ends, strict=False))
+
+
+def _on_host(records_NHSX: Tensor) -> bool:
+    _, _, block_size, token_bytes = records_NHSX.shape
+    assert records_NHSX.dtype == torch.uint8
+    assert records_NHSX.stride()[1:] == (block_size * token_bytes, token_bytes, 1) or records_NHSX.shape[1] == 1
+    return records_NHSX.device.type == "cpu"
+
+
+def _records_struct(records_NHSX: Tensor, side: library.Side, table_RN: Tensor | None = None) -> interface.Records:
+    blocks, records, block_size, token_bytes = records_NHSX.shape
+    return interface.Records(
+        data=records_NHSX.data_ptr(),
+        num_blocks=blocks,
+        block_stride=records_NHSX.stride(0),
+        block_size=block_size,
+        records=records,
+        token_bytes=token_bytes,
+        side=side,
+        block_table=None if table_RN is None else table_RN.data_ptr(),
+        block_table_stride=0 if table_RN is None else _row_stride(table_RN),
+    )
+
+
+def _row_stride(table_RN: Tensor) -> int:
+    return table_RN.stride(0) if table_RN.shape[0] > 1 else table_RN.shape[1]
+
+
+def _records_array(
+    records: Sequence[Tensor], tables: Sequence[Tensor], side: library.Side
+) -> ctypes.Array[interface.Records]:
+    structs = [_records_struct(found, side, table) for found, table in zip(records, tables, strict=True)]
+    return (interface.Records * len(structs))(*structs)
+
+
+@torch.library.custom_op("kvcompress::store_records", mutates_args=("records",))
+def store_op(records: Tensor, latents: Tensor, weight: Tensor, slots: Tensor, spec: Sequence[int]) -> None:
+    """`store` for graphs; the spec is `spec_numbers`'."""
+    store(records, spec_of(spec), latents, weight, slots)
+
+
+@store_op.register_fake
+def _(records: Tensor, latents: Tensor, weight: Tensor, slots: Tensor, spec: Sequence[int]) -> None:
+    return None
+
+
+@torch.library.custom_op("kvcompress::shared_attention", mutates_args=())
+def attend_op(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    k_records: Sequence[Tensor],
+    v_records: Sequence[Tensor],
+    k_tables: Sequence[Tensor],
+    v_tables: Sequence[Tensor],
+    query_starts: Tensor,
+    seq_lens: Tensor,
+    stored_lens: Tensor,
+    exact_rows: Tensor,
+    tensors: Sequence[Tensor],
+    numbers: Sequence[int],
+    softmax_scale: float,
+) -> Tensor:
+    """`attend` for graphs; tensors and numbers are `SharedPlan.flatten()`'s."""
+    output = torch.zeros_like(query)
+    plan = SharedPlan.unflatten(tensors, numbers)
+    attend(
+        output, query, keys, values, plan, k_records, v_records, k_tables, v_tables, query_starts, seq_lens,
+        stored_lens, exact_rows, softmax_scale,
+    )  # fmt: skip
+    return output
+
+
+@attend_op.register_fake
+def _(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    k_records: Sequence[Tensor],
+    v_records: Sequence[Tensor],
+    k_tables: Sequence[Tensor],
+    v_tables: Sequence[Tensor],
+    query_starts: Tensor,
+    seq_lens: Tensor,
+    stored_lens: Tensor,
+    exact_rows: Tensor,
+    tensors: Sequence[Tensor],
+    numbers: Sequence[int],
+    softmax_scale: float,
+) -> Tensor:
+    return torch.empty_like(query)
