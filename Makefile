@@ -89,6 +89,7 @@ report: setup
 bench: setup
 	@$(BIN)/python benchmarks/cpu_decode.py --contexts 1024 4096 8192 16384 32768 65536
 	@$(BIN)/python benchmarks/cpu_decode.py --forms latents
+	@$(BIN)/python benchmarks/cpu_decode.py --forms blocks
 	@$(BIN)/python benchmarks/compress.py --work build/bench
 
 slope: setup

@@ -2,6 +2,7 @@
 
     python benchmarks/cpu_decode.py [--contexts 1024 4096 32768] [--batches 1 4] [--threads 2] [--note "..."]
     python benchmarks/cpu_decode.py --forms latents   (MLA and xkv, on their kernels and on the torch code before them)
+    python benchmarks/cpu_decode.py --forms blocks    (GEAR, the same)
 
 One repetition times every method once, one after the other, so that other load on the machine falls on all of them;
 ratios are taken within a repetition and their median is reported. A model has many layers, so a step finds its cache in
@@ -30,16 +31,23 @@ import latent_steps
 import torch
 from torch import Tensor
 
+from kvcompress.codec.gear import BlockCodec, BlockSideCodec
+from kvcompress.codec.gear_spec import Axis, BlockSide
 from kvcompress.codec.layer import LayerCodec, SideCodec
 from kvcompress.codec.layout import PageLayout
 from kvcompress.codec.spec import Band, SideSpec
-from kvcompress.ops import library
+from kvcompress.ops import block_reference, blocks, library
 from kvcompress.ops.append import append
 from kvcompress.ops.attention import decode_attention
+from kvcompress.ops.block_plan import BlockPlan
 from kvcompress.ops.plan import LayerPlan
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 BITS = (16, 8, 4, 2)
+BLOCK_BITS = (4, 2)
+BLOCK = 64
+"""Tokens that the form `blocks` compresses together, here with GEAR's rank 2 and 2 % outliers."""
+
 BLOCK_SIZE = 128
 """vLLM's default on the CPU, for both."""
 
@@ -57,7 +65,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=15)
     parser.add_argument("--note", default="", help="what else the machine was doing")
     parser.add_argument("--without-vllm", action="store_true")
-    parser.add_argument("--forms", choices=("heads", "latents"), default="heads", help="caches to measure")
+    parser.add_argument("--forms", choices=("heads", "blocks", "latents"), default="heads", help="caches to measure")
     parser.add_argument("--without-torch-code", action="store_true", help="leave out what kernels have replaced: slow")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -94,10 +102,15 @@ def measure(context: int, batch: int, args: argparse.Namespace) -> dict[str, Any
     if args.forms == "heads":
         methods = {f"{bits}-bit": compressed_step(bits, context, batch, copies, query_THD) for bits in BITS}
         methods["append 4-bit"] = append_step(4, context, batch, copies)
+    elif args.forms == "blocks":
+        methods = {}
+        for bits in BLOCK_BITS:
+            steps = block_steps(bits, context, batch, copies, query_THD)
+            methods[f"gear {bits}-bit"], methods[f"gear {bits}-bit{latent_steps.IN_TORCH}"] = steps
     else:
         methods = latent_methods(context, batch, copies, query_THD)
-        if args.without_torch_code:
-            methods = {name: step for name, step in methods.items() if not name.endswith(", torch")}
+    if args.without_torch_code:
+        methods = {name: step for name, step in methods.items() if not name.endswith(latent_steps.IN_TORCH)}
     methods["torch sdpa bf16"] = sdpa_step(context, batch, copies, query_THD)
     baseline = "torch sdpa bf16"
     if not args.without_vllm:
@@ -108,7 +121,7 @@ def measure(context: int, batch: int, args: argparse.Namespace) -> dict[str, Any
     for repetition in range(args.repetitions + 1):
         for name, step in methods.items():
             # Torch code that kernels have replaced is far from waiting for memory.
-            turns = 1 if name.endswith(", torch") else copies
+            turns = 1 if name.endswith(latent_steps.IN_TORCH) else copies
             wall_start, cpu_start = time.perf_counter(), time.process_time()
             for copy in range(turns):
                 step(copy)
@@ -224,6 +237,46 @@ def append_step(bits: int, context: int, batch: int, copies: int) -> Callable[[i
         append(caches[copy], layout, plan, keys_THD, values_THD, slots_T)
 
     return step
+
+
+def block_codec_of(bits: int) -> BlockCodec:
+    def side(axis: Axis) -> BlockSideCodec:
+        spec = BlockSide(BLOCK, HEAD_DIM, bits, axis, 64, low_rank=2, iterations=3, outliers=168)
+        scalar = codec_of(bits).k
+        return BlockSideCodec(spec, scalar.mean_HD, scalar.basis_HDR, scalar.inverse_HRD, scalar.scale_HR)
+
+    return BlockCodec(side("tokens"), side("channels"))
+
+
+def block_steps(
+    bits: int, context: int, batch: int, copies: int, query_THD: Tensor
+) -> tuple[Callable[[int], None], Callable[[int], None]]:
+    """Form `blocks`, by the kernels and by the torch code. The newest block is half full, its tokens in a ring."""
+    codec = block_codec_of(bits)
+    plan, per_page = BlockPlan(codec), BLOCK_SIZE // BLOCK
+    length = context - BLOCK // 2
+    keys_THD, values_THD = torch.randn(2, BLOCK * min(64, length // BLOCK), KV_HEADS, HEAD_DIM)
+    records_NHB = codec.seal(keys_THD, values_THD)
+    pages = batch * -(-context // BLOCK_SIZE)
+    # Some blocks, again and again: what they hold does not change what they take.
+    number = torch.arange(pages * per_page) % records_NHB.shape[0]
+    cache_NHMB = records_NHB[number].unflatten(0, (pages, per_page)).transpose(1, 2).contiguous()
+    caches = [cache_NHMB] + [cache_NHMB.clone() for _ in range(copies - 1)]
+    rings_NHXPD = torch.randn(batch, KV_HEADS, 2, BLOCK + 1, HEAD_DIM, dtype=torch.bfloat16)
+    newest_THD = torch.randn(batch, KV_HEADS, HEAD_DIM, dtype=torch.bfloat16)
+    table_RN = block_table(context, batch)
+    rings, starts, lengths = list(range(batch)), list(range(batch + 1)), [length] * batch
+    output_THD = torch.empty_like(query_THD)
+
+    def step(copy: int) -> None:
+        inputs = (output_THD, query_THD, newest_THD, newest_THD, caches[copy], rings_NHXPD, rings)
+        blocks.attend(*inputs, plan, table_RN, starts, lengths, HEAD_DIM**-0.5)
+
+    def step_in_torch(copy: int) -> None:
+        inputs = (output_THD, query_THD, newest_THD, newest_THD, caches[copy], rings_NHXPD, rings)
+        block_reference.attend(*inputs, codec, table_RN, starts, lengths, HEAD_DIM**-0.5)
+
+    return step, step_in_torch
 
 
 def sdpa_step(context: int, batch: int, copies: int, query_THD: Tensor) -> Callable[[int], None]:

@@ -21,6 +21,9 @@ from kvcompress.ops.shared_plan import SharedPlan
 
 Step = Callable[[int], None]
 
+IN_TORCH = " in torch"
+"""Ends the name of a method that runs on the torch code which the kernels replace."""
+
 MLA_RANK, MLA_ROPE = 512, 64
 XKV_GROUP, XKV_K_RANK, XKV_V_RANK = 4, 384, 576
 """Layers of a group, and channels of the group's latents."""
@@ -48,7 +51,7 @@ def mla_steps(heads: int, context: int, table_RN: Tensor, block_size: int, copie
     def append(copy: int) -> None:
         latent.append(caches[copy], key_TC, slots_T)
 
-    return {"mla bf16": kernel, "mla bf16, torch": in_torch, "append mla": append}
+    return {"mla bf16": kernel, f"mla bf16{IN_TORCH}": in_torch, "append mla": append}
 
 
 def shared_steps(
@@ -96,7 +99,7 @@ def shared_steps(
         shared_reference.attend(output_THD, query_THD, *arguments)
 
     name = f"xkv {share} {bits}-bit"
-    return {name: kernel, f"{name}, torch": in_torch}
+    return {name: kernel, f"{name}{IN_TORCH}": in_torch}
 
 
 def _shared_codec(bits: int, share: Share, heads: int, head_dim: int) -> SharedCodec:

@@ -100,14 +100,17 @@ size_t attend_scratch_bytes(const kvc_attend_args& args) {
     return lay_out(args.pages, nullptr, unused);
 }
 
-KVC_INLINE int64_t query_token(const kvc_attend_args& args, const Item& item, int row) {
+template <typename Args>
+KVC_INLINE int64_t query_token(const Args& args, const Item& item, int row) {
     return args.query_starts[item.request] + item.first_token + row / item.group;
 }
-KVC_INLINE int query_head(const kvc_attend_args& args, const Item& item, int row) {
+template <typename Args>
+KVC_INLINE int query_head(const Args& args, const Item& item, int row) {
     return item.kv_head * (args.num_heads / args.pages.num_kv_heads) + item.first_group + row % item.group;
 }
 // Tokens a row sees: those up to its own.
-KVC_INLINE int visible(const kvc_attend_args& args, const Item& item, int row) {
+template <typename Args>
+KVC_INLINE int visible(const Args& args, const Item& item, int row) {
     const int queries = args.query_starts[item.request + 1] - args.query_starts[item.request];
     return args.seq_lens[item.request] - queries + item.first_token + row / item.group + 1;
 }
@@ -271,7 +274,7 @@ inline void attend_tile(const kvc_attend_args& args, const Item& item, int start
     if (pages.v.outliers) mix_outliers(pages.v, tile.v_outliers, s.scores, s.decay, rows, outlier_tokens, s.exact);
     switch (form_of(pages.v)) {
         case Form::FLOATS:
-            mix_tile(s.scores, s.decay, rows, static_cast<float*>(s.values), tile.tokens, s.value_width, s.sums);
+            mix_tile(s.scores, s.decay, rows, static_cast<float*>(s.values), tile.tokens, s.value_width, s.value_width, s.sums);
             break;
         case Form::HALVES:
 #if KVC_LEVEL_NUMBER >= 1
@@ -282,12 +285,14 @@ inline void attend_tile(const kvc_attend_args& args, const Item& item, int start
             }
 #endif
             break;
-        case Form::INTEGERS:
+        case Form::INTEGERS: {
 #if KVC_LEVEL_NUMBER >= 3
+            Ahead ahead = ahead_of(args, item, pages.v, next);
             mix_tile_integer(static_cast<TileWeights*>(s.tile_weights), s.weights, rows, static_cast<uint8_t*>(s.values), (tile.tokens + 3) / 4,
-                             s.value_width, s.sums, ahead_of(args, item, pages.v, next));
+                             s.value_width, s.value_width, s.sums, ahead);
 #endif
             break;
+        }
     }
 }
 

@@ -183,20 +183,21 @@ KVC_INLINE void mix_rows(const float* weight, const float* decay, const float* v
 }
 
 template <int ROWS>
-KVC_INLINE void mix_all(const float* weight, const float* decay, const float* values, int tokens, int positions, float* sums) {
+KVC_INLINE void mix_all(const float* weight, const float* decay, const float* values, int tokens, int positions, int count, float* sums) {
     int position = 0;
-    for (; position + kBlock * kLanes <= positions; position += kBlock * kLanes)
+    for (; position + kBlock * kLanes <= count; position += kBlock * kLanes)
         mix_rows<ROWS, kBlock>(weight, decay, values + position, tokens, positions, sums + position);
-    for (; position < positions; position += kLanes)
+    for (; position < count; position += kLanes)
         mix_rows<ROWS, 1>(weight, decay, values + position, tokens, positions, sums + position);
 }
 
-inline void mix_tile(const float* weight, const float* decay, int rows, const float* values, int tokens, int positions, float* sums) {
+// The first `count` of each token's and each row's positions.
+inline void mix_tile(const float* weight, const float* decay, int rows, const float* values, int tokens, int positions, int count, float* sums) {
     int row = 0;
     for (; row + 4 <= rows; row += 4)
-        mix_all<4>(weight + row * kTile, decay + row, values, tokens, positions, sums + row * positions);
+        mix_all<4>(weight + row * kTile, decay + row, values, tokens, positions, count, sums + row * positions);
     for (; row < rows; ++row)
-        mix_all<1>(weight + row * kTile, decay + row, values, tokens, positions, sums + row * positions);
+        mix_all<1>(weight + row * kTile, decay + row, values, tokens, positions, count, sums + row * positions);
 }
 
 }  // namespace

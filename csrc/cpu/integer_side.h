@@ -359,23 +359,24 @@ KVC_INLINE void mix_rows_integer(const TileWeights* weights, const uint8_t* fact
 }
 
 template <int ROWS, int BLOCK>
-KVC_INLINE void mix_all_integer(const TileWeights* weights, const uint8_t* factors, int step, const uint8_t* values, int quads, int positions, float* sums, Ahead& ahead) {
+KVC_INLINE void mix_all_integer(const TileWeights* weights, const uint8_t* factors, int step, const uint8_t* values, int quads, int positions, int count, float* sums, Ahead& ahead) {
     int position = 0;
-    for (; position + 16 * BLOCK <= positions; position += 16 * BLOCK)
+    for (; position + 16 * BLOCK <= count; position += 16 * BLOCK)
         mix_rows_integer<ROWS, BLOCK>(weights, factors, step, values + 4 * position, quads, positions, sums + position, ahead);
-    for (; position < positions; position += 16)
+    for (; position < count; position += 16)
         mix_rows_integer<ROWS, 1>(weights, factors, step, values + 4 * position, quads, positions, sums + position, ahead);
 }
 
-inline void mix_tile_integer(const TileWeights* weights, const uint8_t* factors, int rows, const uint8_t* values, int quads, int positions, float* sums, Ahead ahead) {
+// The first `count` of each quad's and each row's positions.
+inline void mix_tile_integer(const TileWeights* weights, const uint8_t* factors, int rows, const uint8_t* values, int quads, int positions, int count, float* sums, Ahead& ahead) {
     const int step = rows * kFactorBytes;
     int row = 0;
     for (; row + 4 <= rows; row += 4)
-        mix_all_integer<4, 2>(weights + row, factors + row * kFactorBytes, step, values, quads, positions, sums + row * positions, ahead);
+        mix_all_integer<4, 2>(weights + row, factors + row * kFactorBytes, step, values, quads, positions, count, sums + row * positions, ahead);
     for (; row + 2 <= rows; row += 2)
-        mix_all_integer<2, 4>(weights + row, factors + row * kFactorBytes, step, values, quads, positions, sums + row * positions, ahead);
+        mix_all_integer<2, 4>(weights + row, factors + row * kFactorBytes, step, values, quads, positions, count, sums + row * positions, ahead);
     for (; row < rows; ++row)
-        mix_all_integer<1, 4>(weights + row, factors + row * kFactorBytes, step, values, quads, positions, sums + row * positions, ahead);
+        mix_all_integer<1, 4>(weights + row, factors + row * kFactorBytes, step, values, quads, positions, count, sums + row * positions, ahead);
 }
 
 }  // namespace

@@ -14,6 +14,7 @@ constexpr int kTile = 64;            // tokens between two updates of the runnin
 constexpr int kTileGroups = kTile / kGroup;
 constexpr int kMaxRows = 64;         // rows (query token x query head of the group) attended together
 constexpr int kMaxHeadDim = 512;
+constexpr int kMaxLowRank = 32;      // of a block's residual
 constexpr int kMaxLatentChannels = 4096;  // of MLA, or of a latent that layers share
 constexpr int kAppendTokens = 8;     // tokens encoded together, for one reading of the projection
 constexpr size_t kAlign = 64;
@@ -59,6 +60,7 @@ struct Kernels {
     size_t (*append_scratch_bytes)(const kvc_append_args&);
     // Encode and store one head of up to kAppendTokens tokens.
     void (*append)(const kvc_append_args&, int64_t first, int count, int head, void* scratch);
+    Attention<kvc_block_attend_args> block_attention;
     Attention<kvc_latent_attend_args> latent_attention;
     void (*latent_append)(const kvc_latent_append_args&, int64_t token);
     Attention<kvc_shared_attend_args> shared_attention;

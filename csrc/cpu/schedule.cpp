@@ -54,13 +54,14 @@ using namespace kvcompress::cpu;
 
 int32_t kvc_abi_version(void) { return KVC_ABI_VERSION; }
 
-void kvc_struct_sizes(int64_t sizes[6]) {
+void kvc_struct_sizes(int64_t sizes[7]) {
     sizes[0] = sizeof(kvc_attend_args);
     sizes[1] = sizeof(kvc_append_args);
     sizes[2] = sizeof(kvc_latent_attend_args);
     sizes[3] = sizeof(kvc_latent_append_args);
     sizes[4] = sizeof(kvc_shared_attend_args);
     sizes[5] = sizeof(kvc_store_args);
+    sizes[6] = sizeof(kvc_block_attend_args);
 }
 
 int32_t kvc_best_level(void) {

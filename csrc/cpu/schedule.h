@@ -191,7 +191,7 @@ int32_t schedule(const Args& args, const Attention<Args>& kernels) {
 // KVC_OK if a request's row of a block table has blocks of the cache for its first `tokens` tokens.
 inline int32_t check_blocks(const int32_t* block_table, int64_t stride, int request, int tokens, int block_size, int64_t num_blocks) {
     const int blocks = (tokens + block_size - 1) / block_size;
-    if (blocks > stride) return KVC_BAD_LENGTH;
+    if (tokens < 0 || blocks > stride) return KVC_BAD_LENGTH;
     for (int i = 0; i < blocks; ++i) {
         const int32_t block = block_table[request * stride + i];
         if (block < 0 || block >= num_blocks) return KVC_BAD_BLOCK;

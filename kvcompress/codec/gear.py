@@ -108,7 +108,7 @@ def attend(
     exact_start: int,
     codec: BlockCodec,
     softmax_scale: float,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Causal attention of the newest Q tokens of a sequence.
 
     Scores of compressed keys by absorption, q . k = q . mean + (q @ decode^T) . latent; unlike in a cache of one form,
@@ -122,7 +122,8 @@ def attend(
         softmax_scale: usually head_dim ** -0.5.
 
     Returns:
-        `[query tokens, KV heads, query heads per KV head, head_dim]` in the latents' dtype.
+        `[query tokens, KV heads, query heads per KV head, head_dim]` in the latents' dtype, and the log of the sum of
+        exponentials of each row `[query tokens, KV heads, query heads per KV head]`.
     """
     (k_latent_THR, v_latent_THR), (keys_THD, values_THD) = sealed_THR, exact_THD
     dtype, queries, end = k_latent_THR.dtype, query_QHGD.shape[0], exact_start + keys_THD.shape[0]
@@ -134,10 +135,11 @@ def attend(
     sealed_scores = torch.einsum("hgqr,thr->hgqt", absorbed, k_latent_THR) + constant[..., None]
     exact_scores = torch.einsum("qhgd,thd->hgqt", query_QHGD, keys_THD.to(dtype))
     scores = torch.cat([sealed_scores, exact_scores], -1).masked_fill(~torch.cat(sees, -1), -torch.inf)
+    lse_HGQ = scores.logsumexp(-1)
     sealed_part, exact_part = scores.softmax(-1).split([k_latent_THR.shape[0], keys_THD.shape[0]], dim=-1)
     mixed = torch.einsum("hgqt,thr->hgqr", sealed_part, v_latent_THR)
     mass_QHG1 = sealed_part.sum(-1).permute(2, 0, 1)[..., None]
     output: Tensor = torch.einsum("hgqr,hrd->qhgd", mixed, codec.v.decode_HRD.to(dtype))
     output += mass_QHG1 * codec.v.mean_HD.to(dtype)[:, None, :]
     output += torch.einsum("hgqt,thd->qhgd", exact_part, values_THD.to(dtype))
-    return output
+    return output, lse_HGQ.permute(2, 0, 1)

@@ -84,9 +84,19 @@ def _furthest(unit_NHSR: Tensor, scale_H1R: Tensor, side: BlockSide) -> Tensor:
         ],
         dim=-1,
     )
-    # A stable sort, because ties must fall the same way everywhere.
-    order = _turned(distance, side).flatten(2).sort(dim=-1, descending=True, stable=True).indices
-    return order[..., : side.outliers].sort(-1).values
+    return _largest(_turned(distance, side).flatten(2), side.outliers)
+
+
+def _largest(numbers_NHE: Tensor, count: int) -> Tensor:
+    """Places of the `count` largest entries, ascending; of equal ones the first, because ties must fall the same way
+    everywhere. No sort of all entries: it was two fifths of the work of encoding a block."""
+    if not count:
+        return torch.empty(*numbers_NHE.shape[:-1], 0, dtype=torch.int64, device=numbers_NHE.device)
+    least_NH1 = numbers_NHE.topk(count, dim=-1).values[..., -1:]
+    above, equal = numbers_NHE > least_NH1, numbers_NHE == least_NH1
+    room_NH1 = count - above.sum(-1, keepdim=True)
+    chosen = above | (equal & (equal.cumsum(-1) <= room_NH1))
+    return chosen.nonzero()[:, -1].view(*numbers_NHE.shape[:-1], count)
 
 
 def _quantize(unit_NHSR: Tensor, outlier_NHSR: Tensor, side: BlockSide) -> tuple[Tensor, Tensor, Tensor]:

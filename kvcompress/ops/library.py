@@ -9,9 +9,10 @@ import sysconfig
 import warnings
 from pathlib import Path
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 MAX_BANDS = 4
 MAX_HEAD_DIM = 512
+MAX_LOW_RANK = 32
 MAX_LATENT_CHANNELS = 4096
 LEVELS = ("portable", "avx2", "avx512", "avx512vnni")
 """Instruction-set levels, each faster than the one before."""
@@ -105,8 +106,80 @@ class AppendArgs(ctypes.Structure):
     )
 
 
+class BlockSide(ctypes.Structure):
+    _fields_ = (
+        ("rank", ctypes.c_int32),
+        ("bits", ctypes.c_int32),
+        ("group", ctypes.c_int32),
+        ("low_rank", ctypes.c_int32),
+        ("outliers", ctypes.c_int32),
+        ("nbytes", ctypes.c_int32),
+        ("code_offset", ctypes.c_int64),
+        ("scale_offset", ctypes.c_int64),
+        ("zero_offset", ctypes.c_int64),
+        ("token_offset", ctypes.c_int64),
+        ("channel_offset", ctypes.c_int64),
+        ("value_offset", ctypes.c_int64),
+        ("place_offset", ctypes.c_int64),
+    )
+
+
+class BlockPages(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("num_blocks", ctypes.c_int64),
+        ("block_stride", ctypes.c_int64),
+        ("head_stride", ctypes.c_int64),
+        ("record_bytes", ctypes.c_int64),
+        ("block_size", ctypes.c_int32),
+        ("block", ctypes.c_int32),
+        ("num_kv_heads", ctypes.c_int32),
+        ("head_dim", ctypes.c_int32),
+        ("k", BlockSide),
+        ("v", BlockSide),
+    )
+
+
+class Rings(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("num_rings", ctypes.c_int64),
+        ("ring_stride", ctypes.c_int64),
+        ("head_stride", ctypes.c_int64),
+        ("places", ctypes.c_int32),
+        ("dtype", ctypes.c_int32),
+    )
+
+
+class BlockAttendArgs(ctypes.Structure):
+    _fields_ = (
+        ("pages", BlockPages),
+        ("rings", Rings),
+        ("query", Rows),
+        ("keys", Rows),
+        ("values", Rows),
+        ("output", Rows),
+        ("lse_TH", ctypes.c_void_p),
+        ("k_decode_HDR", ctypes.c_void_p),
+        ("k_mean_HD", ctypes.c_void_p),
+        ("v_decode_HRD", ctypes.c_void_p),
+        ("v_mean_HD", ctypes.c_void_p),
+        ("ring_of", ctypes.c_void_p),
+        ("block_table", ctypes.c_void_p),
+        ("block_table_stride", ctypes.c_int64),
+        ("query_starts", ctypes.c_void_p),
+        ("seq_lens", ctypes.c_void_p),
+        ("num_requests", ctypes.c_int32),
+        ("num_heads", ctypes.c_int32),
+        ("softmax_scale", ctypes.c_float),
+        ("split_tokens", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+        ("level", ctypes.c_int32),
+    )
+
+
 _STATUS = {
-    1: "a block table or slot names a block outside the cache",
+    1: "a block table, slot or ring names a block outside the cache",
     2: "a shape the kernels do not cover",
     3: "a request has fewer tokens than queries, or more than its row of the block table holds",
     4: "no memory for temporary arrays",
@@ -174,4 +247,4 @@ def level() -> int:
 def check(status: int) -> None:
     """Raise ValueError for a kernel's status that is not success."""
     if status:
-        raise ValueError(f"attention on compressed pages failed: {_STATUS[status]}")
+        raise ValueError(f"work on compressed pages failed: {_STATUS[status]}")

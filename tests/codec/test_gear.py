@@ -172,8 +172,8 @@ def test_attention_follows_the_rule_however_the_tokens_are_cut(cuts: list[int], 
         whole, start = length // BLOCK * BLOCK, before // BLOCK * BLOCK
         latents = found.open(found.seal(keys[:whole], values[:whole]))
         exact = keys[start:length], values[start:length]
-        mixed = attend(query[before:length], latents, exact, start, found, SCALE)
-        precise = attend(query[before:length], tuple(x.double() for x in latents), exact, start, found, SCALE)
+        mixed, _ = attend(query[before:length], latents, exact, start, found, SCALE)
+        precise, _ = attend(query[before:length], tuple(x.double() for x in latents), exact, start, found, SCALE)
         for position in range(before, length):
             expected = by_the_rule(query[position], (keys, values), stored, position)
             torch.testing.assert_close(mixed[position - before].double(), expected, atol=2e-5, rtol=2e-5)
@@ -211,3 +211,11 @@ def test_planted_massive_activation(side_of_outlier: str) -> None:
         if side_of_outlier in (name, "both"):
             planted[0, :, [5, 40]] *= 100.0
     assert relative_error(planted_keys, planted_values) <= 1.2 * clean
+
+
+@pytest.mark.parametrize("distinct", [1, 3, 40, 100_000])
+@pytest.mark.parametrize("count", [0, 1, 8, 168, 512])
+def test_the_largest_entries_are_those_of_a_stable_sort(distinct: int, count: int) -> None:
+    numbers = torch.randint(distinct, (3, 2, 512), generator=torch.Generator().manual_seed(count)).float()
+    expected = numbers.sort(dim=-1, descending=True, stable=True).indices[..., :count].sort(-1).values
+    assert torch.equal(gear_blocks._largest(numbers, count), expected)

@@ -38,6 +38,7 @@ def test_structs_have_the_sizes_the_library_was_built_with() -> None:
         interface.LatentAppendArgs,
         interface.SharedAttendArgs,
         interface.StoreArgs,
+        library.BlockAttendArgs,
     )
     sizes = (ctypes.c_int64 * len(structs))()
     compiled.kvc_struct_sizes(sizes)

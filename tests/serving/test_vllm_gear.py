@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvcompress.codec.gear import BlockCodec
-from kvcompress.ops import reference
+from kvcompress.ops import library, reference
 from tests.codec.gear_cases import BLOCK, HEAD_DIM, HEADS, by_the_rule, codec
 
 pytest.importorskip("vllm")
@@ -101,8 +101,12 @@ class Engine:
         assert bool((self.other == 0x7B).all()), "another layer's bytes were touched"
 
 
-@pytest.fixture
-def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
+@pytest.fixture(params=["kernels", "torch"])
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    if request.param == "torch":
+        monkeypatch.setattr(library, "load", lambda: None)
+    elif library.load() is None:
+        pytest.skip(f"no compiled kernels; build them with cmake and set {library.PATH_VARIABLE}")
     return Engine(monkeypatch)
 
 

@@ -13,7 +13,7 @@ extern "C" {
 #define KVC_EXPORT __attribute__((visibility("default")))
 
 // Raised whenever a struct below or the meaning of an argument changes.
-#define KVC_ABI_VERSION 3
+#define KVC_ABI_VERSION 4
 
 #define KVC_MAX_BANDS 4
 #define KVC_MAX_OUTLIERS 2
@@ -99,6 +99,76 @@ typedef struct {
     int32_t threads;
     int32_t level;
 } kvc_append_args;
+
+// ---- blocks (kvcompress/codec/gear.py) -------------------------------------------------------------------------------
+
+// Keys or values of one block of one head. Offsets within the block's record; the parts are those of codec/gear_spec.py.
+typedef struct {
+    int32_t rank;
+    int32_t bits;
+    int32_t group;     // values that share a scale and a zero: tokens for keys, channels for values
+    int32_t low_rank;
+    int32_t outliers;
+    int32_t nbytes;    // of all parts
+    int64_t code_offset;
+    int64_t scale_offset;
+    int64_t zero_offset;
+    int64_t token_offset;    // factors of the low-rank residual
+    int64_t channel_offset;
+    int64_t value_offset;    // outliers
+    int64_t place_offset;
+} kvc_block_side;
+
+// uint8 [num_blocks, num_kv_heads, block_size / block, record_bytes]; strides in bytes.
+typedef struct {
+    uint8_t* data;
+    int64_t num_blocks;
+    int64_t block_stride;
+    int64_t head_stride;
+    int64_t record_bytes;
+    int32_t block_size;  // tokens per page
+    int32_t block;       // tokens compressed together
+    int32_t num_kv_heads;
+    int32_t head_dim;
+    kvc_block_side k;
+    kvc_block_side v;
+} kvc_block_pages;
+
+// Newest tokens of each request, as they are: [rings, num_kv_heads, 2 (keys, values), places, head_dim]; strides in
+// elements. The token at position p is in place p % places.
+typedef struct {
+    const void* data;
+    int64_t num_rings;
+    int64_t ring_stride;
+    int64_t head_stride;
+    int32_t places;
+    int32_t dtype;
+} kvc_rings;
+
+typedef struct {
+    kvc_block_pages pages;
+    kvc_rings rings;
+    kvc_rows query;
+    kvc_rows keys;    // of the query tokens themselves
+    kvc_rows values;
+    kvc_rows output;
+    float* lse_TH;             // as in kvc_attend_args, and so are the rest
+    const float* k_decode_HDR;
+    const float* k_mean_HD;
+    const float* v_decode_HRD;
+    const float* v_mean_HD;
+    const int32_t* ring_of;    // [num_requests]
+    const int32_t* block_table;
+    int64_t block_table_stride;
+    const int32_t* query_starts;
+    const int32_t* seq_lens;
+    int32_t num_requests;
+    int32_t num_heads;
+    float softmax_scale;
+    int32_t split_tokens; // a positive multiple of the block
+    int32_t threads;
+    int32_t level;
+} kvc_block_attend_args;
 
 // ---- MLA: one vector per token, its first channels the latent, is the key of all heads; the latent is the value ----
 
@@ -201,14 +271,18 @@ typedef struct {
 
 KVC_EXPORT int32_t kvc_abi_version(void);
 
-// sizeof(kvc_attend_args), sizeof(kvc_append_args), and so on in the order of the functions below.
-KVC_EXPORT void kvc_struct_sizes(int64_t sizes[6]);
+// sizeof(kvc_attend_args), sizeof(kvc_append_args), and so on: see schedule.cpp.
+KVC_EXPORT void kvc_struct_sizes(int64_t sizes[7]);
 
 // The best level this machine has.
 KVC_EXPORT int32_t kvc_best_level(void);
 
 // Causal attention of every request's last query_starts[r+1] - query_starts[r] tokens over all its seq_lens[r] tokens.
 KVC_EXPORT int32_t kvc_attend(const kvc_attend_args* args);
+
+// The same where complete blocks lie in pages. A query reads a block from its page if the block is complete by the query's
+// own token, and every later token as it is: from the step's keys and values, or before them from the request's ring.
+KVC_EXPORT int32_t kvc_attend_blocks(const kvc_block_attend_args* args);
 
 // Encode tokens and store them in their slots.
 KVC_EXPORT int32_t kvc_append(const kvc_append_args* args);

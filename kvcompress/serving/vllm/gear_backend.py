@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from kvcompress.codec.forms import CacheCodec
-from kvcompress.codec.gear import BlockCodec, attend
+from kvcompress.codec.gear import BlockCodec
 from kvcompress.codec.gear_spec import BlockSpec
-from kvcompress.ops import reference
+from kvcompress.ops import blocks, reference
+from kvcompress.ops.block_plan import BlockPlan
+from kvcompress.ops.block_reference import newest
 from kvcompress.serving.vllm import compat, limits
 from kvcompress.serving.vllm.backend import (
     CompressedAttentionBackend,
@@ -74,7 +76,7 @@ def attach(layer: Any, name: str, spec: BlockSpec, config: compat.VllmConfig, ha
 class BlockAttentionImpl(CompressedAttentionImpl):
     """Attention of one layer, by the codec and the ring it is given."""
 
-    _codec: BlockCodec | None = None
+    _block_plan: BlockPlan | None = None
     ring: Ring | None = None
 
     def use_ring(self, ring: Ring) -> None:
@@ -84,7 +86,7 @@ class BlockAttentionImpl(CompressedAttentionImpl):
         """Set the codec of this rank's KV heads, on the layer's device, for requests of up to `longest` tokens."""
         assert isinstance(codec, BlockCodec)
         assert (codec.spec.num_kv_heads, codec.spec.head_dim) == (self.num_kv_heads, self.head_size)
-        self._codec = codec
+        self._block_plan = BlockPlan(codec)
         latents = longest * self.num_kv_heads * (codec.k.spec.rank + codec.v.spec.rank) * torch.float32.itemsize
         scores = max(reference.SCORE_BYTES, self.num_heads * longest * torch.float32.itemsize)
         # Codes, values of codes, residuals and latents live side by side; so do scores, masked ones and probabilities.
@@ -93,88 +95,69 @@ class BlockAttentionImpl(CompressedAttentionImpl):
     def _run(
         self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, batch: CompressedMetadata, output: Tensor
     ) -> None:
-        """Store this step's keys and values, compress the blocks that became complete, then attend."""
-        codec, ring = self._codec, self.ring
-        assert codec is not None
+        """Compress the blocks that this step completes, attend, then keep the step's newest tokens."""
+        plan, ring = self._block_plan, self.ring
+        assert plan is not None
         assert ring is not None
-        spec = codec.spec
+        spec = plan.spec
         per_page = kv_cache.shape[2] // spec.block
         pages_NHMB = kv_cache.view(kv_cache.shape[0], spec.num_kv_heads, per_page, spec.record_bytes)
-        rings = compat.layer_metadata(ring.name).block_table[:, 0].tolist()
-        starts, lengths = batch.query_starts.tolist(), batch.seq_lens.tolist()
-        running = []
-        for request, length in enumerate(lengths):
-            tokens = slice(starts[request], starts[request + 1])
-            if tokens.start == tokens.stop:
-                continue
-            blocks = torch.arange(length // spec.block, device=kv_cache.device)
-            place = (batch.block_table[request].long()[blocks // per_page], blocks % per_page)
-            places_HXPD = ring.sides_NHXPD[rings[request]]
-            exact_THD, exact_start = self._newest(codec, places_HXPD, key[tokens], value[tokens], length)
-            self._seal(codec, pages_NHMB, place, exact_THD, exact_start // spec.block)
-            self._keep(places_HXPD, key[tokens], value[tokens], length)
-            running.append((tokens, place, exact_THD, exact_start))
-        # Not before all blocks are written: a prompt may begin with blocks that another request of this step completes.
-        for tokens, place, exact_THD, exact_start in running:
-            latents_THR = codec.open(pages_NHMB[place[0], :, place[1]])
-            self._attend(codec, query[tokens], latents_THR, exact_THD, exact_start, output[tokens])
-
-    def _newest(
-        self, codec: BlockCodec, places_HXPD: Tensor, key_THD: Tensor, value_THD: Tensor, length: int
-    ) -> tuple[tuple[Tensor, Tensor], int]:
-        """Keys and values from the start of the block that was open before this step, and that start."""
-        before = length - key_THD.shape[0]
-        start = before // codec.spec.block * codec.spec.block
-        place = torch.arange(start, before, device=key_THD.device) % places_HXPD.shape[2]
-        old_keys, old_values = places_HXPD[:, :, place].transpose(0, 2).unbind(1)
-        return (torch.cat([old_keys, key_THD]), torch.cat([old_values, value_THD])), start
+        rings_NHXPD = ring.sides_NHXPD
+        ring_R = compat.layer_metadata(ring.name).block_table[: batch.seq_lens.shape[0], 0]
+        # All blocks before any attention: a prompt may begin with blocks that another request of this step completes.
+        self._seal(plan.codec, key, value, pages_NHMB, rings_NHXPD, ring_R, batch)
+        blocks.attend(
+            output,
+            query,
+            key,
+            value,
+            pages_NHMB,
+            rings_NHXPD,
+            ring_R,
+            plan,
+            batch.block_table,
+            batch.query_starts,
+            batch.seq_lens,
+            self.scale,
+        )
+        # Last: these tokens take the places of older ones that attention still reads.
+        self._keep(rings_NHXPD, ring_R, key, value, batch)
 
     def _seal(
         self,
         codec: BlockCodec,
+        key_THD: Tensor,
+        value_THD: Tensor,
         pages_NHMB: Tensor,
-        place: tuple[Tensor, Tensor],
-        exact_THD: tuple[Tensor, Tensor],
-        first: int,
+        rings_NHXPD: Tensor,
+        ring_R: Tensor,
+        batch: CompressedMetadata,
     ) -> None:
-        """Compress the blocks from `first` that are complete by now into their pages."""
-        page, within = (index[first:] for index in place)
-        if page.shape[0]:
-            whole = page.shape[0] * codec.spec.block
-            pages_NHMB[page, :, within] = codec.seal(exact_THD[0][:whole], exact_THD[1][:whole])
+        """Compress every block that is complete by the step's end and was not before it."""
+        block, per_page = codec.spec.block, pages_NHMB.shape[2]
+        starts, lengths = batch.query_starts.tolist(), batch.seq_lens.tolist()
+        for request, length in enumerate(lengths):
+            tokens = slice(starts[request], starts[request + 1])
+            first = (length - (tokens.stop - tokens.start)) // block
+            number = torch.arange(first, length // block, device=pages_NHMB.device)
+            if not number.shape[0]:
+                continue
+            exact_THD, _ = newest(rings_NHXPD[ring_R[request]], key_THD[tokens], value_THD[tokens], length, block)
+            page = batch.block_table[request].long()[number // per_page]
+            keys_THD, values_THD = (side[: number.shape[0] * block] for side in exact_THD)
+            pages_NHMB[page, :, number % per_page] = codec.seal(keys_THD, values_THD)
 
-    def _keep(self, places_HXPD: Tensor, key_THD: Tensor, value_THD: Tensor, length: int) -> None:
-        """Put the step's last tokens, as many as fit, into the ring."""
-        count = min(key_THD.shape[0], places_HXPD.shape[2])
-        place = torch.arange(length - count, length, device=key_THD.device) % places_HXPD.shape[2]
-        places_HXPD[:, :, place] = torch.stack([key_THD[-count:], value_THD[-count:]], 1).transpose(0, 2)
-
-    def _attend(
-        self,
-        codec: BlockCodec,
-        query_THD: Tensor,
-        latents_THR: tuple[Tensor, Tensor],
-        exact_THD: tuple[Tensor, Tensor],
-        exact_start: int,
-        output_THD: Tensor,
+    def _keep(
+        self, rings_NHXPD: Tensor, ring_R: Tensor, key_THD: Tensor, value_THD: Tensor, batch: CompressedMetadata
     ) -> None:
-        """Attention of one request's queries, a bounded number of scores at a time."""
-        queries, block = query_THD.shape[0], codec.spec.block
-        rows = latents_THR[0].shape[0] + exact_THD[0].shape[0]
-        step = max(1, reference.SCORE_BYTES // (4 * self.num_heads * rows))
-        length = exact_start + exact_THD[0].shape[0]
-        for first in range(0, queries, step):
-            last = min(first + step, queries)
-            # Tokens after the chunk's last query are invisible to all of it.
-            end = length - (queries - last)
-            k_latent_THR, v_latent_THR = (latent[: end // block * block] for latent in latents_THR)
-            keys_THD, values_THD = (side[: end - exact_start] for side in exact_THD)
-            mixed_QHGD = attend(
-                query_THD[first:last].unflatten(1, (self.num_kv_heads, -1)),
-                (k_latent_THR, v_latent_THR),
-                (keys_THD, values_THD),
-                exact_start,
-                codec,
-                self.scale,
-            )
-            output_THD[first:last] = mixed_QHGD.flatten(1, 2).to(output_THD.dtype)
+        """Put each request's last tokens, as many as fit, into its ring."""
+        device, places = key_THD.device, rings_NHXPD.shape[3]
+        count_R = batch.query_starts.diff()
+        request_T = torch.repeat_interleave(count_R)
+        # Tokens of the request after each one, itself included.
+        left_T = batch.query_starts[1:][request_T] - torch.arange(key_THD.shape[0])
+        place_T = (batch.seq_lens[request_T] - left_T) % places
+        kept_T = (left_T <= places).nonzero().flatten().to(device)
+        ring_T, place_T = ring_R[request_T.to(device)].long()[kept_T], place_T.to(device)[kept_T]
+        rings_NHXPD[ring_T, :, 0, place_T] = key_THD[kept_T]
+        rings_NHXPD[ring_T, :, 1, place_T] = value_THD[kept_T]

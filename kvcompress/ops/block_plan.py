@@ -1,0 +1,103 @@
+"""What the kernels need of one layer whose cache has the form `blocks`: matrices and the places of a record's parts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, field, fields
+from itertools import accumulate
+from typing import TYPE_CHECKING, get_args
+
+from torch import Tensor
+
+from kvcompress.codec.gear_spec import Axis, BlockSide, BlockSpec
+from kvcompress.ops import library
+
+if TYPE_CHECKING:
+    from kvcompress.codec.gear import BlockCodec
+
+_TENSORS = 4
+"""Of each side: mean, basis, inverse, scale."""
+
+_AXES: tuple[Axis, ...] = get_args(Axis)
+_TILE = 16
+"""Tokens whose codes the kernels unpack together."""
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """One layer, ready for `blocks.attend`."""
+
+    codec: BlockCodec
+    k_decode_HDR: Tensor = field(init=False, repr=False)
+    """decode_HRD transposed: absorbing a query adds up its rows."""
+    k_mean_HD: Tensor = field(init=False, repr=False)
+    v_decode_HRD: Tensor = field(init=False, repr=False)
+    v_mean_HD: Tensor = field(init=False, repr=False)
+    _struct: library.BlockPages = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        k, v, spec = self.codec.k, self.codec.v, self.codec.spec
+        tensors = {
+            "k_decode_HDR": k.decode_HRD.mT.contiguous(),
+            "k_mean_HD": k.mean_HD.contiguous(),
+            "v_decode_HRD": v.decode_HRD.contiguous(),
+            "v_mean_HD": v.mean_HD.contiguous(),
+        }
+        for name, tensor in tensors.items():
+            object.__setattr__(self, name, tensor)
+        struct = library.BlockPages()
+        struct.record_bytes, struct.block = spec.record_bytes, spec.block
+        struct.num_kv_heads, struct.head_dim = spec.num_kv_heads, spec.head_dim
+        struct.k, struct.v = _side_struct(spec.k, 0), _side_struct(spec.v, spec.k.nbytes)
+        object.__setattr__(self, "_struct", struct)
+
+    @property
+    def spec(self) -> BlockSpec:
+        return self.codec.spec
+
+    def covered(self) -> bool:
+        """Whether the compiled kernels know this layer's shape."""
+        spec = self.spec
+        keys = spec.k.along == "tokens" and (spec.k.group % _TILE == 0 or spec.k.group >= spec.block)
+        values = spec.v.along == "channels" and (spec.v.group % 8 == 0 or spec.v.group >= spec.v.rank)
+        low_rank = max(spec.k.low_rank, spec.v.low_rank) <= library.MAX_LOW_RANK
+        return keys and values and low_rank and spec.head_dim <= library.MAX_HEAD_DIM and spec.head_dim % 8 == 0
+
+    def pages_struct(self, pages_NHMB: Tensor) -> library.BlockPages:
+        """The C description of a cache."""
+        struct = library.BlockPages.from_buffer_copy(self._struct)
+        struct.data, struct.num_blocks = pages_NHMB.data_ptr(), pages_NHMB.shape[0]
+        struct.block_stride, struct.head_stride = pages_NHMB.stride(0), pages_NHMB.stride(1)
+        struct.block_size = pages_NHMB.shape[2] * self.spec.block
+        return struct
+
+    def flatten(self) -> tuple[list[Tensor], list[int]]:
+        """Tensors and numbers for a torch op, which takes no objects."""
+        tensors: list[Tensor] = []
+        numbers: list[int] = []
+        for side in (self.codec.k, self.codec.v):
+            tensors += side.tensors().values()
+            numbers += [_AXES.index(value) if value in _AXES else value for value in astuple(side.spec)]
+        return tensors, numbers
+
+    @classmethod
+    def unflatten(cls, tensors: Sequence[Tensor], numbers: Sequence[int]) -> BlockPlan:
+        """Inverse of `flatten`."""
+        from kvcompress.codec.gear import BlockCodec, BlockSideCodec
+
+        names = [item.name for item in fields(BlockSide)]
+        sides = []
+        for index in range(2):
+            values = dict(zip(names, numbers[index * len(names) : (index + 1) * len(names)], strict=True))
+            spec = BlockSide(along=_AXES[values.pop("along")], **values)
+            sides.append(BlockSideCodec(spec, *tensors[index * _TENSORS : (index + 1) * _TENSORS]))
+        return cls(BlockCodec(*sides))
+
+
+def _side_struct(side: BlockSide, start: int) -> library.BlockSide:
+    struct = library.BlockSide(side.rank, side.bits, side.group, side.low_rank, side.outliers, side.nbytes)
+    offsets = accumulate(side.parts().values(), initial=start)
+    names = ("code", "scale", "zero", "token", "channel", "value", "place")
+    for name, offset in zip(names, offsets, strict=False):  # the last is the end
+        setattr(struct, f"{name}_offset", offset)
+    return struct

@@ -1,0 +1,169 @@
+"""Attention over complete blocks in pages and newer tokens in rings, for a batch of requests."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kvcompress.ops import block_reference, library
+from kvcompress.ops.attention import SPLIT_TOKENS, host_list, int32_rows
+from kvcompress.ops.block_plan import BlockPlan
+from kvcompress.ops.plan import rows_covered, rows_struct
+
+
+def attend(
+    output_THD: Tensor,
+    query_THD: Tensor,
+    keys_THD: Tensor,
+    values_THD: Tensor,
+    pages_NHMB: Tensor,
+    rings_NHXPD: Tensor,
+    ring_R: Tensor | Sequence[int],
+    plan: BlockPlan,
+    block_table_RN: Tensor,
+    query_starts: Tensor | Sequence[int],
+    seq_lens: Tensor | Sequence[int],
+    softmax_scale: float,
+    lse_TH: Tensor | None = None,
+    split_tokens: int = SPLIT_TOKENS,
+) -> None:
+    """Causal attention of every request's newest tokens; `codec.gear` says what each of them sees.
+
+    Args:
+        output_THD: result, written in place `[tokens, query heads, head_dim]`.
+        query_THD: post-RoPE queries of all requests, one after the other; float32, bfloat16 or float16.
+        keys_THD, values_THD: the same tokens' own `[tokens, KV heads, head_dim]`.
+        pages_NHMB: `uint8 [pages, KV heads, blocks per page, record_bytes]`; every block that the requests' tokens
+            complete is in its page already. Pages may be strided.
+        rings_NHXPD: `[rings, KV heads, 2 (keys, values), places, head_dim]`: the token at position p of an incomplete
+            block, from before this step, is in place p % places.
+        ring_R: the ring of each request.
+        block_table_RN: pages of each request, in order; entries past its complete blocks are not read.
+        query_starts: where each request's queries begin, and the end of the last `[requests + 1]`.
+        seq_lens: tokens of each request, its queries' own included `[requests]`.
+        softmax_scale: usually head_dim ** -0.5.
+        lse_TH: if given, receives each row's log of the sum of exponentials, float32 `[tokens, query heads]`.
+        split_tokens: tokens one thread attends at a time, rounded up to whole blocks.
+
+    Raises:
+        ValueError: a request has more queries than tokens, or a page or ring lies outside the cache.
+    """
+    covered = plan.covered() and pages_NHMB.device.type == "cpu"
+    covered = covered and rows_covered(query_THD, output_THD, keys_THD, values_THD, rings_NHXPD)
+    compiled = library.load() if covered else None
+    if compiled is None:
+        block_reference.attend(
+            output_THD,
+            query_THD,
+            keys_THD,
+            values_THD,
+            pages_NHMB,
+            rings_NHXPD,
+            host_list(ring_R),
+            plan.codec,
+            block_table_RN,
+            host_list(query_starts),
+            host_list(seq_lens),
+            softmax_scale,
+            lse_TH,
+        )
+        return
+    spec = plan.spec
+    places, head_dim = rings_NHXPD.shape[3:]
+    assert pages_NHMB.dtype == torch.uint8
+    assert pages_NHMB.stride()[2:] == (spec.record_bytes, 1), pages_NHMB.stride()
+    assert rings_NHXPD.stride()[2:] == (places * head_dim, head_dim, 1), rings_NHXPD.stride()
+    assert lse_TH is None or (lse_TH.dtype == torch.float32 and lse_TH.is_contiguous())
+    # A column of an engine's block table is one way to say which rings: its numbers are not side by side.
+    numbers = (ring_R, query_starts, seq_lens)
+    rings_R, starts_R, lengths_R = (int32_rows(each).contiguous() for each in numbers)
+    requests = lengths_R.shape[0]
+    assert starts_R.shape[0] == requests + 1
+    assert rings_R.shape[0] == requests
+    table_RN = int32_rows(block_table_RN)
+    assert table_RN.shape[0] >= requests
+    ring = rows_struct(rings_NHXPD)
+    args = library.BlockAttendArgs(
+        pages=plan.pages_struct(pages_NHMB),
+        rings=library.Rings(
+            ring.data, rings_NHXPD.shape[0], rings_NHXPD.stride(0), rings_NHXPD.stride(1), places, ring.dtype
+        ),
+        query=rows_struct(query_THD),
+        keys=rows_struct(keys_THD),
+        values=rows_struct(values_THD),
+        output=rows_struct(output_THD),
+        lse_TH=None if lse_TH is None else lse_TH.data_ptr(),
+        k_decode_HDR=plan.k_decode_HDR.data_ptr(),
+        k_mean_HD=plan.k_mean_HD.data_ptr(),
+        v_decode_HRD=plan.v_decode_HRD.data_ptr(),
+        v_mean_HD=plan.v_mean_HD.data_ptr(),
+        ring_of=rings_R.data_ptr(),
+        block_table=table_RN.data_ptr(),
+        block_table_stride=table_RN.stride(0) if requests > 1 else table_RN.shape[1],
+        query_starts=starts_R.data_ptr(),
+        seq_lens=lengths_R.data_ptr(),
+        num_requests=requests,
+        num_heads=query_THD.shape[1],
+        softmax_scale=softmax_scale,
+        split_tokens=-(-split_tokens // spec.block) * spec.block,
+        threads=torch.get_num_threads(),
+        level=library.level(),
+    )
+    library.check(compiled.kvc_attend_blocks(ctypes.byref(args)))
+
+
+@torch.library.custom_op("kvcompress::block_attention", mutates_args=())
+def block_attention_op(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    pages: Tensor,
+    rings: Tensor,
+    ring_of: Tensor,
+    block_table: Tensor,
+    query_starts: Tensor,
+    seq_lens: Tensor,
+    tensors: Sequence[Tensor],
+    numbers: Sequence[int],
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor]:
+    """`attend` for graphs: output and lse; tensors and numbers are `BlockPlan.flatten()`'s."""
+    plan = BlockPlan.unflatten(tensors, numbers)
+    output, lse = torch.zeros_like(query), query.new_full(query.shape[:2], -torch.inf, dtype=torch.float32)
+    attend(
+        output,
+        query,
+        keys,
+        values,
+        pages,
+        rings,
+        ring_of,
+        plan,
+        block_table,
+        query_starts,
+        seq_lens,
+        softmax_scale,
+        lse,
+    )
+    return output, lse
+
+
+@block_attention_op.register_fake
+def _(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    pages: Tensor,
+    rings: Tensor,
+    ring_of: Tensor,
+    block_table: Tensor,
+    query_starts: Tensor,
+    seq_lens: Tensor,
+    tensors: Sequence[Tensor],
+    numbers: Sequence[int],
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(query), query.new_empty(query.shape[:2], dtype=torch.float32)
