@@ -18,7 +18,9 @@ namespace shared {
 
 struct Scratch {
     float* row;           // a few rows of queries or outputs
-    float* query;         // [rows][query_width]
+    float* query;         // [rows][query_width], or for keys of the layer's own, as integers:
+    void* headers;        // IntegerQuery[rows]
+    uint8_t* factors;     // [KV heads of the item][quads][rows of a head][digits]
     void* latents;        // keys' latents of a tile: float [positions][tile] or pairs of codes
     float* cosine;        // [head_dim / 2][tile]
     float* sine;
@@ -33,6 +35,7 @@ struct Scratch {
     float* decay;         // [rows]
     float* poison;        // [rows]: NaN for a query that is not finite, else 0
     float* ones;          // [tile]
+    int quads;
     int query_width;
     int value_width;
     int exact_width;
@@ -42,6 +45,15 @@ KVC_INLINE bool keys_shared(const kvc_shared_attend_args& args) { return args.ro
 KVC_INLINE bool in_pairs([[maybe_unused]] const kvc_shared_attend_args& args) {
 #if KVC_LEVEL_NUMBER >= 3
     return args.k_codes_blocked != nullptr;
+#else
+    return false;
+#endif
+}
+
+// Keys of the layer's own, scored as codes.
+KVC_INLINE bool in_integers([[maybe_unused]] const kvc_shared_attend_args& args) {
+#if KVC_LEVEL_NUMBER >= 3
+    return !keys_shared(args) && args.k[0].side.gain_offset >= 0;
 #else
     return false;
 #endif
@@ -57,6 +69,13 @@ inline size_t lay_out(const kvc_shared_attend_args& args, char* base, Scratch& s
     const auto tile = static_cast<size_t>(kTile), rows = static_cast<size_t>(kMaxRows);
     s.row = arena.take<float>(2 * kMatrixRows * kMaxHeadDim);
     s.query = arena.take<float>(rows * static_cast<size_t>(s.query_width));
+#if KVC_LEVEL_NUMBER >= 3
+    if (in_integers(args)) {
+        s.quads = key_quads(args.k[0].side);
+        s.headers = arena.take<IntegerQuery>(rows);
+        s.factors = arena.take<uint8_t>(rows * kFactorBytes * static_cast<size_t>(s.quads));
+    }
+#endif
     s.keys = arena.take<float>(tile * key_channels);
     if (keys_shared(args)) {
         s.latents = arena.take<float>(tile * positions * static_cast<size_t>(args.num_k));
@@ -112,6 +131,14 @@ inline void read_queries(const kvc_shared_attend_args& args, const Item& item, c
             const int head = item.kv_head + row / item.rows_per_head();
             float* absorbed = s.row + kMaxHeadDim;
             rows_times_matrix(query, 1, 0, args.k_decode_HDR + static_cast<int64_t>(head) * head_dim * side.rank, head_dim, side.rank, absorbed, 0);
+#if KVC_LEVEL_NUMBER >= 3
+            if (in_integers(args)) {
+                const int per_head = item.rows_per_head(), first = row / per_head * per_head;
+                uint8_t* factors = s.factors + (first * s.quads + row % per_head) * kFactorBytes;
+                integer_query(side, absorbed, s.quads, static_cast<IntegerQuery*>(s.headers)[row], factors, per_head * kFactorBytes);
+                continue;
+            }
+#endif
             key_query(side, absorbed, target);
         }
     }
@@ -160,6 +187,30 @@ inline void read_exact(const kvc_shared_attend_args& args, const kvc_rows& sourc
     for (int i = 0; i < count; ++i) convert_row(row_at(source, rows[i], head), source.dtype, args.head_dim, s.exact + i * s.exact_width);
 }
 
+// Scores of the item's KV head `i` with keys of the layer's own, in units of the keys' gains.
+inline void score_own_keys(const kvc_shared_attend_args& args, const Item& item, int i, int start, int tokens, const Scratch& s) {
+    const kvc_records& records = args.k[0];
+    const int head = item.kv_head + i, rows = item.rows_per_head();
+    float *gains = s.gains + i * kTile, *scores = s.scores + i * rows * kTile;
+#if KVC_LEVEL_NUMBER >= 3
+    if (in_integers(args)) {
+        kvc_side side = records.side;
+        side.code_bytes = records.token_bytes;  // from token to token
+        auto* keys = reinterpret_cast<uint8_t*>(s.keys);
+        for (int group = 0; group < tokens; group += kGroup) {
+            const uint8_t* stored = stored_tokens(records, item.request, head, start + group);
+            stored_gains(records, stored, min_of(tokens - group, kGroup), gains + group);
+            unpack_keys_integer(side, stored + side.code_offset, keys + group / kGroup * s.quads * 64);
+        }
+        const uint8_t* factors = s.factors + i * rows * s.quads * kFactorBytes;
+        score_tile_integer(static_cast<IntegerQuery*>(s.headers) + i * rows, factors, rows, keys, s.quads, scores, Ahead{keys, keys});
+        return;
+    }
+#endif
+    read_tile_transposed(records, item.request, head, start, tokens, s.keys, gains);
+    score_tile(s.query + i * rows * s.query_width, s.query_width, rows, s.keys, key_positions(records.side), tokens, scores);
+}
+
 inline void attend_tile(const kvc_shared_attend_args& args, const Item& item, int start, int tokens, const Partial& partial, const Scratch& s) {
     const int head_dim = args.head_dim, rows = item.rows(), per_head = item.rows_per_head();
     const int left = args.stored_lens[item.request] - start;
@@ -170,8 +221,7 @@ inline void attend_tile(const kvc_shared_attend_args& args, const Item& item, in
         const float* query = s.query + i * per_head * s.query_width;
         float* scores = s.scores + i * per_head * kTile;
         if (!keys_shared(args)) {
-            read_tile_transposed(args.k[0], item.request, head, start, tokens, s.keys, s.gains + i * kTile);
-            score_tile(query, s.query_width, per_head, s.keys, key_positions(args.k[0].side), tokens, scores);
+            score_own_keys(args, item, i, start, tokens, s);
             continue;
         }
         if (stored) {

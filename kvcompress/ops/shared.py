@@ -22,8 +22,11 @@ from kvcompress.ops.shared_plan import SharedPlan, record_struct, spec_of
 SPLIT_TOKENS = 512
 """Tokens one thread attends at a time: few, because keys are expanded and all heads are one piece of work."""
 
-EXPAND_QUERIES = 64
-"""From this many queries of a request on, its keys and values are expanded once for all of them, in torch."""
+EXPAND_QUERIES = 256
+"""From this many queries of a request on, its keys and values are expanded once for all of them, in torch.
+
+The kernels expand keys once per 64 rows of queries; torch does it once, but with values, and scores take it longer.
+"""
 
 
 def store(records_NHSX: Tensor, spec: SideSpec, latent_THR: Tensor, weight_HR: Tensor, slots_T: Tensor) -> None:

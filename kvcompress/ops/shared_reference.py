@@ -91,6 +91,7 @@ def _after_last_negative(row_T: Tensor) -> int:
 
 def _with_exact(stored_THD: Tensor, step_THD: Tensor, row_T: Tensor) -> Tensor:
     """All tokens of a request: its last ones are the step's rows `row_T`, or as stored where that is negative."""
+    row_T = row_T.to(step_THD.device)
     exact_THD = step_THD[row_T.clamp_min(0)].float()
     among = _after_last_negative(row_T)
     first = stored_THD.shape[0] - among
