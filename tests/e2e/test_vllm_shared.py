@@ -25,9 +25,9 @@ TOKENS = 24
 @pytest.mark.parametrize(
     ("xkv", "encoding"),
     [
-        # Kernels and torch round differently, and a latent that falls on the other side of a threshold is another code:
-        # in narrow codes that changes a token now and then (four bits: the twelfth token of one prompt in four here, at one
-        # instruction-set level). In wide ones it does not, and which bytes a code has is what tests/ops is about.
+        # Kernels and torch round differently, and a latent that falls on the other side of a threshold is another code.
+        # In narrow codes that changes a token now and then (four bits: the twelfth of one prompt in four here, at one
+        # instruction-set level), in wide ones not. Which bytes a code has is what tests/ops is about.
         ("group: 3, rank: {k: 0.5, v: 0.75}", "bits: 8"),
         ("share: v, group: 2, rank: {k: 0.75, v: 0.5}", "target_bits_per_channel: {k: 5.25, v: 4}"),
         ("group: auto, max_error: 0.75, rank: 0.5", "bits: 8"),
