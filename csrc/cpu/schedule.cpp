@@ -92,8 +92,10 @@ int32_t kvc_append(const kvc_append_args* args) {
     const Kernels& kernels = kernels_of(args->level);
     const int heads = args->pages.num_kv_heads;
     const int64_t chunks = (args->num_tokens + kAppendTokens - 1) / kAppendTokens;
-    // Encoding takes microseconds; a few tokens do not pay for waking threads.
-    const int threads = args->num_tokens * heads < 64 ? 1 : args->threads;
+    // A few tokens pay for waking threads only by sharing the reading of large projections, which a decode step finds in
+    // memory: the rest of the model has passed through the caches since the last one.
+    const int64_t projection_floats = static_cast<int64_t>(heads) * args->pages.head_dim * (args->pages.k.rank + args->pages.v.rank);
+    const int threads = args->num_tokens * heads < 64 && projection_floats < 65536 ? 1 : args->threads;
     const bool ok = parallel(chunks * heads, threads, kernels.append_scratch_bytes(*args), [&](int64_t index, char* memory) {
         const int64_t first = index / heads * kAppendTokens, left = args->num_tokens - first;
         kernels.append(*args, first, static_cast<int>(left < kAppendTokens ? left : kAppendTokens), static_cast<int>(index % heads), memory);
