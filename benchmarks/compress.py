@@ -1,6 +1,6 @@
-"""Time and memory of `kvcompress compress`: the reference model, and two layers of Llama-3.1-8B's shape (0.9 GB).
+"""Time and memory of `kvcompress compress`: the reference model, and one layer of Llama-3.1-8B's shape (0.4 GB).
 
-    python benchmarks/compress.py --work build/compress [--models reference-model llama-8b-layers] [--recipes balanced]
+    python benchmarks/compress.py --work build/compress [--models reference-model llama-8b-layer] [--recipes balanced]
 
 The peak is the largest resident set of the process that compresses, torch and transformers included.
 """

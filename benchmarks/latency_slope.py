@@ -1,9 +1,9 @@
 """Time per output token against context: stock vLLM and every codec in one run.
 
     python benchmarks/latency_slope.py --work build/slope [--contexts 512 2048 8192 16384] [--repeats 5]
-    python benchmarks/latency_slope.py --work build/slope --model llama-8b-layers --contexts 4096 16384 65536
+    python benchmarks/latency_slope.py --work build/slope --model llama-8b-layer --contexts 4096 16384 --only "pca + scalar"
 
-The second model has two random layers of Llama-3.1-8B's shape: the time of a layer of a real model, without its memory.
+The second model is one random layer of Llama-3.1-8B's shape: the time of a layer of a real model, without its memory.
 
 Every engine lives in a process of its own and all of them stay up: one repetition times each once, one after the other,
 so that other load on the machine falls on all of them. The prompt is in the prefix cache when a time is taken, and what

@@ -9,18 +9,18 @@ from pathlib import Path
 REFERENCE = Path(__file__).resolve().parents[1] / "assets" / "reference-model"
 
 
-def llama_8b_layers(work: Path) -> Path:
-    """A random model of two layers, with the reference model's vocabulary; made once."""
+def llama_8b_layer(work: Path) -> Path:
+    """A random model of one layer, with the reference model's vocabulary; made once."""
     import torch
     from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
-    out = work / "llama-8b-layers-base"
+    out = work / "llama-8b-layer-base"
     if not out.is_dir():
         config = LlamaConfig(
             vocab_size=AutoConfig.from_pretrained(REFERENCE).vocab_size,
             hidden_size=4096,
             intermediate_size=14336,
-            num_hidden_layers=2,
+            num_hidden_layers=1,
             num_attention_heads=32,
             num_key_value_heads=8,
             head_dim=128,
@@ -35,5 +35,5 @@ def llama_8b_layers(work: Path) -> Path:
     return out
 
 
-MODELS: dict[str, Callable[[Path], Path]] = {"reference-model": lambda _: REFERENCE, "llama-8b-layers": llama_8b_layers}
+MODELS: dict[str, Callable[[Path], Path]] = {"reference-model": lambda _: REFERENCE, "llama-8b-layer": llama_8b_layer}
 """By name: makes the model in a folder, once, and says where it is."""
