@@ -94,7 +94,7 @@ bench: setup
 
 slope: setup
 	@$(BIN)/python benchmarks/latency_slope.py --work build/bench
-	@$(BIN)/python benchmarks/latency_slope.py --work build/bench --model llama-8b-layer --contexts 4096 16384 --only "pca + scalar"
+	@$(BIN)/python benchmarks/latency_slope.py --work build/bench --model llama-8b-layer --contexts 4096 16384 --only pca
 
 # A GPU host brings its own torch: no environment of ours.
 gpu:

@@ -1,7 +1,7 @@
 """Time per output token against context: stock vLLM and every codec in one run.
 
     python benchmarks/latency_slope.py --work build/slope [--contexts 512 2048 8192 16384] [--repeats 5]
-    python benchmarks/latency_slope.py --work build/slope --model llama-8b-layer --contexts 4096 16384 --only "pca + scalar"
+    python benchmarks/latency_slope.py --work build/slope --model llama-8b-layer --contexts 4096 16384 --only pca
 
 The second model is one random layer of Llama-3.1-8B's shape: the time of a layer of a real model, without its memory.
 
