@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvcompress.codec.layout import TOKEN_MAJOR, PageLayout
-from kvcompress.ops import cuda, library, reference
+from kvcompress.ops import cuda, interface, library, reference
 from kvcompress.ops.plan import LayerPlan, rows_covered, rows_struct
 
 
@@ -39,7 +39,7 @@ def append(
     assert keys_THD.shape == values_THD.shape
     assert keys_THD.shape[0] == slots_T.shape[0]
     slots_T = slots_T.to(torch.int64).contiguous()
-    args = library.AppendArgs(
+    args = interface.AppendArgs(
         pages=plan.pages_struct(pages_NHX, layout),
         keys=rows_struct(keys_THD),
         values=rows_struct(values_THD),

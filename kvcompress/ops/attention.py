@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvcompress.codec.layout import TOKEN_MAJOR, PageLayout
-from kvcompress.ops import cuda, library, reference
+from kvcompress.ops import cuda, interface, library, reference
 from kvcompress.ops.plan import LayerPlan, rows_covered, rows_struct
 
 SPLIT_TOKENS = 4096
@@ -86,7 +86,7 @@ def decode_attention(
     requests = lengths_R.shape[0]
     assert starts_R.shape[0] == requests + 1
     assert block_table_RN.shape[0] >= requests
-    args = library.AttendArgs(
+    args = interface.AttendArgs(
         pages=plan.pages_struct(pages_NHX, layout),
         query=rows_struct(query_THD),
         output=rows_struct(output_THD),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, get_args
 from torch import Tensor
 
 from kvcompress.codec.gear_spec import Axis, BlockSide, BlockSpec
-from kvcompress.ops import library
+from kvcompress.ops import interface
 
 if TYPE_CHECKING:
     from kvcompress.codec.gear import BlockCodec
@@ -33,7 +33,7 @@ class BlockPlan:
     k_mean_HD: Tensor = field(init=False, repr=False)
     v_decode_HRD: Tensor = field(init=False, repr=False)
     v_mean_HD: Tensor = field(init=False, repr=False)
-    _struct: library.BlockPages = field(init=False, repr=False)
+    _struct: interface.BlockPages = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         k, v, spec = self.codec.k, self.codec.v, self.codec.spec
@@ -45,7 +45,7 @@ class BlockPlan:
         }
         for name, tensor in tensors.items():
             object.__setattr__(self, name, tensor)
-        struct = library.BlockPages()
+        struct = interface.BlockPages()
         struct.record_bytes, struct.block = spec.record_bytes, spec.block
         struct.num_kv_heads, struct.head_dim = spec.num_kv_heads, spec.head_dim
         struct.k, struct.v = _side_struct(spec.k, 0), _side_struct(spec.v, spec.k.nbytes)
@@ -60,12 +60,12 @@ class BlockPlan:
         spec = self.spec
         keys = spec.k.along == "tokens" and (spec.k.group % _TILE == 0 or spec.k.group >= spec.block)
         values = spec.v.along == "channels" and (spec.v.group % 8 == 0 or spec.v.group >= spec.v.rank)
-        low_rank = max(spec.k.low_rank, spec.v.low_rank) <= library.MAX_LOW_RANK
-        return keys and values and low_rank and spec.head_dim <= library.MAX_HEAD_DIM and spec.head_dim % 8 == 0
+        low_rank = max(spec.k.low_rank, spec.v.low_rank) <= interface.MAX_LOW_RANK
+        return keys and values and low_rank and spec.head_dim <= interface.MAX_HEAD_DIM and spec.head_dim % 8 == 0
 
-    def pages_struct(self, pages_NHMB: Tensor) -> library.BlockPages:
+    def pages_struct(self, pages_NHMB: Tensor) -> interface.BlockPages:
         """The C description of a cache."""
-        struct = library.BlockPages.from_buffer_copy(self._struct)
+        struct = interface.BlockPages.from_buffer_copy(self._struct)
         struct.data, struct.num_blocks = pages_NHMB.data_ptr(), pages_NHMB.shape[0]
         struct.block_stride, struct.head_stride = pages_NHMB.stride(0), pages_NHMB.stride(1)
         struct.block_size = pages_NHMB.shape[2] * self.spec.block
@@ -94,8 +94,8 @@ class BlockPlan:
         return cls(BlockCodec(*sides))
 
 
-def _side_struct(side: BlockSide, start: int) -> library.BlockSide:
-    struct = library.BlockSide(side.rank, side.bits, side.group, side.low_rank, side.outliers, side.nbytes)
+def _side_struct(side: BlockSide, start: int) -> interface.BlockSide:
+    struct = interface.BlockSide(side.rank, side.bits, side.group, side.low_rank, side.outliers, side.nbytes)
     offsets = accumulate(side.parts().values(), initial=start)
     names = ("code", "scale", "zero", "token", "channel", "value", "place")
     for name, offset in zip(names, offsets, strict=False):  # the last is the end

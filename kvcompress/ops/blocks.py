@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvcompress.ops import block_reference, library
+from kvcompress.ops import block_reference, interface, library
 from kvcompress.ops.attention import SPLIT_TOKENS, host_list, int32_rows
 from kvcompress.ops.block_plan import BlockPlan
 from kvcompress.ops.plan import rows_covered, rows_struct
@@ -86,9 +86,9 @@ def attend(
     table_RN = int32_rows(block_table_RN)
     assert table_RN.shape[0] >= requests
     ring = rows_struct(rings_NHXPD)
-    args = library.BlockAttendArgs(
+    args = interface.BlockAttendArgs(
         pages=plan.pages_struct(pages_NHMB),
-        rings=library.Rings(
+        rings=interface.Rings(
             ring.data, rings_NHXPD.shape[0], rings_NHXPD.stride(0), rings_NHXPD.stride(1), places, ring.dtype
         ),
         query=rows_struct(query_THD),

@@ -8,7 +8,7 @@ import os
 import warnings
 from pathlib import Path
 
-from kvcompress.ops import library
+from kvcompress.ops import interface, library
 
 ABI_VERSION = 1
 MAX_RANK = 128
@@ -22,7 +22,7 @@ _FILE = "libkvcompress_cuda.so"
 
 class AttendArgs(ctypes.Structure):
     _fields_ = (
-        ("pages", library.Pages),
+        ("pages", interface.Pages),
         ("query_THR", ctypes.c_void_p),
         ("output_THR", ctypes.c_void_p),
         ("lse_TH", ctypes.c_void_p),
@@ -43,9 +43,9 @@ class AttendArgs(ctypes.Structure):
 
 class AppendArgs(ctypes.Structure):
     _fields_ = (
-        ("pages", library.Pages),
-        ("keys", library.Rows),
-        ("values", library.Rows),
+        ("pages", interface.Pages),
+        ("keys", interface.Rows),
+        ("values", interface.Rows),
         ("slots", ctypes.c_void_p),
         ("blocks", ctypes.c_void_p),
         ("num_tokens", ctypes.c_int64),
@@ -61,7 +61,7 @@ class AppendArgs(ctypes.Structure):
 
 class GatherArgs(ctypes.Structure):
     _fields_ = (
-        ("pages", library.Pages),
+        ("pages", interface.Pages),
         ("keys_THR", ctypes.c_void_p),
         ("values_THR", ctypes.c_void_p),
         ("dtype", ctypes.c_int32),

@@ -99,7 +99,7 @@ def attend(
 
 def _covered(pages_NSC: Tensor) -> bool:
     channels = pages_NSC.shape[2]
-    return rows_covered(pages_NSC) and channels <= library.MAX_LATENT_CHANNELS
+    return rows_covered(pages_NSC) and channels <= interface.MAX_LATENT_CHANNELS
 
 
 def _pages_struct(pages_NSC: Tensor) -> interface.LatentPages:

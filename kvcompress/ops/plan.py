@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvcompress.codec.layout import TOKEN_MAJOR, PageLayout, SideLayout
 from kvcompress.codec.spec import STEP, Band, LayerSpec, SideSpec
-from kvcompress.ops import library
+from kvcompress.ops import interface
 
 
 class SideTensors(Protocol):
@@ -66,7 +66,7 @@ class LayerPlan:
     v: SidePlan
     k_decode_HDR: Tensor = field(init=False, repr=False)
     """decode_HRD transposed: absorbing a query adds up its rows."""
-    _pages: dict[PageLayout, library.Pages] = field(init=False, repr=False, default_factory=dict)
+    _pages: dict[PageLayout, interface.Pages] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "k_decode_HDR", self.k.decode_HRD.mT.contiguous())
@@ -87,22 +87,22 @@ class LayerPlan:
     def covered(self, layout: PageLayout, pages_NHX: Tensor) -> bool:
         """Whether the CPU kernels know this layer's shape and pages."""
         head_dim = self.k.mean_HD.shape[1]
-        known = head_dim <= library.MAX_HEAD_DIM and head_dim % 8 == 0
+        known = head_dim <= interface.MAX_HEAD_DIM and head_dim % 8 == 0
         return known and layout.order == TOKEN_MAJOR and pages_NHX.device.type == "cpu"
 
-    def pages_struct(self, pages_NHX: Tensor, layout: PageLayout) -> library.Pages:
+    def pages_struct(self, pages_NHX: Tensor, layout: PageLayout) -> interface.Pages:
         """The C description of a cache; the part that depends on the layout alone is made once."""
         assert pages_NHX.dtype == torch.uint8, pages_NHX.dtype
         assert pages_NHX.shape[1:] == (layout.num_kv_heads, layout.record_bytes), (pages_NHX.shape, layout)
         assert pages_NHX.stride(2) == 1
         if layout not in self._pages:
-            struct = library.Pages()
+            struct = interface.Pages()
             struct.block_size = layout.block_size
             struct.num_kv_heads, struct.head_dim = self.k.mean_HD.shape
             struct.k = side_struct(self.k.spec, layout.k)
             struct.v = side_struct(self.v.spec, layout.v)
             self._pages[layout] = struct
-        struct = library.Pages.from_buffer_copy(self._pages[layout])
+        struct = interface.Pages.from_buffer_copy(self._pages[layout])
         struct.data = pages_NHX.data_ptr()
         struct.num_blocks = pages_NHX.shape[0]
         struct.block_stride, struct.head_stride = pages_NHX.stride(0), pages_NHX.stride(1)
@@ -141,12 +141,12 @@ def rows_covered(*rows_THD: Tensor) -> bool:
     return all(rows.device.type == "cpu" and rows.dtype in DTYPES and rows.stride(-1) == 1 for rows in rows_THD)
 
 
-def rows_struct(rows_THD: Tensor) -> library.Rows:
-    return library.Rows(rows_THD.data_ptr(), rows_THD.stride(0), rows_THD.stride(1), DTYPES[rows_THD.dtype])
+def rows_struct(rows_THD: Tensor) -> interface.Rows:
+    return interface.Rows(rows_THD.data_ptr(), rows_THD.stride(0), rows_THD.stride(1), DTYPES[rows_THD.dtype])
 
 
-def side_struct(spec: SideSpec, place: SideLayout) -> library.Side:
-    struct, bands = library.Side(), merged_bands(spec)
+def side_struct(spec: SideSpec, place: SideLayout) -> interface.Side:
+    struct, bands = interface.Side(), merged_bands(spec)
     struct.rank, struct.num_bands, struct.outliers = spec.rank, len(bands), spec.outliers
     for index, band in enumerate(bands):
         struct.bits[index], struct.widths[index], struct.steps[index] = band.bits, band.width, step(band.bits)

@@ -40,7 +40,7 @@ def store(records_NHSX: Tensor, spec: SideSpec, latent_THR: Tensor, weight_HR: T
         ValueError: a slot lies outside the cache.
     """
     covered = _on_host(records_NHSX) and rows_covered(latent_THR) and latent_THR.dtype == torch.float32
-    covered = covered and spec.rank <= library.MAX_HEAD_DIM and not spec.outliers
+    covered = covered and spec.rank <= interface.MAX_HEAD_DIM and not spec.outliers
     compiled = library.load() if covered else None
     if compiled is None:
         shared_reference.store(records_NHSX, spec, latent_THR, weight_HR, slots_T)
@@ -170,7 +170,7 @@ def _on_host(records_NHSX: Tensor) -> bool:
     return records_NHSX.device.type == "cpu"
 
 
-def _records_struct(records_NHSX: Tensor, side: library.Side, table_RN: Tensor | None = None) -> interface.Records:
+def _records_struct(records_NHSX: Tensor, side: interface.Side, table_RN: Tensor | None = None) -> interface.Records:
     blocks, records, block_size, token_bytes = records_NHSX.shape
     return interface.Records(
         data=records_NHSX.data_ptr(),
@@ -190,7 +190,7 @@ def _row_stride(table_RN: Tensor) -> int:
 
 
 def _records_array(
-    records: Sequence[Tensor], tables: Sequence[Tensor], side: library.Side
+    records: Sequence[Tensor], tables: Sequence[Tensor], side: interface.Side
 ) -> ctypes.Array[interface.Records]:
     structs = [_records_struct(found, side, table) for found, table in zip(records, tables, strict=True)]
     return (interface.Records * len(structs))(*structs)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kvcompress.codec.layout import SideLayout
 from kvcompress.codec.spec import Band, SideSpec
-from kvcompress.ops import library
+from kvcompress.ops import interface
 from kvcompress.ops.plan import merged_bands, side_struct, step
 
 
@@ -79,19 +79,19 @@ class SharedPlan:
         """Whether the compiled kernels know this layer's shape."""
         head_dim, ranks = self.k_mean_HD.shape[1], (self.k_decode_HRD.shape[1], self.v_decode_HRD.shape[1])
         return (
-            head_dim <= library.MAX_HEAD_DIM
+            head_dim <= interface.MAX_HEAD_DIM
             and head_dim % 8 == 0
-            and max(ranks) <= library.MAX_LATENT_CHANNELS
+            and max(ranks) <= interface.MAX_LATENT_CHANNELS
             and not self.k_spec.outliers
             and not self.v_spec.outliers
         )
 
     @cached_property
-    def k_struct(self) -> library.Side:
+    def k_struct(self) -> interface.Side:
         return record_struct(self.k_spec)
 
     @cached_property
-    def v_struct(self) -> library.Side:
+    def v_struct(self) -> interface.Side:
         return record_struct(self.v_spec)
 
     @cached_property
@@ -163,7 +163,7 @@ class SharedPlan:
         return cls(spec_of(numbers[:split]), spec_of(numbers[split:]), *tensors[:4], *rotation)
 
 
-def record_struct(spec: SideSpec) -> library.Side:
+def record_struct(spec: SideSpec) -> interface.Side:
     """The C description of a side whose record holds a token's parts one after the other."""
     offsets, start = [], 0
     for size in spec.part_bytes:

@@ -32,13 +32,13 @@ def test_structs_have_the_sizes_the_library_was_built_with() -> None:
     compiled = library.load()
     assert compiled is not None
     structs = (
-        library.AttendArgs,
-        library.AppendArgs,
+        interface.AttendArgs,
+        interface.AppendArgs,
         interface.LatentAttendArgs,
         interface.LatentAppendArgs,
         interface.SharedAttendArgs,
         interface.StoreArgs,
-        library.BlockAttendArgs,
+        interface.BlockAttendArgs,
     )
     sizes = (ctypes.c_int64 * len(structs))()
     compiled.kvc_struct_sizes(sizes)
