@@ -6,6 +6,7 @@ All sources are compiled for both architectures, and decode.cu for every pair of
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -58,12 +59,13 @@ def compiler() -> str | None:
 
 
 def disassembler() -> str | None:
-    """cuobjdump of the toolkit, or the one triton brings along."""
-    beside = shutil.which("cuobjdump") or shutil.which("cuobjdump", path="/usr/local/cuda/bin")
-    triton = importlib.util.find_spec("triton")
-    if beside or triton is None or triton.origin is None:
-        return beside
-    return shutil.which("cuobjdump", path=str(Path(triton.origin).parent / "backends" / "nvidia" / "bin"))
+    """cuobjdump of the toolkit, of the package nvidia-cuda-cuobjdump, or the one triton brings along."""
+    places = [Path("/usr/local/cuda/bin")]
+    for package, folder in (("nvidia", "cu13/bin"), ("triton", "backends/nvidia/bin")):
+        found = importlib.util.find_spec(package)
+        places += [Path(place, folder) for place in (found and found.submodule_search_locations) or ()]
+    found_ones = (shutil.which("cuobjdump", path=str(place)) for place in places)
+    return shutil.which("cuobjdump") or next(filter(None, found_ones), None)
 
 
 @pytest.fixture(scope="module")
@@ -142,8 +144,11 @@ def main_loops(objects: Path) -> dict[tuple[str, str], Counter[str]]:
     """Instructions of every decode kernel's loop over chunks: the backward branch around most products."""
     cuobjdump = disassembler()
     if cuobjdump is None:
-        pytest.skip("no cuobjdump (the CUDA toolkit and triton have one), so instructions cannot be looked at")
-    done = subprocess.run([cuobjdump, "--dump-sass", str(objects)], capture_output=True, text=True, check=True)
+        pytest.skip("no cuobjdump (pip install nvidia-cuda-cuobjdump), so instructions cannot be looked at")
+    # It calls nvdisasm, which lies beside it.
+    env = os.environ | {"PATH": f"{Path(cuobjdump).parent}{os.pathsep}{os.environ['PATH']}"}
+    command = [cuobjdump, "--dump-sass", str(objects)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
     loops: dict[tuple[str, str], Counter[str]] = {}
     architecture = ""
     for part in re.split(r"(?=code for sm_|Function : )", done.stdout):
