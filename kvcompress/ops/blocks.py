@@ -79,7 +79,7 @@ def attend(
     assert lse_TH is None or (lse_TH.dtype == torch.float32 and lse_TH.is_contiguous())
     # A column of an engine's block table is one way to say which rings: its numbers are not side by side.
     numbers = (ring_R, query_starts, seq_lens)
-    rings_R, starts_R, lengths_R = (int32_rows(each).contiguous() for each in numbers)
+    rings_R, starts_R, lengths_R = (int32_rows(each) for each in numbers)
     requests = lengths_R.shape[0]
     assert starts_R.shape[0] == requests + 1
     assert rings_R.shape[0] == requests
