@@ -1,8 +1,10 @@
 """Do two engines give the same answers? Every sample on which they differ, and by how little it was decided.
 
 Greedy decoding turns a rounding difference into another answer only where two tokens are nearly tied. The margin says
-how nearly: the log probability of the one engine's token over the other's, at the first place where they part. A large
-margin is a fault of one of the engines.
+how nearly: the log probability of the one engine's token over the other's, at the first place where they part. On an
+uncompressed model a large margin is a fault of one of the engines. In a compressed cache rounding can also turn a code
+or a gain into its neighbour, and then a margin may be as large as what the codec itself does to the logits; the same
+happens within one engine when a prompt is fed in other pieces.
 
 `python -m kvcompress_eval.parity DIR... --baseline BASE --suite needle-ref --samples 10 --out parity` prints the table.
 """
