@@ -47,13 +47,16 @@ def _row(
 
 def _answer(item: Question, made: Generation) -> dict[str, Any]:
     cached = {} if made.cached_tokens is None else {"cached_tokens": made.cached_tokens}
+    return {**answer_row(item.prompt, item.references, made), **item.details, **cached}
+
+
+def answer_row(prompt: Sequence[int], references: Sequence[str], made: Generation) -> dict[str, Any]:
+    """What the row of any sample says of its prompt and its answer."""
     return {
-        "prompt_sha256": prompt_sha256(item.prompt),
-        "prompt_tokens": len(item.prompt),
+        "prompt_sha256": prompt_sha256(prompt),
+        "prompt_tokens": len(prompt),
         "prediction": made.text,
         "predicted_tokens": len(made.tokens),
         "tokens": list(made.tokens),
-        "references": list(item.references),
-        **item.details,
-        **cached,
+        "references": list(references),
     }

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kvcompress_eval.asking import run_questions
+from kvcompress_eval.asking import answer_row, run_questions
 from kvcompress_eval.engines import Engine
 from kvcompress_eval.models import Model
 from kvcompress_eval.rows import RowFile
@@ -144,12 +144,7 @@ def _run_unit(engine: Engine, file: RowFile, unit: Unit, *, full_generations: bo
                 {
                     "index": len(file.rows),
                     **label,
-                    "prompt_sha256": prompt_sha256(prompt),
-                    "prompt_tokens": len(prompt),
-                    "prediction": generation.text,
-                    "predicted_tokens": len(generation.tokens),
-                    "tokens": list(generation.tokens),
-                    "references": list(expected),
+                    **answer_row(prompt, expected, generation),
                     "score": unit.score(generation.text, expected),
                 }
             )

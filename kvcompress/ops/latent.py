@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kvcompress.ops import interface, latent_reference, library
-from kvcompress.ops.attention import int32_rows
+from kvcompress.ops.attention import host_list, int32_rows
 from kvcompress.ops.plan import DTYPES, rows_covered, rows_struct
 
 SPLIT_TOKENS = 1024
@@ -70,7 +70,7 @@ def attend(
     """
     compiled = library.load() if _covered(pages_NSC) and rows_covered(query_THC, output_THR) else None
     if compiled is None:
-        starts, lengths = torch.as_tensor(query_starts).tolist(), torch.as_tensor(seq_lens).tolist()
+        starts, lengths = host_list(query_starts), host_list(seq_lens)
         latent_reference.attend(output_THR, query_THC, pages_NSC, block_table_RN, starts, lengths, softmax_scale)
         return
     table_RN, starts_R, lengths_R = int32_rows(block_table_RN), int32_rows(query_starts), int32_rows(seq_lens)
