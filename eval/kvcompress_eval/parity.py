@@ -1,10 +1,11 @@
 """Do two engines give the same answers? Every sample on which they differ, and by how little it was decided.
 
 Greedy decoding turns a rounding difference into another answer only where two tokens are nearly tied. The margin says
-how nearly: the log probability of the one engine's token over the other's, at the first place where they part. On an
-uncompressed model a large margin is a fault of one of the engines. In a compressed cache rounding can also turn a code
-or a gain into its neighbour, and then a margin may be as large as what the codec itself does to the logits; the same
-happens within one engine when a prompt is fed in other pieces.
+how nearly: the log probability of the one engine's token over the other's, at the first place where they part. In a
+compressed cache rounding can also turn a code or a gain into its neighbour, and then a margin may be as large as what
+the codec itself does to the logits. So the margin is measured several times, with the prompt fed to transformers in
+pieces of several sizes, which changes nothing but rounding (and, where layers share latents, which tokens are attended
+as they are): a difference is explained where transformers alone decides both ways, or is that close to it.
 
 `python -m kvcompress_eval.parity DIR... --baseline BASE --suite needle-ref --samples 10 --out parity` prints the table.
 """
@@ -12,21 +13,30 @@ happens within one engine when a prompt is fed in other pieces.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kvcompress_eval.engines import Engine, open_engine
+from kvcompress_eval.engines.transformers_engine import TransformersEngine
 from kvcompress_eval.evaluate import run
 from kvcompress_eval.models import Model, describe_models, end_tokens
 from kvcompress_eval.suite import Suite
 from kvcompress_eval.tasks.agreement import first_difference
-from kvcompress_eval.tasks.ruler import BASE, NO_FILES
+from kvcompress_eval.tasks.data_files import DataSource
+from kvcompress_eval.tasks.ruler import BASE, NO_FILES, Sources
 from kvcompress_eval.tokenizer import TextTokenizer
-from kvcompress_eval.work import default_cache_dir, prepare
+from kvcompress_eval.work import Unit, default_cache_dir, prepare, prompt_sha256
+
+Row = dict[str, Any]
 
 ENGINES = ("transformers", "vllm")
+
+PIECES = (2048, 768, 512, 320, 192, 128)
+"""Tokens at a time in which a prompt is fed to measure a margin; the first is what evaluation uses."""
+
+TIE = 0.02
+"""Nats. Engines that compute in float32 in another order differ by less."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +53,23 @@ class Difference:
     """Generated tokens that are the same."""
     tokens: tuple[str, str]
     """The first tokens that differ, as text."""
-    margin: float
-    """Log probability, in nats, of the first engine's token over the second's, as transformers computes it."""
+    margins: tuple[float, ...]
+    """Log probability, in nats, of the first engine's token over the second's by transformers, for each of `PIECES`."""
+
+    @property
+    def explained(self) -> bool:
+        """Whether transformers alone decides both ways, or nearly so."""
+        return min(self.margins) < TIE and max(self.margins) > -TIE
+
+
+@dataclass(frozen=True)
+class _Parting:
+    """Where two engines part: all but the margins of a difference, and what these are measured on."""
+
+    known: Difference
+    prompt: list[int]
+    made: list[int]
+    pair: tuple[int, int]
 
 
 def compare_engines(
@@ -55,72 +80,101 @@ def compare_engines(
     suite: Suite,
     seed: int = 42,
     cache_dir: str | Path | None = None,
+    sources: Sources = NO_FILES,
+    data: str | Path | None = None,
+    vllm_options: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> tuple[dict[str, dict[str, Any]], list[Difference]]:
     """Run the tasks of a suite on both engines; the results of each, and the samples that differ.
 
     Args:
+        vllm_options: further arguments of `vllm.LLM`.
         options: further arguments of `run`.
     """
     out = Path(out)
-    shared: dict[str, Any] = {"baseline": baseline, "suite": suite, "seed": seed, "dtype": "float32", **options}
     cache = Path(cache_dir) if cache_dir is not None else default_cache_dir()
+    shared: dict[str, Any] = {
+        "baseline": baseline,
+        "suite": suite,
+        "seed": seed,
+        "dtype": "float32",
+        "cache_dir": cache,
+        "sources": sources,
+        "data": data,
+        **options,
+    }
+    engine_options = dict(zip(ENGINES, (None, vllm_options), strict=True))
     results = {
-        engine: run(list(candidates), engine=engine, out=out / engine, cache_dir=cache, **shared) for engine in ENGINES
+        engine: run(list(candidates), engine=engine, engine_options=engine_options[engine], out=out / engine, **shared)
+        for engine in ENGINES
     }
     differences: list[Difference] = []
     for model in describe_models(candidates, baseline):
-        differences += _differences(model, out, suite, seed, cache)
+        tokenizer = TextTokenizer(model.folder)
+        work = prepare(
+            suite,
+            [model],
+            tokenizer,
+            seed=seed,
+            template=BASE,
+            sources=sources,
+            data=DataSource(None if data is None else Path(data)),
+            cache_dir=cache,
+            progress=lambda what, done, total: None,
+        )
+        differences += _measured(
+            model, tokenizer, [part for unit in work.units for part in _partings(model, tokenizer, out, unit)]
+        )
     return results, differences
 
 
-def _differences(model: Model, out: Path, suite: Suite, seed: int, cache: Path) -> list[Difference]:
-    """The samples on which the rows of the two engines differ; the model is loaded only if there are any."""
-    tokenizer = TextTokenizer(model.folder)
-    work = prepare(
-        suite,
-        [model],
-        tokenizer,
-        seed=seed,
-        template=BASE,
-        sources=NO_FILES,
-        cache_dir=cache,
-        progress=lambda what, done, total: None,
-    )
-    engine: Engine | None = None
+def _partings(model: Model, tokenizer: TextTokenizer, out: Path, unit: Unit) -> list[_Parting]:
+    """The samples of a task on which the rows of the two engines differ, in the first answer or in what follows it."""
+    name = f"{unit.task}-{unit.length}-{model.name}.jsonl"
+    first, second = (_rows(out / kind / "samples" / name) for kind in ENGINES)
     found = []
-    for unit in work.units:
-        name = f"{unit.task}-{unit.length}-{model.name}.jsonl"
-        first, second = (_rows(out / kind / "samples" / name) for kind in ENGINES)
-        for index, (one, two) in enumerate(zip(first, second, strict=True)):
-            assert one["prompt_sha256"] == two["prompt_sha256"], "both engines were asked the same"
+    for index, rows in enumerate(zip(first, second, strict=True)):
+        for prompt, one, two in _turns(unit, index, *rows):
+            assert one["prompt_sha256"] == two["prompt_sha256"] == prompt_sha256(prompt), "both were asked the same"
             at = first_difference(one["tokens"], two["tokens"])
             if at is None:
                 continue
-            engine = engine or open_engine("transformers", model.folder, tokenizer, max_context=0, dtype="float32")
             end = min(end_tokens(model.folder), default=0)
-            pair = [row["tokens"][at] if at < len(row["tokens"]) else end for row in (one, two)]
-            found.append(
-                Difference(
-                    model=model.name,
-                    task=unit.task,
-                    length=unit.length,
-                    index=index,
-                    scores=(one["score"], two["score"]),
-                    answers=(one["prediction"], two["prediction"]),
-                    at=at,
-                    tokens=(tokenizer.decode(pair[:1]), tokenizer.decode(pair[1:])),
-                    margin=margin(engine, [*unit.prompts[index], *one["tokens"][:at]], pair[0], pair[1]),
-                )
+            token, other = (row["tokens"][at] if at < len(row["tokens"]) else end for row in (one, two))
+            known = Difference(
+                model=model.name,
+                task=unit.task,
+                length=unit.length,
+                index=index,
+                scores=(rows[0]["score"], rows[1]["score"]),
+                answers=(one["prediction"], two["prediction"]),
+                at=at,
+                tokens=(tokenizer.decode([token]), tokenizer.decode([other])),
+                margins=(),
             )
-    if engine is not None:
-        engine.close()
+            found.append(_Parting(known, prompt, one["tokens"][:at], (token, other)))
+            break  # what is asked next may depend on the answer
     return found
 
 
-def margin(engine: Engine, context: Sequence[int], one: int, two: int) -> float:
-    """Log probability of token `one` over `two` after `context`, in nats."""
-    return float(engine.score([*context, one]).log_probs_T[-1]) - float(engine.score([*context, two]).log_probs_T[-1])
+def _turns(unit: Unit, index: int, one: Row, two: Row) -> Iterator[tuple[list[int], Row, Row]]:
+    """The prompts of a sample, with what both engines made of each."""
+    yield unit.prompts[index], one, two
+    if unit.questions is not None and (follow_up := unit.questions.follow_up) is not None:
+        again = follow_up.ask(unit.questions.items[index], one["prediction"])
+        yield again.prompt, one["follow_up"], two["follow_up"]
+
+
+def _measured(model: Model, tokenizer: TextTokenizer, partings: Sequence[_Parting]) -> list[Difference]:
+    """Their margins; the model is loaded only if there are any."""
+    margins: list[list[float]] = [[] for _ in partings]
+    for size in PIECES if partings else ():
+        engine = TransformersEngine(model.folder, tokenizer, dtype="float32", prefill_chunk=size)
+        for parting, measured in zip(partings, margins, strict=True):
+            log_probs_V = engine.next_log_probs(parting.prompt, parting.made)
+            measured.append(float(log_probs_V[parting.pair[0]]) - float(log_probs_V[parting.pair[1]]))
+        engine.close()
+    return [replace(parting.known, margins=tuple(row)) for parting, row in zip(partings, margins, strict=True)]
 
 
 def markdown(results: Mapping[str, Mapping[str, Any]], differences: Sequence[Difference]) -> str:
@@ -131,12 +185,15 @@ def markdown(results: Mapping[str, Mapping[str, Any]], differences: Sequence[Dif
         count = sum((item.task, item.length, item.model) == key for item in differences)
         lines.append(f"| {key[0]} | {key[1]:,} | {key[2]} | {one['score']} | {two['score']} | {count} of {one['n']} |")
     if differences:
-        lines += ["", "| sample | scores | same tokens | then | margin, nats | answers |", "|" + " --- |" * 6]
+        sizes = " / ".join(str(size) for size in PIECES)
+        titles = ["sample", "scores", "same tokens", "then", f"margin in nats, prompt in pieces of {sizes}", "answers"]
+        lines += ["", f"| {' | '.join(titles)} |", "|" + " --- |" * 6]
     for item in differences:
         where = f"{item.model}, {item.task}, {item.length:,}, {item.index}"
         then, answers = (" / ".join(f"`{_cell(text)}`" for text in pair) for pair in (item.tokens, item.answers))
         scores = " / ".join(f"{score:.2f}" for score in item.scores)
-        lines.append(f"| {where} | {scores} | {item.at} | {then} | {item.margin:+.4f} | {answers} |")
+        margins = " / ".join(f"{margin:+.3f}" for margin in item.margins) + ("" if item.explained else " (unexplained)")
+        lines.append(f"| {where} | {scores} | {item.at} | {then} | {margins} | {answers} |")
     return "\n".join(lines) + "\n"
 
 
@@ -144,7 +201,7 @@ def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|").replace("`", "'")
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def _rows(path: Path) -> list[Row]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
@@ -157,13 +214,29 @@ def main() -> None:
     parser.add_argument("models", nargs="+")
     parser.add_argument("--baseline")
     parser.add_argument("--suite", default="needle-ref")
+    parser.add_argument("--tasks", nargs="+", help="tasks in place of the suite's")
     parser.add_argument("--samples", type=int)
     parser.add_argument("--lengths", type=int, nargs="+")
+    parser.add_argument("--data", type=Path, help="folder with the files of LongBench")
+    for name in ("essay", "squad", "hotpotqa", "words"):
+        parser.add_argument(f"--{name}", type=Path)
+    parser.add_argument(
+        "--one-by-one",
+        action="store_true",
+        help="vLLM takes one prompt at a time, in transformers' steps; to compare models whose layers share latents",
+    )
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
-    suite = choose_suite(given.suite, samples=given.samples, lengths=given.lengths)
+    one_by_one = {"max_num_seqs": 1, "max_num_batched_tokens": PIECES[0], "enable_prefix_caching": False}
     results, differences = compare_engines(
-        given.models, out=given.out, baseline=given.baseline, suite=suite, resume=True
+        given.models,
+        out=given.out,
+        baseline=given.baseline,
+        suite=choose_suite(given.suite, tasks=given.tasks, samples=given.samples, lengths=given.lengths),
+        sources=Sources(essay=given.essay, squad=given.squad, hotpotqa=given.hotpotqa, words=given.words),
+        data=given.data,
+        vllm_options=one_by_one if given.one_by_one else None,
+        resume=True,
     )
     (given.out / "differences.json").write_text(json.dumps([asdict(item) for item in differences], indent=1) + "\n")
     print(markdown(results, differences), end="")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvcompress.codec.nested import WIDEST
 from kvcompress_eval.engines.base import Generation, Scores, contains_all
@@ -32,6 +33,7 @@ class TransformersEngine:
         cache: a cache of `baseline_caches` for a plain model, to compare with.
         kv_rank: share of a compressed model's stored channels to use.
         kv_bits: the most bits in which it stores a channel.
+        prefill_chunk: tokens per forward pass of a prompt.
     """
 
     name = "transformers"
@@ -48,6 +50,7 @@ class TransformersEngine:
         cache: str | None = None,
         kv_rank: float = 1.0,
         kv_bits: int = WIDEST,
+        prefill_chunk: int = PREFILL_CHUNK,
     ) -> None:
         import torch
         from transformers import AutoModelForCausalLM
@@ -60,6 +63,7 @@ class TransformersEngine:
         if dtype == "auto" and device == "cpu":
             dtype = "float32"
         self._tokenizer = tokenizer
+        self._chunk = prefill_chunk
         self._new_empty_cache = cache_factory(model, cache, kv_rank, kv_bits)
         self._model: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, trust_remote_code=False)
         self._model.to(device).eval()
@@ -93,13 +97,22 @@ class TransformersEngine:
             next_token = int(self._forward([next_token], cache, last_only=True)[-1].argmax())
         return Generation(tuple(made), text)
 
+    def next_log_probs(self, prompt: Sequence[int], made: Sequence[int]) -> NDArray[np.float32]:
+        """Log probabilities [V] of the token after a prompt and what was generated, in the steps `generate` takes."""
+        cache = self._new_cache()
+        logits_1V = self._forward(prompt, cache, last_only=True)
+        for token in made:
+            logits_1V = self._forward([token], cache, last_only=True)
+        log_probs_V: NDArray[np.float32] = logits_1V[0].float().log_softmax(-1).cpu().numpy()
+        return log_probs_V
+
     def score(self, tokens: Sequence[int], *, distribution: bool = False, rows: Sequence[int] | None = None) -> Scores:
         import torch
 
         log_probs, top1, distributions = [], [], []
         cache = self._new_cache()
         start = 0
-        for size in _scoring_steps(cache, len(tokens) - 1):
+        for size in _scoring_steps(cache, len(tokens) - 1, self._chunk):
             chunk = tokens[start : start + size]
             logits_TV = self._forward(chunk, cache).float()
             follow_T = torch.tensor(tokens[start + 1 : start + 1 + len(chunk)], device=logits_TV.device)
@@ -129,8 +142,8 @@ class TransformersEngine:
 
         parts = []
         with torch.inference_mode():
-            for start in range(0, len(tokens), PREFILL_CHUNK):
-                chunk = torch.tensor([tokens[start : start + PREFILL_CHUNK]], device=self._model.device)
+            for start in range(0, len(tokens), self._chunk):
+                chunk = torch.tensor([tokens[start : start + self._chunk]], device=self._model.device)
                 keep = 1 if last_only else 0
                 out = self._model(input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=keep)
                 parts.append(out.logits[0])
@@ -150,12 +163,12 @@ class TransformersEngine:
             torch.cuda.empty_cache()
 
 
-def _scoring_steps(cache: Any, tokens: int) -> list[int]:
+def _scoring_steps(cache: Any, tokens: int, chunk: int) -> list[int]:
     """Sizes of the forward passes in which to score a text, such that the cache's loss shows in every score."""
     if hasattr(cache, "scoring_steps"):
-        steps: list[int] = cache.scoring_steps(tokens, PREFILL_CHUNK)
+        steps: list[int] = cache.scoring_steps(tokens, chunk)
         return steps
-    return [min(PREFILL_CHUNK, tokens - start) for start in range(0, tokens, PREFILL_CHUNK)]
+    return [min(chunk, tokens - start) for start in range(0, tokens, chunk)]
 
 
 def cache_factory(
