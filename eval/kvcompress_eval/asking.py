@@ -8,7 +8,7 @@ from typing import Any
 from kvcompress_eval.engines import Engine, Generation
 from kvcompress_eval.rows import RowFile
 from kvcompress_eval.tasks.questions import Question, Questions
-from kvcompress_eval.work import Unit, prompt_sha256
+from kvcompress_eval.units import Unit, prompt_sha256
 
 
 def run_questions(engine: Engine, file: RowFile, unit: Unit, *, progress: Callable[[int, int], None]) -> None:

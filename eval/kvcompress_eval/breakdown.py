@@ -7,7 +7,7 @@ from typing import Any
 
 from kvcompress_eval.rows import RowFile
 from kvcompress_eval.tasks.ruler import task_score
-from kvcompress_eval.work import Unit
+from kvcompress_eval.units import Unit
 
 
 def breakdown(units: Sequence[Unit], files: Mapping[str, Sequence[RowFile]]) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvcompress_eval.models import MANIFEST
-from kvcompress_eval.work import Progress
+from kvcompress_eval.units import Progress
 
 RECIPE_SUFFIXES = (".yaml", ".yml")
 

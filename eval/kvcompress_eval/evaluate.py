@@ -21,7 +21,8 @@ from kvcompress_eval.tasks.catalogue import TASKS, check_task
 from kvcompress_eval.tasks.data_files import DataSource
 from kvcompress_eval.tasks.ruler import BASE, CHAT, NO_FILES, Sources, model_template, provenance
 from kvcompress_eval.tokenizer import TextTokenizer
-from kvcompress_eval.work import Progress, Work, default_cache_dir, prepare
+from kvcompress_eval.units import Progress
+from kvcompress_eval.work import Work, default_cache_dir, prepare
 
 RESULTS = "results.json"
 

@@ -26,7 +26,8 @@ from kvcompress_eval.tasks.agreement import first_difference
 from kvcompress_eval.tasks.data_files import DataSource
 from kvcompress_eval.tasks.ruler import BASE, NO_FILES, Sources
 from kvcompress_eval.tokenizer import TextTokenizer
-from kvcompress_eval.work import Unit, default_cache_dir, prepare, prompt_sha256
+from kvcompress_eval.units import Unit, prompt_sha256
+from kvcompress_eval.work import default_cache_dir, prepare
 
 Row = dict[str, Any]
 

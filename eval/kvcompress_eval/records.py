@@ -15,7 +15,8 @@ from kvcompress_eval.engines import Engine
 from kvcompress_eval.models import Model
 from kvcompress_eval.rows import RowFile
 from kvcompress_eval.tasks import agreement, drift, perplexity, serving
-from kvcompress_eval.work import Progress, Unit, Work, prompt_sha256
+from kvcompress_eval.units import Progress, Unit, prompt_sha256
+from kvcompress_eval.work import Work
 
 ROWS_VERSION = 2
 """Raised whenever rows made earlier would mean something else."""

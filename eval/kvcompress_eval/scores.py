@@ -10,7 +10,8 @@ from typing import Any
 from kvcompress_eval.records import Records
 from kvcompress_eval.statistics import ALPHA, Comparison, compare, mean_interval, verdicts
 from kvcompress_eval.tasks.ruler import task_score
-from kvcompress_eval.work import Unit, Work
+from kvcompress_eval.units import Unit
+from kvcompress_eval.work import Work
 
 
 @dataclass(frozen=True)

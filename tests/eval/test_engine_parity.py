@@ -18,7 +18,7 @@ from kvcompress_eval.suite import SUITES, Suite
 from kvcompress_eval.tasks.catalogue import TASKS
 from kvcompress_eval.tasks.ruler import TASKS as RULER
 from kvcompress_eval.tasks.ruler.registry import OFFICIAL
-from kvcompress_eval.work import prompt_sha256
+from kvcompress_eval.units import prompt_sha256
 from numpy.typing import NDArray
 
 from tests.eval.bench_files import write_longbench

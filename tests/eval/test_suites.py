@@ -18,7 +18,8 @@ from kvcompress_eval.suite import SUITES
 from kvcompress_eval.tasks.catalogue import INFINITEBENCH, MRCR, TASKS, check_task
 from kvcompress_eval.tasks.longbench import chinese, sets
 from kvcompress_eval.tokenizer import TextTokenizer
-from kvcompress_eval.work import Unit, Work
+from kvcompress_eval.units import Unit
+from kvcompress_eval.work import Work
 
 from tests.eval.bench_files import QUESTION, RECORD, write_json, write_jsonl
 from tests.eval.fake_engine import FakeEngine
