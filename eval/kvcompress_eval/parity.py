@@ -2,10 +2,10 @@
 
 Greedy decoding turns a rounding difference into another answer only where two tokens are nearly tied. The margin says
 how nearly: the log probability of the one engine's token over the other's, at the first place where they part. In a
-compressed cache rounding can also turn a code or a gain into its neighbour, and then a margin may be as large as what
-the codec itself does to the logits. So the margin is measured several times, with the prompt fed to transformers in
-pieces of several sizes, which changes nothing but rounding (and, where layers share latents, which tokens are attended
-as they are): a difference is explained where transformers alone decides both ways, or is that close to it.
+compressed cache rounding can also turn a code or a gain into its neighbour, which disturbs all later layers and tokens;
+then a margin may be as large as what the codec itself does to the logits. So transformers decides again and again with
+its attention disturbed by as much as the kernels may be wrong: a difference is explained where it then decides the
+other way, too, or nearly so.
 
 `python -m kvcompress_eval.parity DIR... --baseline BASE --suite needle-ref --samples 10 --out parity` prints the table.
 """
@@ -18,9 +18,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kvcompress_eval.engines.transformers_engine import TransformersEngine
+from kvcompress_eval.engines.transformers_engine import PREFILL_CHUNK, TransformersEngine
 from kvcompress_eval.evaluate import run
-from kvcompress_eval.models import Model, describe_models, end_tokens
+from kvcompress_eval.models import Model, describe_models, end_tokens, is_compressed
 from kvcompress_eval.suite import Suite
 from kvcompress_eval.tasks.agreement import first_difference
 from kvcompress_eval.tasks.data_files import DataSource
@@ -33,8 +33,11 @@ Row = dict[str, Any]
 
 ENGINES = ("transformers", "vllm")
 
-PIECES = (2048, 768, 512, 320, 192, 128)
-"""Tokens at a time in which a prompt is fed to measure a margin; the first is what evaluation uses."""
+ERROR = 1e-3
+"""Relative error of the disturbance. The kernels' own, against float64, may be three times this (tests/ops)."""
+
+TRIES = 16
+"""Disturbances after which a difference stays unexplained."""
 
 TIE = 0.02
 """Nats. Engines that compute in float32 in another order differ by less."""
@@ -55,7 +58,8 @@ class Difference:
     tokens: tuple[str, str]
     """The first tokens that differ, as text."""
     margins: tuple[float, ...]
-    """Log probability, in nats, of the first engine's token over the second's by transformers, for each of `PIECES`."""
+    """Log probability, in nats, of the first engine's token over the second's by transformers: undisturbed, then
+    disturbed until it decides the other way."""
 
     @property
     def explained(self) -> bool:
@@ -168,14 +172,28 @@ def _turns(unit: Unit, index: int, one: Row, two: Row) -> Iterator[tuple[list[in
 
 def _measured(model: Model, tokenizer: TextTokenizer, partings: Sequence[_Parting]) -> list[Difference]:
     """Their margins; the model is loaded only if there are any."""
-    margins: list[list[float]] = [[] for _ in partings]
-    for size in PIECES if partings else ():
-        engine = TransformersEngine(model.folder, tokenizer, dtype="float32", prefill_chunk=size)
-        for parting, measured in zip(partings, margins, strict=True):
+    if not partings:
+        return []
+    engine = TransformersEngine(model.folder, tokenizer, dtype="float32")
+    # Without a codec there is nothing that a small error could tip over.
+    tries = TRIES if is_compressed(model.folder) else 0
+    found = [replace(parting.known, margins=tuple(_margins(engine, parting, tries))) for parting in partings]
+    engine.close()
+    return found
+
+
+def _margins(engine: TransformersEngine, parting: _Parting, tries: int) -> Iterator[float]:
+    """Undisturbed, then disturbed, until one has the other sign."""
+    one, two = parting.pair
+    first = 0.0
+    for seed in range(tries + 1):
+        with engine.disturbed(ERROR if seed else 0.0, seed):
             log_probs_V = engine.next_log_probs(parting.prompt, parting.made)
-            measured.append(float(log_probs_V[parting.pair[0]]) - float(log_probs_V[parting.pair[1]]))
-        engine.close()
-    return [replace(parting.known, margins=tuple(row)) for parting, row in zip(partings, margins, strict=True)]
+        margin = float(log_probs_V[one]) - float(log_probs_V[two])
+        first = margin if seed == 0 else first
+        yield margin
+        if margin * first <= 0 or abs(margin) < TIE:
+            return
 
 
 def markdown(results: Mapping[str, Mapping[str, Any]], differences: Sequence[Difference]) -> str:
@@ -186,15 +204,17 @@ def markdown(results: Mapping[str, Mapping[str, Any]], differences: Sequence[Dif
         count = sum((item.task, item.length, item.model) == key for item in differences)
         lines.append(f"| {key[0]} | {key[1]:,} | {key[2]} | {one['score']} | {two['score']} | {count} of {one['n']} |")
     if differences:
-        sizes = " / ".join(str(size) for size in PIECES)
-        titles = ["sample", "scores", "same tokens", "then", f"margin in nats, prompt in pieces of {sizes}", "answers"]
-        lines += ["", f"| {' | '.join(titles)} |", "|" + " --- |" * 6]
+        titles = ["sample", "scores", "same tokens", "then", "margin, nats", "tries", "disturbed", "answers"]
+        lines += ["", f"| {' | '.join(titles)} |", "|" + " --- |" * len(titles)]
     for item in differences:
         where = f"{item.model}, {item.task}, {item.length:,}, {item.index}"
         then, answers = (" / ".join(f"`{_cell(text)}`" for text in pair) for pair in (item.tokens, item.answers))
         scores = " / ".join(f"{score:.2f}" for score in item.scores)
-        margins = " / ".join(f"{margin:+.3f}" for margin in item.margins) + ("" if item.explained else " (unexplained)")
-        lines.append(f"| {where} | {scores} | {item.at} | {then} | {margins} | {answers} |")
+        margin, *disturbed = item.margins
+        spread = f"{min(disturbed):+.3f} to {max(disturbed):+.3f}" if disturbed else "-"
+        spread += "" if item.explained else " (unexplained)"
+        cells = [where, scores, item.at, then, f"{margin:+.3f}", len(disturbed), spread, answers]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
 
 
@@ -228,7 +248,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
-    one_by_one = {"max_num_seqs": 1, "max_num_batched_tokens": PIECES[0], "enable_prefix_caching": False}
+    one_by_one = {"max_num_seqs": 1, "max_num_batched_tokens": PREFILL_CHUNK, "enable_prefix_caching": False}
     results, differences = compare_engines(
         given.models,
         out=given.out,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import pytest
 from kvcompress_eval import parity
 from kvcompress_eval.candidates import make_checkpoints
 from kvcompress_eval.engines import Generation
-from kvcompress_eval.parity import PIECES, TIE, compare_engines, markdown
+from kvcompress_eval.parity import TIE, compare_engines, markdown
 from kvcompress_eval.suite import SUITES, Suite
 from kvcompress_eval.tasks.catalogue import TASKS
 from kvcompress_eval.tasks.ruler import TASKS as RULER
@@ -93,9 +95,9 @@ def test_a_sample_that_differs_is_shown_with_its_margin(
     class Scripted(FakeEngine):
         """The rule says 72 after 71 with probability 0.9, and shares the rest among the other 1,023 tokens."""
 
-        def __init__(self, kind: str, piece: int = 0) -> None:
+        def __init__(self, kind: str) -> None:
             super().__init__(vocabulary=1024, certainty=0.9)
-            self.kind, self.piece = kind, piece
+            self.kind, self.seed = kind, 0
 
         def generate(self, prompts: Any, max_tokens: int, until: Any = None, **more: Any) -> list[Generation]:
             made = []
@@ -107,19 +109,23 @@ def test_a_sample_that_differs_is_shown_with_its_margin(
             return made
 
         def next_log_probs(self, prompt: Any, made: Any) -> NDArray[np.float32]:
-            """Pieces of 512 make the rule's token and the next change places."""
+            """The third disturbance makes the rule's token and the next change places."""
             assert made == [70, 71]
             log_probs_V = self.score([*prompt, *made, 0], distribution=True).distribution_TV
             assert log_probs_V is not None
             row_V = log_probs_V[-1].copy()
-            if self.piece == 512:
+            if self.seed == 3:
                 row_V[[72, 73]] = row_V[[73, 72]]
             return row_V
 
+        @contextmanager
+        def disturbed(self, error: float, seed: int) -> Iterator[None]:
+            assert (error == 0) == (seed == 0)
+            self.seed = seed
+            yield
+
     monkeypatch.setattr(evaluate, "open_engine", lambda kind, *args, **more: Scripted(kind))
-    monkeypatch.setattr(
-        parity, "TransformersEngine", lambda *args, prefill_chunk, **more: Scripted("transformers", prefill_chunk)
-    )
+    monkeypatch.setattr(parity, "TransformersEngine", lambda *args, **more: Scripted("transformers"))
     suite = Suite(summary="", tasks=("fwe",), lengths=(400,), samples=3)
     results, [found] = compare_engines(
         [base], out=tmp_path, baseline=None, suite=suite, seed=1, cache_dir=tmp_path / "cache"
@@ -127,7 +133,13 @@ def test_a_sample_that_differs_is_shown_with_its_margin(
     assert (found.task, found.index, found.at) == ("fwe", 1, 2)
     assert found.answers == ("70|71|72", "70|71|73")
     expected = math.log(0.9 / (0.1 / 1023))
-    assert found.margins == pytest.approx([-expected if size == 512 else expected for size in PIECES], abs=1e-4)
+    assert found.margins == pytest.approx([expected], abs=1e-4)
+    assert not found.explained
+    monkeypatch.setattr(parity, "is_compressed", lambda folder: True)
+    results, [found] = compare_engines(
+        [base], out=tmp_path, baseline=None, suite=suite, seed=1, cache_dir=tmp_path / "cache", resume=True
+    )
+    assert found.margins == pytest.approx([expected, expected, expected, -expected], abs=1e-4)
     assert found.explained
     assert not replace(found, margins=(expected,)).explained
     assert not replace(found, margins=(-expected, -TIE)).explained
@@ -161,12 +173,15 @@ def test_a_second_answer_that_differs_is_found(base: Path, tmp_path: Path, monke
             seen.append(tuple(prompt))
             return np.zeros(1024, np.float32)
 
+        def disturbed(self, error: float, seed: int) -> nullcontext[None]:
+            return nullcontext()
+
     monkeypatch.setattr(evaluate, "open_engine", lambda kind, *args, **more: Scripted(kind))
     monkeypatch.setattr(parity, "TransformersEngine", lambda *args, **more: Scripted("transformers"))
     suite = Suite(summary="", tasks=("multi_turn",), lengths=(800,), samples=1)
     _, [found] = compare_engines([base], out=tmp_path, baseline=None, suite=suite, cache_dir=tmp_path / "cache")
     assert (found.index, found.at, found.answers) == (0, 1, ("70|72", "70|73"))
-    assert found.margins == (0.0,) * len(PIECES)
+    assert found.margins == (0.0,)
     [row] = [json.loads(line) for line in (tmp_path / "vllm" / "samples" / "multi_turn-800-base.jsonl").open()]
     assert {prompt_sha256(prompt) for prompt in seen} == {row["follow_up"]["prompt_sha256"]}
 

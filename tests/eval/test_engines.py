@@ -33,28 +33,40 @@ def engine_on(folder: Path, tokenizer: TextTokenizer) -> Engine:
     return open_engine("transformers", folder, tokenizer, max_context=512)
 
 
-def test_scores_equal_a_plain_forward_pass(base: Path, tokenizer: TextTokenizer) -> None:
+def test_scores_equal_a_plain_forward_pass(
+    base: Path, tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_on(base, tokenizer)
     with torch.no_grad():
         logits = tiny.load_model(base)(torch.tensor([TOKENS])).logits[0]
     expected = logits[:-1].log_softmax(-1)
     for chunk in (4096, 64):
-        engine = open_engine("transformers", base, tokenizer, max_context=512, prefill_chunk=chunk)
+        monkeypatch.setattr(module, "PREFILL_CHUNK", chunk)
         scores = engine.score(TOKENS, distribution=True)
         assert scores.distribution_TV is not None
         np.testing.assert_allclose(scores.distribution_TV, expected.numpy(), atol=2e-4)
         picked = expected[torch.arange(199), torch.tensor(TOKENS[1:])]
         np.testing.assert_allclose(scores.log_probs_T, picked.numpy(), atol=2e-4)
         assert scores.top1_T.tolist() == expected.argmax(-1).tolist()
-        assert engine.score(TOKENS).distribution_TV is None
+    assert engine.score(TOKENS).distribution_TV is None
 
 
 def test_next_log_probs_are_those_of_the_last_token(base: Path, tokenizer: TextTokenizer) -> None:
     with torch.no_grad():
         expected_V = tiny.load_model(base)(torch.tensor([TOKENS])).logits[0, -1].log_softmax(-1)
-    for chunk in (4096, 64):
-        engine = module.TransformersEngine(base, tokenizer, prefill_chunk=chunk)
-        found_V = engine.next_log_probs(TOKENS[:-3], TOKENS[-3:])
-        np.testing.assert_allclose(found_V, expected_V.numpy(), atol=2e-4)
+    engine = module.TransformersEngine(base, tokenizer)
+    found_V = engine.next_log_probs(TOKENS[:-3], TOKENS[-3:])
+    np.testing.assert_allclose(found_V, expected_V.numpy(), atol=2e-4)
+    for error in (1e-3, 1e-2):
+        disturbed = []
+        for seed in (1, 1, 2):
+            with engine.disturbed(error, seed):
+                disturbed.append(engine.next_log_probs(TOKENS[:-3], TOKENS[-3:]) - found_V)
+        np.testing.assert_array_equal(disturbed[0], disturbed[1])
+        assert np.abs(disturbed[0] - disturbed[2]).max() > error / 100
+        for change_V in disturbed:
+            assert error / 100 < np.abs(change_V).mean() < error * 10
+    np.testing.assert_array_equal(engine.next_log_probs(TOKENS[:-3], TOKENS[-3:]), found_V)
 
 
 def test_generation_equals_generate(base: Path, tokenizer: TextTokenizer) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,6 @@ class TransformersEngine:
         cache: a cache of `baseline_caches` for a plain model, to compare with.
         kv_rank: share of a compressed model's stored channels to use.
         kv_bits: the most bits in which it stores a channel.
-        prefill_chunk: tokens per forward pass of a prompt.
     """
 
     name = "transformers"
@@ -50,7 +50,6 @@ class TransformersEngine:
         cache: str | None = None,
         kv_rank: float = 1.0,
         kv_bits: int = WIDEST,
-        prefill_chunk: int = PREFILL_CHUNK,
     ) -> None:
         import torch
         from transformers import AutoModelForCausalLM
@@ -63,7 +62,6 @@ class TransformersEngine:
         if dtype == "auto" and device == "cpu":
             dtype = "float32"
         self._tokenizer = tokenizer
-        self._chunk = prefill_chunk
         self._new_empty_cache = cache_factory(model, cache, kv_rank, kv_bits)
         self._model: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, trust_remote_code=False)
         self._model.to(device).eval()
@@ -106,13 +104,33 @@ class TransformersEngine:
         log_probs_V: NDArray[np.float32] = logits_1V[0].float().log_softmax(-1).cpu().numpy()
         return log_probs_V
 
+    @contextmanager
+    def disturbed(self, error: float, seed: int) -> Iterator[None]:
+        """While it lasts, what every attention layer computes is off by this relative error, at random."""
+        import torch
+
+        random = torch.Generator(self._model.device).manual_seed(seed)
+
+        def disturb(module: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            noise = torch.randn(inputs[0].shape, generator=random, device=inputs[0].device, dtype=inputs[0].dtype)
+            return (inputs[0] + error * inputs[0].square().mean(-1, keepdim=True).sqrt() * noise, *inputs[1:])
+
+        layers = [module for name, module in self._model.named_modules() if name.endswith(".o_proj")]
+        assert layers, "attention ends in an output projection"
+        hooks = [layer.register_forward_pre_hook(disturb) for layer in layers]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
     def score(self, tokens: Sequence[int], *, distribution: bool = False, rows: Sequence[int] | None = None) -> Scores:
         import torch
 
         log_probs, top1, distributions = [], [], []
         cache = self._new_cache()
         start = 0
-        for size in _scoring_steps(cache, len(tokens) - 1, self._chunk):
+        for size in _scoring_steps(cache, len(tokens) - 1):
             chunk = tokens[start : start + size]
             logits_TV = self._forward(chunk, cache).float()
             follow_T = torch.tensor(tokens[start + 1 : start + 1 + len(chunk)], device=logits_TV.device)
@@ -142,8 +160,8 @@ class TransformersEngine:
 
         parts = []
         with torch.inference_mode():
-            for start in range(0, len(tokens), self._chunk):
-                chunk = torch.tensor([tokens[start : start + self._chunk]], device=self._model.device)
+            for start in range(0, len(tokens), PREFILL_CHUNK):
+                chunk = torch.tensor([tokens[start : start + PREFILL_CHUNK]], device=self._model.device)
                 keep = 1 if last_only else 0
                 out = self._model(input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=keep)
                 parts.append(out.logits[0])
@@ -163,12 +181,12 @@ class TransformersEngine:
             torch.cuda.empty_cache()
 
 
-def _scoring_steps(cache: Any, tokens: int, chunk: int) -> list[int]:
+def _scoring_steps(cache: Any, tokens: int) -> list[int]:
     """Sizes of the forward passes in which to score a text, such that the cache's loss shows in every score."""
     if hasattr(cache, "scoring_steps"):
-        steps: list[int] = cache.scoring_steps(tokens, chunk)
+        steps: list[int] = cache.scoring_steps(tokens, PREFILL_CHUNK)
         return steps
-    return [min(chunk, tokens - start) for start in range(0, tokens, chunk)]
+    return [min(PREFILL_CHUNK, tokens - start) for start in range(0, tokens, PREFILL_CHUNK)]
 
 
 def cache_factory(
