@@ -34,7 +34,7 @@ Row = dict[str, Any]
 ENGINES = ("transformers", "vllm")
 
 ERRORS = (1e-6, 1e-5, 1e-4, 1e-3)
-"""Relative errors of the disturbances: from a float32's rounding to a third of what the kernels are held to (tests/ops).
+"""Relative errors of the disturbances: from float32 rounding to a third of what the kernels are held to (tests/ops).
 They take turns, because larger ones make the attention worse, and not only different."""
 
 TRIES = 4 * len(ERRORS)
