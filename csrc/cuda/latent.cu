@@ -81,10 +81,6 @@ int32_t kvc_cuda_latent_most_channels(int32_t* channels) {
     return KVC_OK;
 }
 
-int64_t kvc_cuda_latent_workspace(int64_t rows, int32_t rank, int32_t splits) {
-    return splits > 1 ? splits * rows * (padded_rank(rank) + 1) : 0;
-}
-
 int32_t kvc_cuda_latent_attend(const kvc_cuda_latent_attend_args* from) {
     const kvc_latent_pages& pages = from->pages;
     if (!known_shape(pages) || from->rank <= 0 || from->rank > pages.channels || from->splits < 1 || from->num_heads <= 0) return -KVC_BAD_SHAPE;

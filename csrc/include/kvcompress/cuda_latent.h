@@ -13,7 +13,7 @@ typedef struct {
     kvc_latent_pages pages;  // bfloat16 or float16, tokens on 16 bytes, channels a multiple of 16
     kvc_rows query;          // [tokens, num_heads, channels], absorbed; rows on 4 bytes
     kvc_rows output;         // [tokens, num_heads, rank]
-    float* workspace;        // kvc_cuda_latent_workspace() floats; may be null for one split
+    float* workspace;        // splits * tokens * num_heads * (rank rounded up to 16, + 1) floats; may be null for one split
     const int32_t* block_table;
     int64_t block_table_stride;
     const int32_t* query_starts;  // [num_requests + 1]
@@ -41,9 +41,6 @@ KVC_EXPORT void kvc_cuda_latent_struct_sizes(int64_t sizes[2]);
 
 // The most channels that attention has room for on the current device.
 KVC_EXPORT int32_t kvc_cuda_latent_most_channels(int32_t* channels);
-
-// Floats that several splits of that many rows (tokens times heads) need.
-KVC_EXPORT int64_t kvc_cuda_latent_workspace(int64_t rows, int32_t rank, int32_t splits);
 
 // As kvc_cuda_attend, for latents; the result is in latent space. Padding behind the last request is not written.
 KVC_EXPORT int32_t kvc_cuda_latent_attend(const kvc_cuda_latent_attend_args* args);
