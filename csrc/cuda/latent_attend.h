@@ -178,16 +178,22 @@ KVC_KERNEL_OF(kLatentThreads, ROWS == 16 ? 2 : 1) latent_attend(KVC_ARGUMENT(Lat
                 multiply_add<BF16>(s[0][1], a, b[2], b[3]);
             }
         } else {
+            // Keys of the next step are on their way while those of this one are multiplied; of two blocks on a
+            // multiprocessor, which have no registers for that, one is while another's are.
+            constexpr int kAhead = ROWS == 16 ? 0 : 1;
+            uint32_t b[kAhead + 1][4];
+            if (kAhead && part < steps) load_matrices<false>(b[0], key + 32 * part);
             KVC_UNROLL
             for (int n = 0; n < kLatentSteps; ++n) {
-                const int step = part + n * Shape::kParts;
+                const int later = n + kAhead, step = part + n * Shape::kParts;
+                if (later < kLatentSteps && part + later * Shape::kParts < steps)
+                    load_matrices<false>(b[later % (kAhead + 1)], key + 32 * (part + later * Shape::kParts));
                 if (step >= steps) continue;
-                uint32_t b[4];
-                load_matrices<false>(b, key + 32 * step);
+                const uint32_t(&now)[4] = b[n % (kAhead + 1)];
                 KVC_UNROLL
                 for (int m = 0; m < kTiles; ++m) {
-                    multiply_add<BF16>(s[m][0], query[m][n], b[0], b[1]);
-                    multiply_add<BF16>(s[m][1], query[m][n], b[2], b[3]);
+                    multiply_add<BF16>(s[m][0], query[m][n], now[0], now[1]);
+                    multiply_add<BF16>(s[m][1], query[m][n], now[2], now[3]);
                 }
             }
         }

@@ -21,6 +21,8 @@ class Tiles {
             publish_barriers();
         }
 #endif
+        const int token = next_token_ + thread_index() / kLanes;
+        index_ = token / args.block_size, within_ = token % args.block_size;
         look_up();
     }
 
@@ -50,7 +52,8 @@ class Tiles {
         commit_copies();
 #endif
         asked_ = asked_ + 1 == args_.stages ? 0 : asked_ + 1;
-        next_token_ += TOKENS;
+        next_token_ += TOKENS, within_ += TOKENS;
+        while (within_ >= args_.block_size) within_ -= args_.block_size, ++index_;
         look_up();
     }
 
@@ -78,12 +81,9 @@ class Tiles {
     }
 
    private:
-    // Where the thread's token of the next tile is, a tile before it is asked for: its block's number takes its time.
+    // The block of the thread's token of the next tile, a tile before that is asked for: it takes its time.
     KVC_DEVICE void look_up() {
-        const int token = next_token_ + thread_index() / kLanes;
-        if (token >= end_) return;
-        const int block = token / args_.block_size;
-        block_ = table_[block], within_ = token - block * args_.block_size;
+        if (next_token_ + thread_index() / kLanes < end_) block_ = table_[index_];
     }
 
     const LatentArgs& args_;
@@ -92,7 +92,7 @@ class Tiles {
     uint64_t* barriers_;
     int next_token_, end_;
     int64_t block_ = 0;
-    int within_ = 0;
+    int index_, within_;  // of the thread's token of the next tile: block of the request, place in the block
     int asked_ = 0, waited_ = 0;
     uint32_t parity_ = 0;
 };
