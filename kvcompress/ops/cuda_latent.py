@@ -15,6 +15,9 @@ from kvcompress.ops.plan import DTYPES, latent_pages_struct, rows_struct
 LEAST_TOKENS = 128
 """A split has at least as many; the kernels see to it (csrc/cuda/latent_args.h)."""
 
+SPLIT_COST = 256
+"""Tokens in whose time a split begins and is merged, estimated from the bytes of both."""
+
 FEW_ROWS = 16
 """Query rows of a request up to which two blocks of threads fit on a multiprocessor."""
 
@@ -159,5 +162,4 @@ def choose_splits(requests: int, rows: int, context: int, multiprocessors: int) 
     tiles, places = (1, 2 * multiprocessors) if rows <= FEW_ROWS else (-(-rows // 32), multiprocessors)
     blocks = requests * tiles
     most = max(1, min(context // LEAST_TOKENS, places))
-    # Turns times a split's share of the context; of equals, the fewest splits to merge.
-    return min(range(1, most + 1), key=lambda splits: (-(-blocks * splits // places) / splits, splits))
+    return min(range(1, most + 1), key=lambda splits: -(-blocks * splits // places) * (context / splits + SPLIT_COST))

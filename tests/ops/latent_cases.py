@@ -10,6 +10,23 @@ from torch import Tensor
 from kvcompress.ops import latent, latent_reference
 from tests.ops.cases import starts
 
+# Channels, rank and heads for every instance of csrc/cuda/latent.cu: 32 rows, 16 rows, more channels or a longer output
+# than these have room for; ranks and heads that fill no tile. Rings of 2, 3 and 4 tiles are among them on an H200.
+SHAPES = [
+    (576, 512, 32),
+    (576, 512, 16),
+    (304, 289, 20),
+    (112, 96, 3),
+    (16, 5, 1),
+    (656, 600, 9),
+    (576, 528, 40),
+]
+
+
+def bar(dtype: torch.dtype) -> float:
+    """Relative error of the output: its own rounding and that of the weights, each to half a last place at most."""
+    return torch.finfo(dtype).eps * 0.6
+
 
 class Cache:
     """Requests in blocks of random numbers, everything unused NaN."""

@@ -140,8 +140,8 @@ def test_instructions_per_chunk(compiled: Compiled) -> None:
         assert loop["HMMA"] == 68, (key, loop)
 
 
-def main_loops(objects: Path) -> dict[tuple[str, str], Counter[str]]:
-    """Instructions of every decode kernel's loop over chunks: the backward branch around most products."""
+def main_loops(objects: Path, kernel: str = "decode") -> dict[tuple[str, str], Counter[str]]:
+    """Instructions of every such kernel's loop over chunks: the backward branch around most products."""
     cuobjdump = disassembler()
     if cuobjdump is None:
         pytest.skip("no cuobjdump (pip install nvidia-cuda-cuobjdump), so instructions cannot be looked at")
@@ -154,7 +154,7 @@ def main_loops(objects: Path) -> dict[tuple[str, str], Counter[str]]:
     for part in re.split(r"(?=code for sm_|Function : )", done.stdout):
         if head := re.match(r"code for (sm_\d+)", part):
             architecture = head[1]
-        if (name := re.match(r"Function : (\S+)", part)) and "decode" in name[1]:
+        if (name := re.match(r"Function : (\S+)", part)) and kernel in name[1]:
             loops[architecture, name[1]] = main_loop(part)
     return loops
 
