@@ -223,4 +223,4 @@ def multiprocessors(device: torch.device) -> int:
 
 def stream(device: torch.device) -> int:
     """Torch's current one on the device, as the C interface takes it."""
-    return torch.cuda.currentstream(device).cuda_stream if device.type == "cuda" else 0
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0

@@ -60,7 +60,12 @@ def library_for(pages_NSC: Tensor) -> ctypes.CDLL | None:
 
 def covers_append(pages_NSC: Tensor, key_TC: Tensor) -> bool:
     """Whether tokens are stored as they are."""
-    same = (pages_NSC.device, pages_NSC.dtype, 1, 1) == (key_TC.device, key_TC.dtype, key_TC.stride(-1), pages_NSC.stride(-1))
+    same = (pages_NSC.device, pages_NSC.dtype, 1, 1) == (
+        key_TC.device,
+        key_TC.dtype,
+        key_TC.stride(-1),
+        pages_NSC.stride(-1),
+    )
     return same and pages_NSC.dtype in DTYPES and key_TC.shape[1] == pages_NSC.shape[2]
 
 

@@ -78,10 +78,13 @@ def attend(
     """
     on_device = cuda_latent.library_for(pages_NSC)
     if on_device is not None and cuda_latent.covers_attention(on_device, output_THR, query_THC, pages_NSC):
-        numbers = (int32_rows(each, query_THC.device) for each in (block_table_RN, query_starts, seq_lens))
         if max_query_len is None:
             max_query_len = most_queries(query_starts, query_THC.shape[0])
-        cuda_latent.attend(on_device, output_THR, query_THC, pages_NSC, *numbers, softmax_scale, max_query_len)
+        table_RN, starts_R, lengths_R = (
+            int32_rows(numbers, query_THC.device) for numbers in (block_table_RN, query_starts, seq_lens)
+        )
+        batch = (pages_NSC, table_RN, starts_R, lengths_R)
+        cuda_latent.attend(on_device, output_THR, query_THC, *batch, softmax_scale, max_query_len)
         return
     compiled = library.load() if _covered(pages_NSC) and rows_covered(query_THC, output_THR) else None
     if compiled is None:

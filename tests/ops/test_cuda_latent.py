@@ -42,7 +42,7 @@ def assert_exact(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("channels", "rank", "heads"), SHAPES)
 def test_every_instance(kernels: ctypes.CDLL, channels: int, rank: int, heads: int, dtype: torch.dtype) -> None:
-    """Ragged lengths, NaN in everything that was never written, table entries of -1, strided pages, no or few queries."""
+    """Ragged lengths, NaN in everything never written, table entries of -1, strided pages, no or few queries."""
     query_lens = [1, 1, 0, 2, 1]
     cache = Cache([1, 31, 9, 33, 230], channels, dtype)
     assert_exact(kernels, cache, cache.query(5, heads, dtype), query_lens, rank)
