@@ -11,9 +11,9 @@
 
 #define KVC_DEVICE __device__ __forceinline__
 #define KVC_BOTH __host__ __device__ constexpr
-// Two blocks per multiprocessor at least.
-#define KVC_KERNEL(threads) KVC_KERNEL_OF(threads, 2)
 #define KVC_KERNEL_OF(threads, blocks) static __global__ void __launch_bounds__(threads, blocks)
+// Two blocks per multiprocessor at least.
+#define KVC_KERNEL(threads) static __global__ void __launch_bounds__(threads, 2)
 #define KVC_ARGUMENT(type) const __grid_constant__ type
 #define KVC_UNROLL _Pragma("unroll")
 #define KVC_ROLLED _Pragma("unroll 1")  // rarely run: not worth its room in the instruction cache
@@ -64,13 +64,6 @@ KVC_DEVICE uint32_t halves_of(float low, float high) {
     return reinterpret_cast<const uint32_t&>(pair);
 }
 
-// The same in bfloat16.
-KVC_DEVICE uint32_t bfloats_of(float low, float high) {
-    uint32_t pair;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-    return pair;
-}
-
 KVC_DEVICE float exp2_of(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -88,7 +81,12 @@ KVC_DEVICE void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b[0]), "r"(b[1]));
 }
 
-// The same in bfloat16.
+// halves_of and mma in bfloat16.
+KVC_DEVICE uint32_t bfloats_of(float low, float high) {
+    uint32_t pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
 KVC_DEVICE void mma_bfloat16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, const uint32_t (&b)[2]) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])

@@ -21,8 +21,8 @@
 
 #define KVC_DEVICE inline
 #define KVC_BOTH constexpr
-#define KVC_KERNEL(threads) static void
 #define KVC_KERNEL_OF(threads, blocks) static void
+#define KVC_KERNEL(threads) static void
 #define KVC_ARGUMENT(type) const type&
 #define KVC_UNROLL
 #define KVC_ROLLED
@@ -254,9 +254,12 @@ inline void run_block(Block& it, int64_t shared_bytes) {
         fiber.start.uc_link = nullptr;
         makecontext(&fiber.start, run_fiber, 0);
     }
+    // The first thread, which often prepares something for all, is the last to begin.
+    it.current = it.threads > 1;
     if (!_setjmp(it.finished)) {
-        it.fibers[0].started = true;
-        setcontext(&it.fibers[0].start);
+        Fiber& first = it.fibers[static_cast<size_t>(it.current)];
+        first.started = true;
+        setcontext(&first.start);
     }
     block = nullptr;
 }
@@ -305,9 +308,6 @@ uint32_t bytes_of(uint32_t a, uint32_t b) {
 inline float half_to_float(uint16_t half) { return emulate::half_value(half, 0); }
 inline uint16_t float_to_half(float x) { return emulate::nearest_half(x); }
 inline uint32_t halves_of(float low, float high) { return float_to_half(low) | static_cast<uint32_t>(float_to_half(high)) << 16; }
-inline uint32_t bfloats_of(float low, float high) {
-    return emulate::nearest_bfloat(low) | static_cast<uint32_t>(emulate::nearest_bfloat(high)) << 16;
-}
 inline float exp2_of(float x) { return exp2f(x); }
 inline float log2_of(float x) { return log2f(x); }
 
@@ -327,6 +327,9 @@ void meet_to_multiply(const char* name, float (&c)[4], const uint32_t (&a)[4], c
 
 inline void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, const uint32_t (&b)[2]) {
     emulate::meet_to_multiply<emulate::half_value>("mma", c, {a0, a1, a2, a3}, b);
+}
+inline uint32_t bfloats_of(float low, float high) {
+    return emulate::nearest_bfloat(low) | static_cast<uint32_t>(emulate::nearest_bfloat(high)) << 16;
 }
 inline void mma_bfloat16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, const uint32_t (&b)[2]) {
     emulate::meet_to_multiply<emulate::bfloat_value>("mma_bfloat16", c, {a0, a1, a2, a3}, b);
@@ -434,8 +437,10 @@ int launch(Grid grid, int threads, int64_t shared_bytes, void*, const Args& args
     return 0;
 }
 
+// A test may want a smaller GPU.
 inline int shared_limit(int64_t& limit) {
-    limit = 227 * 1024;
+    const char* chosen = getenv("KVC_EMULATED_SHARED_BYTES");
+    limit = chosen ? atoll(chosen) : 227 * 1024;
     return 0;
 }
 inline const char* error_text(int) { return "an error of the emulation"; }

@@ -84,7 +84,7 @@ def covers_attention(library: ctypes.CDLL, output_THR: Tensor, query_THC: Tensor
 
 @functools.cache
 def most_channels(library: ctypes.CDLL) -> int:
-    """What a multiprocessor's shared memory has room for: 2272 channels on an H100 or H200, 1600 on an A100."""
+    """What a multiprocessor's shared memory has room for: 2272 channels on an H100 or H200, 1584 on an A100."""
     found = ctypes.c_int32()
     cuda_library.check(library, library.kvc_cuda_latent_most_channels(ctypes.byref(found)))
     return found.value

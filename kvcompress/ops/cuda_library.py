@@ -11,7 +11,7 @@ from pathlib import Path
 from kvcompress.ops import interface, library
 
 ABI_VERSION = 2
-MAX_RANK = 128
+MAX_RANK = 256
 BITS = (16, 8, 4, 2)
 
 PATH_VARIABLE = "KVCOMPRESS_CUDA_LIBRARY"

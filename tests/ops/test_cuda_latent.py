@@ -30,6 +30,13 @@ def attend(
     return output_THR
 
 
+def store(kernels: ctypes.CDLL, cache: Cache, keys_LC: Tensor) -> None:
+    """Other tokens for the first request."""
+    token_T = torch.arange(keys_LC.shape[0])
+    slots_T = cache.block_table_RN[0].long()[token_T // 16] * 16 + token_T % 16
+    cuda_latent.append(kernels, cache.pages_NSC, keys_LC, slots_T)
+
+
 def assert_exact(
     kernels: ctypes.CDLL, cache: Cache, query_THC: Tensor, query_lens: Sequence[int], rank: int, splits: int = 1
 ) -> Tensor:
@@ -76,9 +83,10 @@ def test_the_two_ways_of_copying_agree() -> None:
     assert torch.equal(results[0], results[1])
 
 
-@pytest.mark.parametrize("case", ["dominant token", "ever larger scores", "large", "zeros", "constant values"])
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("case", ["dominant token", "ever larger scores", "large", "zeros"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_adversarial_values(kernels: ctypes.CDLL, case: str, dtype: torch.dtype) -> None:
+def test_adversarial_values(kernels: ctypes.CDLL, case: str, dtype: torch.dtype, splits: int) -> None:
     cache = Cache([180], 48, dtype)
     query_THC = cache.query(3, 8, dtype)
     keys_LC = cache.keys[0]
@@ -89,18 +97,25 @@ def test_adversarial_values(kernels: ctypes.CDLL, case: str, dtype: torch.dtype)
         query_THC[..., 47] = 4
     elif case == "large":
         keys_LC *= 100
-    elif case == "zeros":
-        keys_LC[:], query_THC[1] = 0, 0
     else:
-        keys_LC[:, :24] = 3.25
-    token_T = torch.arange(180)
-    slots_T = cache.block_table_RN[0].long()[token_T // 16] * 16 + token_T % 16
-    cuda_latent.append(kernels, cache.pages_NSC, keys_LC, slots_T)
-    found_THR, expected_THR = attend(kernels, cache, query_THC, [3], 24), cache.exact(query_THC, [3], 24)
-    if case == "constant values":  # weights add up to one
-        assert torch.equal(found_THR, torch.full_like(found_THR, 3.25))
+        keys_LC[:], query_THC[1] = 0, 0
+    store(kernels, cache, keys_LC)
+    found_THR, expected_THR = attend(kernels, cache, query_THC, [3], 24, splits), cache.exact(query_THC, [3], 24)
     # Scores in the thousands carry float32's error into the exponent.
     assert float((found_THR - expected_THR).norm()) <= 1.5 * bar(dtype) * float(expected_THR.norm())
+
+
+def test_weights_add_up_to_one(kernels: ctypes.CDLL) -> None:
+    """One token takes twice the weight of the others, which is far from a bfloat16: all of them are off alike."""
+    cache = Cache([180], 48, torch.bfloat16)
+    query_THC = torch.zeros(1, 4, 48).bfloat16()
+    keys_LC = cache.keys[0]
+    keys_LC[:, 47], keys_LC[0, 47], query_THC[..., 47] = 0, 1.7265625, 4
+    keys_LC[:, :24] += 3
+    store(kernels, cache, keys_LC)
+    expected = cache.exact(query_THC, [1], 24)
+    found = attend(kernels, cache, query_THC, [1], 24).double()
+    assert abs(float((found * expected).sum() / expected.square().sum()) - 1) < 5e-4
 
 
 def test_a_query_that_is_not_finite_stays_visible(kernels: ctypes.CDLL) -> None:
@@ -147,6 +162,16 @@ def test_structs_have_the_sizes_the_library_was_built_with(kernels: ctypes.CDLL)
     sizes = (ctypes.c_int64 * 2)()
     kernels.kvc_cuda_latent_struct_sizes(sizes)
     assert list(sizes) == [ctypes.sizeof(struct) for struct in (cuda_latent.AttendArgs, cuda_latent.AppendArgs)]
+
+
+@pytest.mark.parametrize(("kilobytes", "channels"), [(227, 2272), (163, 1584), (99, 896)])
+def test_most_channels(kernels: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, kilobytes: int, channels: int) -> None:
+    """Of an H200, an A100 and an RTX 4090; the kernels keep to it, with fewer tiles on their way."""
+    monkeypatch.setenv("KVC_EMULATED_SHARED_BYTES", str(kilobytes * 1024))
+    assert cuda_latent.most_channels.__wrapped__(kernels) == channels
+    for few, rank, heads in ((channels, 40, 1), (576, 512, 20)):
+        cache = Cache([70], few, torch.float16)
+        assert_exact(kernels, cache, cache.query(1, heads, torch.float16), [1], rank)
 
 
 def test_what_the_kernels_do_not_cover(kernels: ctypes.CDLL) -> None:
