@@ -3,6 +3,8 @@
 
 #include <type_traits>
 
+#include "latent_append.h"
+#include "latent_attend.h"
 #include "latent_merge.h"
 
 namespace kvcompress::cuda {
@@ -143,6 +145,6 @@ int32_t kvc_cuda_latent_append(const kvc_cuda_latent_append_args* from) {
     const bool wide = on_16_bytes(args.pages) && on_16_bytes(args.keys) &&
                       (args.block_stride | args.token_stride | args.key_stride | args.token_bytes) % 16 == 0;
     const Grid tokens{static_cast<int>(from->num_tokens), 1, 1};
-    return wide ? launch<latent_append<uint4>>(tokens, kMergeThreads, 0, from->stream, args)
-                : launch<latent_append<uint16_t>>(tokens, kMergeThreads, 0, from->stream, args);
+    return wide ? launch<latent_append<uint4>>(tokens, kAppendThreads, 0, from->stream, args)
+                : launch<latent_append<uint16_t>>(tokens, kAppendThreads, 0, from->stream, args);
 }

@@ -16,6 +16,9 @@
 // output is cut into slices of 512 channels, each a block's own.
 #pragma once
 
+#include "latent_numbers.h"
+#include "latent_output.h"
+#include "latent_queries.h"
 #include "latent_tiles.h"
 
 namespace kvcompress::cuda {
@@ -31,82 +34,7 @@ struct LatentShape {
     static_assert(ROWS * kRowLanes <= kLatentThreads && ROWS * kRowLanes % 32 == 0);
 };
 
-// Steps of 16 channels that a warp of a narrow kernel has queries for.
-constexpr int kLatentSteps = 9;
 constexpr int kNarrowChannels = 16 * kLatentSteps * LatentShape<32, 32>::kParts;
-
-template <bool BF16>
-KVC_DEVICE void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    const uint32_t b[2] = {b0, b1};
-    if constexpr (BF16)
-        mma_bfloat16(c, a[0], a[1], a[2], a[3], b);
-    else
-        mma(c, a[0], a[1], a[2], a[3], b);
-}
-
-template <bool BF16>
-KVC_DEVICE uint32_t pair_of(float low, float high) {
-    return BF16 ? bfloats_of(low, high) : halves_of(low, high);
-}
-
-template <bool BF16>
-KVC_DEVICE float number_of(uint32_t pair, int e) {
-    if (!BF16) return half_to_float(static_cast<uint16_t>(e ? pair >> 16 : pair));
-    union {
-        uint32_t bits;
-        float number;
-    } wide{e ? pair & 0xffff0000 : pair << 16};
-    return wide.number;
-}
-
-// Query rows 16 m + g and 16 m + g + 8 as the first operand, channels 16 step ...
-template <int TILES>
-KVC_DEVICE void load_queries(const LatentArgs& args, const LatentRows& rows, int part, int parts, uint32_t (&query)[TILES][kLatentSteps][4]) {
-    const int lane = thread_index() % 32, g = lane / 4, t = lane % 4, steps = args.token_bytes / 32;
-    KVC_UNROLL
-    for (int i = 0; i < 2 * TILES; ++i) {
-        const int row = 8 * i + g;
-        const bool used = row < rows.count;
-        const uint16_t* from = args.query;
-        if (used) from += rows.token(args, row) * args.query_token_stride + rows.head(args, row) * args.query_head_stride;
-        KVC_UNROLL
-        for (int n = 0; n < kLatentSteps; ++n) {
-            const int step = part + n * parts;
-            const auto* pair = reinterpret_cast<const uint32_t*>(from) + 8 * step + t;
-            const bool there = used && step < steps;
-            query[i / 2][n][i % 2] = there ? pair[0] : 0;
-            query[i / 2][n][i % 2 + 2] = there ? pair[4] : 0;
-        }
-    }
-}
-
-// The same rows in shared memory.
-template <int ROWS>
-KVC_DEVICE void stage_queries(const LatentArgs& args, const LatentRows& rows, uint8_t* to) {
-    const int words = args.token_bytes / 4;
-    for (int row = thread_index() / 32; row < ROWS; row += kLatentWarps) {
-        const bool used = row < rows.count;
-        const uint16_t* from = args.query;
-        if (used) from += rows.token(args, row) * args.query_token_stride + rows.head(args, row) * args.query_head_stride;
-        auto* there = reinterpret_cast<uint32_t*>(to + row * (args.token_bytes + kTokenPadding));
-        for (int i = thread_index() % 32; i < words; i += 32) there[i] = used ? reinterpret_cast<const uint32_t*>(from)[i] : 0;
-    }
-}
-
-// A split without tokens. Alone, it is a request without tokens.
-template <int ROWS>
-KVC_DEVICE void write_no_latents(const LatentArgs& args, const LatentRows& rows, int slice) {
-    const int thread = thread_index();
-    if (args.splits > 1) {
-        if (slice == 0 && thread < rows.count)
-            args.levels[block_y() * args.rows + rows.token(args, thread) * args.num_heads + rows.head(args, thread)] = -INFINITY;
-        return;
-    }
-    for (int row = thread / 32; row < rows.count; row += kLatentWarps) {
-        uint16_t* to = args.output + rows.token(args, row) * args.output_token_stride + rows.head(args, row) * args.output_head_stride;
-        for (int i = kSliceChannels * slice + thread % 32; i < args.rank && i < kSliceChannels * (slice + 1); i += 32) to[i] = 0;
-    }
-}
 
 template <bool BF16, int ROWS, int TOKENS, bool WIDE>
 KVC_KERNEL_OF(kLatentThreads, ROWS == 16 ? 2 : 1) latent_attend(KVC_ARGUMENT(LatentArgs) args) {
@@ -279,31 +207,7 @@ KVC_KERNEL_OF(kLatentThreads, ROWS == 16 ? 2 : 1) latent_attend(KVC_ARGUMENT(Lat
     for (int lanes = 1; lanes < Shape::kRowLanes; lanes *= 2) sum += shuffle_xor(sum, lanes);
     if (own_row < ROWS && own_token == 0) state[own_row] = {largest, sum};
     sync_block();  // every row's end is known
-    KVC_UNROLL
-    for (int i = 0; i < 2 * kTiles; ++i) {
-        const int row = 8 * i + g;
-        if (row >= rows.count) continue;
-        const float2 level = state[row];
-        const float share_of_one = 1 / level.y;
-        const int64_t token = rows.token(args, row);
-        const int head = rows.head(args, row);
-        const int64_t number = block_y() * args.rows + token * args.num_heads + head;
-        if (args.splits > 1 && slice == 0 && warp == 0 && t == 0) args.levels[number] = level.x + log2_of(level.y);
-        KVC_UNROLL
-        for (int n = 0; n < 2 * kUnits; ++n) {
-            const int channel = kSliceChannels * slice + 16 * (kLatentWarps * (n / 2) + warp) + 8 * (n % 2) + 2 * t;
-            const float low = o[i / 2][n][2 * (i % 2)] * share_of_one, high = o[i / 2][n][2 * (i % 2) + 1] * share_of_one;
-            if (args.splits > 1) {
-                if (channel < padded_rank(args.rank))
-                    *reinterpret_cast<float2*>(args.partial + number * padded_rank(args.rank) + channel) = {low, high};
-            } else {
-                uint16_t* to = args.output + token * args.output_token_stride + head * args.output_head_stride + channel;
-                const uint32_t pair = pair_of<BF16>(low, high);
-                if (channel < args.rank) to[0] = static_cast<uint16_t>(pair);
-                if (channel + 1 < args.rank) to[1] = static_cast<uint16_t>(pair >> 16);
-            }
-        }
-    }
+    write_latents<BF16, kTiles, kUnits>(args, rows, slice, state, o);
 }
 
 }  // namespace kvcompress::cuda

@@ -1,7 +1,8 @@
-// Merging the splits of a row of latents, and storing tokens.
+// Merging the splits of a row of latents.
 #pragma once
 
-#include "latent_attend.h"
+#include "latent_args.h"
+#include "latent_numbers.h"
 
 namespace kvcompress::cuda {
 
@@ -58,26 +59,6 @@ KVC_KERNEL_OF(kMergeThreads, 8) latent_merge(KVC_ARGUMENT(LatentArgs) args) {
         for (int i = 0; i < 4; ++i)
             if (channel + i < args.rank) to[channel + i] = static_cast<uint16_t>(pairs[i / 2] >> (16 * (i % 2)));
     }
-}
-
-struct LatentAppendArgs {
-    uint8_t* pages;
-    const uint8_t* keys;
-    int64_t block_stride, token_stride, key_stride;  // bytes
-    const int64_t* slots;
-    int64_t num_slots;
-    int block_size, token_bytes;
-};
-
-// A block per token.
-template <typename Word>
-KVC_KERNEL_OF(kMergeThreads, 8) latent_append(KVC_ARGUMENT(LatentAppendArgs) args) {
-    const int64_t slot = args.slots[block_x()];
-    if (slot < 0 || slot >= args.num_slots) return;
-    const auto* from = reinterpret_cast<const Word*>(args.keys + block_x() * args.key_stride);
-    auto* to = reinterpret_cast<Word*>(args.pages + slot / args.block_size * args.block_stride + slot % args.block_size * args.token_stride);
-    const int words = args.token_bytes / static_cast<int>(sizeof(Word));
-    for (int i = thread_index(); i < words; i += kMergeThreads) to[i] = from[i];
 }
 
 }  // namespace kvcompress::cuda
