@@ -11,6 +11,7 @@
 
 #define KVC_DEVICE __device__ __forceinline__
 #define KVC_BOTH __host__ __device__ constexpr
+// At least so many blocks per multiprocessor.
 #define KVC_KERNEL_OF(threads, blocks) static __global__ void __launch_bounds__(threads, blocks)
 // Two blocks per multiprocessor at least.
 #define KVC_KERNEL(threads) static __global__ void __launch_bounds__(threads, 2)

@@ -3,9 +3,8 @@
 //
 // What it is strict about: lanes that meet in different instructions, waits that can never end, copies read before they
 // were waited for (they happen no earlier), what they overwrite read after they were asked for (it is NaN from then on),
-// and shared memory read before it was written (it begins as NaN). Sums of
-// tensor cores are rounded towards zero after every product, which is what the hardware is known to do at worst
-// (Ootomo & Yokota, 2022, arXiv 2203.03341).
+// and shared memory read before it was written (it begins as NaN). Sums of tensor cores are rounded towards zero after
+// every product, which is what the hardware is known to do at worst (Ootomo & Yokota, 2022, arXiv 2203.03341).
 #pragma once
 
 #include <math.h>

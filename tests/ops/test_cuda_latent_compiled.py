@@ -11,18 +11,20 @@ from tests.ops.test_cuda_compiled import ARCHITECTURES, Compiled, Kernel, compil
 
 
 class Budget(NamedTuple):
+    """Of a kernel, and of its loop over tiles."""
+
     registers: int
-    products: int
-    """Of a warp and tile of tokens: 9 steps of channels and 8 of output channels, or 1 in the loop and 4."""
     instructions: int
+    products: int | None
+    """9 steps of channels and 8 of output channels, for each 16 rows; None where the steps are a loop of their own."""
 
 
 BUDGETS = {
     # Rows and tokens of a tile; whether for more channels than the narrow kernel takes. One block of 256 threads has a
     # multiprocessor to itself with 32 rows; two with 16 rows, and 128 registers.
-    (32, 32, 0): Budget(224, 9 * 4 + 8 * 4, 600),
-    (16, 32, 0): Budget(128, 9 * 2 + 8 * 2, 530),
-    (16, 16, 1): Budget(128, 0, 470),
+    (32, 32, 0): Budget(224, 600, 2 * (9 * 2 + 8 * 2)),
+    (16, 32, 0): Budget(128, 530, 9 * 2 + 8 * 2),
+    (16, 16, 1): Budget(128, 470, None),
 }
 
 
@@ -57,7 +59,8 @@ def test_main_loops(compiled: Compiled) -> None:
     assert {architecture for architecture, _ in loops} == set(ARCHITECTURES)
     for (architecture, name), loop in loops.items():
         budget = BUDGETS[instance(name)]
-        assert loop["HMMA"] == budget.products or not budget.products, (name, loop)
+        assert loop["HMMA"] > 0, (name, loop)
+        assert budget.products in (None, loop["HMMA"]), (name, loop)
         assert loop["LDSM"], (name, loop)
         for slow in ("I2F", "I2FP", "LDL", "STL"):
             assert not loop[slow], (name, slow, loop)
