@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import platform
 import re
@@ -37,7 +38,7 @@ def main() -> None:
         )
         sys.exit(2)
     # Not before: what they import needs a GPU to be of use.
-    from benchmarks.gpu import build, check, profile, sweep, timing
+    from benchmarks.gpu import build, check, latents, profile, sweep, timing
 
     begin = time.monotonic()
 
@@ -89,6 +90,16 @@ def main() -> None:
                     result["skipped"].append([instance, context, batch])
                 torch.cuda.empty_cache()
             print_rows(rows, context, batch, ceilings["read_bytes_per_s"])
+    say("MLA latents")
+    result["latents"] = []
+    for heads, context, batch in itertools.product(latents.HEADS, sweep.CONTEXTS, sweep.BATCHES):
+        if left() < sum(SECONDS_FOR_TOOLS.values()) + 10:
+            result["skipped"].append(["latents", heads, context, batch])
+            continue
+        found = latents.measure(heads, context, batch)
+        latents.print_rows(found, ceilings["read_bytes_per_s"])
+        result["latents"] += found
+        torch.cuda.empty_cache()
     say("encoding")
     result["encoding"] = sweep.encoding()
     for row in result["encoding"]:

@@ -48,15 +48,15 @@ bool make_pages(const kvc_pages& from, Pages& pages) {
 }
 
 // Bits of a side whose channels all have the same and fill whole tiles, or 0.
-int uniform_bits(const Side& side) {
+int uniform_bits(const Side& side, bool outliers) {
     for (int tile = 0; tile < side.num_tiles; ++tile)
         if (side.tiles[tile].bits != side.tiles[0].bits || side.tiles[tile].units != 2) return 0;
-    return has_tiles(side.num_tiles) ? side.tiles[0].bits : 0;
+    return has_tiles(side.num_tiles, outliers) ? side.tiles[0].bits : 0;
 }
 
 int start_any(const LaunchShape& shape, bool outliers, const AttendArgs& args) {
     const Side &k = args.pages.k, &v = args.pages.v;
-    const int k_bits = uniform_bits(k), v_bits = k.num_tiles == v.num_tiles ? uniform_bits(v) : 0;
+    const int k_bits = uniform_bits(k, outliers), v_bits = k.num_tiles == v.num_tiles ? uniform_bits(v, outliers) : 0;
 #define KVC_TRY(K_BITS, V_BITS) \
     if (K_BITS && k_bits == K_BITS && v_bits == V_BITS) return start_decode<K_BITS, V_BITS>(shape, outliers, args);
     KVC_DECODE_INSTANCES(KVC_TRY)
@@ -84,6 +84,13 @@ int64_t lay_out(AttendArgs& args, bool outliers, int warps) {
     return at;
 }
 
+// As many warps as there is room for; 0 for none.
+int warps_for(AttendArgs& args, bool outliers, int64_t limit) {
+    int warps = kMaxThreads / 32;
+    while (warps && lay_out(args, outliers, warps) > limit) warps /= 2;
+    return warps;
+}
+
 EncodeSide encode_side(const kvc_rows& rows, const float* mean, const float* encode, const float* weight) {
     return {{rows.data, rows.token_stride, rows.head_stride, rows.dtype}, mean, encode, weight};
 }
@@ -103,6 +110,14 @@ void kvc_cuda_struct_sizes(int64_t sizes[3]) {
 
 const char* kvc_cuda_error_text(int32_t error) { return error_text(error); }
 
+int32_t kvc_cuda_covers(const kvc_pages* pages) {
+    AttendArgs args{};
+    if (!make_pages(*pages, args.pages)) return -KVC_BAD_SHAPE;
+    int64_t limit = 0;
+    if (const int error = shared_limit(limit)) return error;
+    return warps_for(args, pages->k.outliers || pages->v.outliers, limit) ? KVC_OK : -KVC_BAD_SHAPE;
+}
+
 int32_t kvc_cuda_attend(const kvc_cuda_attend_args* from) {
     AttendArgs args{};
     if (!make_pages(from->pages, args.pages) || from->splits < 1 || from->num_heads <= 0 || from->num_heads % args.pages.num_heads)
@@ -121,10 +136,9 @@ int32_t kvc_cuda_attend(const kvc_cuda_attend_args* from) {
     args.softmax_scale = from->softmax_scale;
     int64_t limit = 0;
     if (const int error = shared_limit(limit)) return error;
-    int warps = kMaxThreads / 32;
-    while (warps > 1 && lay_out(args, outliers, warps) > limit) warps /= 2;
+    const int warps = warps_for(args, outliers, limit);
+    if (!warps) return -KVC_BAD_SHAPE;
     const int64_t shared_bytes = lay_out(args, outliers, warps);
-    if (shared_bytes > limit) return -KVC_BAD_SHAPE;
     const LaunchShape shape{{from->splits, args.pages.num_heads * args.row_tiles, from->num_requests}, 32 * warps, shared_bytes, from->stream};
     const int error = start_any(shape, outliers, args);
     if (error || !partial) return error;

@@ -9,10 +9,14 @@ int start_decode(const LaunchShape& shape, bool outliers, const AttendArgs& args
         return launch<decode<K_BITS, V_BITS, tiles.value, has_outliers.value>>(shape.grid, shape.threads, shape.shared_bytes, shape.stream, args);
     };
     const auto with_tiles = [&](auto has_outliers) {
-        if constexpr (K_BITS == 0)
-            return start(Bits<kMaxTiles>{}, has_outliers);
-        else
-            return args.pages.v.num_tiles == 4 ? start(Bits<4>{}, has_outliers) : start(Bits<8>{}, has_outliers);
+        const int tiles = args.pages.k.num_tiles > args.pages.v.num_tiles ? args.pages.k.num_tiles : args.pages.v.num_tiles;
+        if constexpr (K_BITS == 0) {
+            return tiles > kUsualTiles ? start(Bits<kMaxTiles>{}, has_outliers) : start(Bits<kUsualTiles>{}, has_outliers);
+        } else {
+            if constexpr (has_tiles(16, has_outliers.value))
+                if (tiles == 16) return start(Bits<16>{}, has_outliers);
+            return tiles == 4 ? start(Bits<4>{}, has_outliers) : start(Bits<8>{}, has_outliers);
+        }
     };
     if constexpr (K_BITS == 16)
         return with_tiles(Bits<false>{});

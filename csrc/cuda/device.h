@@ -11,6 +11,8 @@
 
 #define KVC_DEVICE __device__ __forceinline__
 #define KVC_BOTH __host__ __device__ constexpr
+// At least so many blocks per multiprocessor.
+#define KVC_KERNEL_OF(threads, blocks) static __global__ void __launch_bounds__(threads, blocks)
 // Two blocks per multiprocessor at least.
 #define KVC_KERNEL(threads) static __global__ void __launch_bounds__(threads, 2)
 #define KVC_ARGUMENT(type) const __grid_constant__ type
@@ -80,6 +82,32 @@ KVC_DEVICE void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b[0]), "r"(b[1]));
 }
 
+// halves_of and mma in bfloat16.
+KVC_DEVICE uint32_t bfloats_of(float low, float high) {
+    uint32_t pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+KVC_DEVICE void mma_bfloat16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, const uint32_t (&b)[2]) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b[0]), "r"(b[1]));
+}
+
+// Four 8 x 8 matrices of 16-bit numbers from shared memory. Lane 8 i + j knows where row j of matrix i begins, on 16
+// bytes; lane 4 g + t gets entries 2 t and 2 t + 1 of row g of every matrix, or of column g if they are transposed.
+template <bool TRANSPOSED>
+KVC_DEVICE void load_matrices(uint32_t (&matrix)[4], const void* row) {
+    if constexpr (TRANSPOSED)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+            : "=r"(matrix[0]), "=r"(matrix[1]), "=r"(matrix[2]), "=r"(matrix[3])
+            : "r"(shared_address(row)) : "memory");
+    else
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+            : "=r"(matrix[0]), "=r"(matrix[1]), "=r"(matrix[2]), "=r"(matrix[3])
+            : "r"(shared_address(row)) : "memory");
+}
+
 // An 8 x 8 matrix of halves, lane 4 g + t holding row g, columns 2 t and 2 t + 1: its transpose.
 KVC_DEVICE uint32_t transpose(uint32_t a) {
     uint32_t result;
@@ -106,13 +134,19 @@ KVC_DEVICE void init_barrier(uint64_t* barrier) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
 }
 KVC_DEVICE void publish_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-KVC_DEVICE void copy_bulk(void* shared, const void* global, int bytes, uint64_t* barrier) {
-    const uint32_t at = shared_address(barrier);
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
+// A barrier's phase ends when one lane has said how many bytes to expect and that many have come, in either order.
+KVC_DEVICE void expect_bytes(uint64_t* barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+}
+KVC_DEVICE void copy_bulk_of(void* shared, const void* global, int bytes, uint64_t* barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                      shared_address(shared)),
-                 "l"(global), "r"(bytes), "r"(at)
+                 "l"(global), "r"(bytes), "r"(shared_address(barrier))
                  : "memory");
+}
+KVC_DEVICE void copy_bulk(void* shared, const void* global, int bytes, uint64_t* barrier) {
+    expect_bytes(barrier, bytes);
+    copy_bulk_of(shared, global, bytes, barrier);
 }
 KVC_DEVICE void wait_barrier(uint64_t* barrier, uint32_t parity) {
     asm volatile(

@@ -2,9 +2,9 @@
 // meet. For tests only; slow.
 //
 // What it is strict about: lanes that meet in different instructions, waits that can never end, copies read before they
-// were waited for (they happen no earlier), and shared memory read before it was written (it begins as NaN). Sums of
-// tensor cores are rounded towards zero after every product, which is what the hardware is known to do at worst
-// (Ootomo & Yokota, 2022, arXiv 2203.03341).
+// were waited for (they happen no earlier), what they overwrite read after they were asked for (it is NaN from then on),
+// and shared memory read before it was written (it begins as NaN). Sums of tensor cores are rounded towards zero after
+// every product, which is what the hardware is known to do at worst (Ootomo & Yokota, 2022, arXiv 2203.03341).
 #pragma once
 
 #include <math.h>
@@ -20,6 +20,7 @@
 
 #define KVC_DEVICE inline
 #define KVC_BOTH constexpr
+#define KVC_KERNEL_OF(threads, blocks) static void
 #define KVC_KERNEL(threads) static void
 #define KVC_ARGUMENT(type) const type&
 #define KVC_UNROLL
@@ -38,6 +39,9 @@ struct uint4 {
 };
 struct float2 {
     float x, y;
+};
+struct float4 {
+    float x, y, z, w;
 };
 
 namespace kvcompress::cuda {
@@ -76,12 +80,14 @@ struct Meeting {
 struct Warp {
     Meeting meeting;
     uint32_t a[kLanes][4], b[kLanes][2], word[kLanes];
+    const uint8_t* row[kLanes];
     float c[kLanes][4];
     bool vote = false;
 };
 
 struct Barrier {
     uint32_t phase = 0;
+    size_t expected = 0, asked = 0;  // bytes
     std::vector<Copy> copies;
 };
 
@@ -186,18 +192,33 @@ inline uint16_t nearest_half(float x) {
     return static_cast<uint16_t>(sign | (((bits + 0xfff + (bits >> 13 & 1)) >> 13) - (112 << 10)));
 }
 
+inline float bfloat_value(uint32_t pair, int e) {
+    const uint32_t bits = e ? pair & 0xffff0000 : pair << 16;
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+inline uint16_t nearest_bfloat(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    if (x != x) return 0x7fff;
+    return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
 inline float towards_zero(double x) {
     const auto nearest = static_cast<float>(x);
     return fabs(static_cast<double>(nearest)) > fabs(x) && isfinite(nearest) ? nextafterf(nearest, 0.f) : nearest;
 }
 
-inline void multiply(Warp& w) {
+template <float (*VALUE)(uint32_t, int)>
+void multiply(Warp& w) {
     float a[16][16], b[16][8];
     for (int lane = 0; lane < kLanes; ++lane) {
         const int g = lane / 4, t = lane % 4;
         for (int e = 0; e < 2; ++e) {
-            for (int i = 0; i < 4; ++i) a[g + 8 * (i % 2)][2 * t + e + 8 * (i / 2)] = half_value(w.a[lane][i], e);
-            for (int i = 0; i < 2; ++i) b[2 * t + e + 8 * i][g] = half_value(w.b[lane][i], e);
+            for (int i = 0; i < 4; ++i) a[g + 8 * (i % 2)][2 * t + e + 8 * (i / 2)] = VALUE(w.a[lane][i], e);
+            for (int i = 0; i < 2; ++i) b[2 * t + e + 8 * i][g] = VALUE(w.b[lane][i], e);
         }
     }
     for (int lane = 0; lane < kLanes; ++lane)
@@ -232,9 +253,12 @@ inline void run_block(Block& it, int64_t shared_bytes) {
         fiber.start.uc_link = nullptr;
         makecontext(&fiber.start, run_fiber, 0);
     }
+    // The first thread, which often prepares something for all, is the last to begin.
+    it.current = it.threads > 1;
     if (!_setjmp(it.finished)) {
-        it.fibers[0].started = true;
-        setcontext(&it.fibers[0].start);
+        Fiber& first = it.fibers[static_cast<size_t>(it.current)];
+        first.started = true;
+        setcontext(&first.start);
     }
     block = nullptr;
 }
@@ -286,15 +310,45 @@ inline uint32_t halves_of(float low, float high) { return float_to_half(low) | s
 inline float exp2_of(float x) { return exp2f(x); }
 inline float log2_of(float x) { return log2f(x); }
 
+namespace emulate {
+
+template <float (*VALUE)(uint32_t, int)>
+void meet_to_multiply(const char* name, float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    Warp& w = warp();
+    memcpy(w.a[lane()], a, sizeof a);
+    memcpy(w.b[lane()], b, sizeof b);
+    memcpy(w.c[lane()], c, sizeof c);
+    meet(w.meeting, name, [&] { multiply<VALUE>(w); });
+    memcpy(c, w.c[lane()], sizeof c);
+}
+
+}  // namespace emulate
+
 inline void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, const uint32_t (&b)[2]) {
+    emulate::meet_to_multiply<emulate::half_value>("mma", c, {a0, a1, a2, a3}, b);
+}
+inline uint32_t bfloats_of(float low, float high) {
+    return emulate::nearest_bfloat(low) | static_cast<uint32_t>(emulate::nearest_bfloat(high)) << 16;
+}
+inline void mma_bfloat16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, const uint32_t (&b)[2]) {
+    emulate::meet_to_multiply<emulate::bfloat_value>("mma_bfloat16", c, {a0, a1, a2, a3}, b);
+}
+
+template <bool TRANSPOSED>
+void load_matrices(uint32_t (&matrix)[4], const void* row) {
+    if (reinterpret_cast<uintptr_t>(row) % 16) emulate::fail("a row is not aligned", "load_matrices");
     emulate::Warp& w = emulate::warp();
-    const int lane = emulate::lane();
-    const uint32_t a[4] = {a0, a1, a2, a3};
-    memcpy(w.a[lane], a, sizeof a);
-    memcpy(w.b[lane], b, sizeof b);
-    memcpy(w.c[lane], c, sizeof c);
-    emulate::meet(w.meeting, "mma", [&] { emulate::multiply(w); });
-    memcpy(c, w.c[lane], sizeof c);
+    const int lane = emulate::lane(), g = lane / 4, t = lane % 4;
+    w.row[lane] = static_cast<const uint8_t*>(row);
+    emulate::meet(w.meeting, "load_matrices", [] {});
+    const auto entry = [&](int i, int at, int number) {
+        uint16_t x;
+        memcpy(&x, w.row[8 * i + at] + 2 * number, 2);
+        return static_cast<uint32_t>(x);
+    };
+    for (int i = 0; i < 4; ++i)
+        matrix[i] = TRANSPOSED ? entry(i, 2 * t, g) | entry(i, 2 * t + 1, g) << 16 : entry(i, g, 2 * t) | entry(i, g, 2 * t + 1) << 16;
+    emulate::meet(w.meeting, "load_matrices", [] {});
 }
 
 inline uint32_t transpose(uint32_t a) {
@@ -314,6 +368,7 @@ inline void flip_bits(uint32_t* p, uint32_t bits) { *p ^= bits; }
 inline void copy_16_bytes(void* shared, const void* global) {
     if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16)
         emulate::fail("a copy is not aligned", "copy_16_bytes");
+    memset(shared, 0xff, 16);
     emulate::block->fibers[static_cast<size_t>(emulate::block->current)].open.push_back({shared, global, 16});
 }
 inline void commit_copies() {
@@ -332,21 +387,35 @@ void wait_copies_but() {
 
 inline void init_barrier(uint64_t* barrier) { emulate::block->barriers[barrier] = {}; }
 inline void publish_barriers() {}
-inline void copy_bulk(void* shared, const void* global, int bytes, uint64_t* barrier) {
+inline void expect_bytes(uint64_t* barrier, int bytes) {
+    emulate::Barrier& it = emulate::block->barriers.at(barrier);
+    if (it.expected) emulate::fail("a barrier is told twice what to expect", "expect_bytes");
+    it.expected = static_cast<size_t>(bytes);
+    emulate::block->idle = 0;
+}
+inline void copy_bulk_of(void* shared, const void* global, int bytes, uint64_t* barrier) {
     if (bytes % 16 || reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16)
         emulate::fail("a copy is not aligned", "copy_bulk");
-    emulate::block->barriers.at(barrier).copies.push_back({shared, global, static_cast<size_t>(bytes)});
+    emulate::Barrier& it = emulate::block->barriers.at(barrier);
+    memset(shared, 0xff, static_cast<size_t>(bytes));
+    it.copies.push_back({shared, global, static_cast<size_t>(bytes)});
+    it.asked += static_cast<size_t>(bytes);
     emulate::block->idle = 0;
+}
+inline void copy_bulk(void* shared, const void* global, int bytes, uint64_t* barrier) {
+    expect_bytes(barrier, bytes);
+    copy_bulk_of(shared, global, bytes, barrier);
 }
 inline void wait_barrier(uint64_t* barrier, uint32_t parity) {
     emulate::Barrier& it = emulate::block->barriers.at(barrier);
     while (it.phase == parity) {
-        if (it.copies.empty()) {
+        if (!it.expected || it.asked != it.expected) {
             emulate::yield("wait_barrier");
             continue;
         }
         for (const emulate::Copy& copy : it.copies) memcpy(copy.to, copy.from, copy.bytes);
         it.copies.clear();
+        it.expected = it.asked = 0;
         it.phase ^= 1;
     }
 }
@@ -367,8 +436,10 @@ int launch(Grid grid, int threads, int64_t shared_bytes, void*, const Args& args
     return 0;
 }
 
+// A test may want a smaller GPU.
 inline int shared_limit(int64_t& limit) {
-    limit = 227 * 1024;
+    const char* chosen = getenv("KVC_EMULATED_SHARED_BYTES");
+    limit = chosen ? atoll(chosen) : 227 * 1024;
     return 0;
 }
 inline const char* error_text(int) { return "an error of the emulation"; }

@@ -11,7 +11,9 @@ template <int TOKENS, bool WHOLE>
 int start(const EncodeArgs& args, int64_t blocks, void* stream) {
     const int rank = args.pages.k.rank > args.pages.v.rank ? args.pages.k.rank : args.pages.v.rank;
     const int64_t bytes = 4 * TOKENS * (args.head_dim + rank) + (WHOLE ? args.pages.chunk_bytes : 0);
-    return launch<encode<TOKENS, WHOLE>>({static_cast<int>(blocks), args.pages.num_heads, 2}, kEncodeThreads, bytes, stream, args);
+    const Grid grid{static_cast<int>(blocks), args.pages.num_heads, 2};
+    return rank > kUsualRank ? launch<encode<TOKENS, WHOLE, kMaxRank>>(grid, kEncodeThreads, bytes, stream, args)
+                             : launch<encode<TOKENS, WHOLE, kUsualRank>>(grid, kEncodeThreads, bytes, stream, args);
 }
 
 }  // namespace

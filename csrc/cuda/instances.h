@@ -1,5 +1,5 @@
 // Which kernels are compiled. Decoding has an instance for every pair of widths below, of keys and of values; (0, 0)
-// takes bands of any widths and any number of channels up to 128.
+// takes bands of any widths and any number of channels up to 256.
 #pragma once
 
 #include "decode.h"
@@ -23,7 +23,8 @@ int start_decode(const LaunchShape& shape, bool outliers, const AttendArgs& args
 KVC_DECODE_INSTANCES(KVC_DECLARE)
 #undef KVC_DECLARE
 
-// Whether an instance for uniform widths has kernels for sides of this many tiles.
-constexpr bool has_tiles(int tiles) { return tiles == 4 || tiles == 8; }
+// Whether an instance for uniform widths has kernels for sides of this many tiles. Of 256 channels and outliers there is
+// little call for: (0, 0) takes them.
+constexpr bool has_tiles(int tiles, bool outliers) { return tiles == 4 || tiles == 8 || (tiles == 16 && !outliers); }
 
 }  // namespace kvcompress::cuda

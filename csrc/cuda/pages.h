@@ -5,7 +5,8 @@
 
 namespace kvcompress::cuda {
 
-constexpr int kMaxTiles = 9;  // of 128 channels, in bands with an odd number of units
+// Of 256 and of 128 channels, in bands with an odd number of units.
+constexpr int kMaxTiles = 17, kUsualTiles = 9;
 
 // Two neighbouring units of one band; one where a band ends with an odd one.
 struct Tile {

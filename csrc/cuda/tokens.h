@@ -5,7 +5,7 @@
 
 namespace kvcompress::cuda {
 
-constexpr int kMaxRank = 128;
+constexpr int kMaxRank = 256, kUsualRank = 128;  // kernels of their own: channels of a token take registers
 constexpr int kMaxOutliers = 2;
 
 enum Dtype { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };

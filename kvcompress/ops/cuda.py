@@ -14,8 +14,8 @@ from torch import Tensor
 
 from kvcompress.codec.layout import CHUNK_TOKENS, FRAGMENT, PageLayout
 from kvcompress.codec.spec import SideSpec
-from kvcompress.ops import cuda_library
-from kvcompress.ops.plan import DTYPES, LayerPlan, SidePlan, rows_struct
+from kvcompress.ops import cuda_library, interface
+from kvcompress.ops.plan import DTYPES, LayerPlan, SidePlan, rows_struct, side_struct
 
 ROWS = 8
 """Query rows of one block of threads."""
@@ -24,7 +24,7 @@ MOST_QUERIES = 64
 """Queries of a request that the attention kernel takes at a time: it reads the cache once for every eight rows."""
 
 _WARPS = 4
-_MAX_TILES = 9
+_MAX_TILES = 17
 
 
 def library_for(pages_NHX: Tensor, layout: PageLayout, plan: LayerPlan, *rows_THD: Tensor) -> ctypes.CDLL | None:
@@ -33,13 +33,27 @@ def library_for(pages_NHX: Tensor, layout: PageLayout, plan: LayerPlan, *rows_TH
         return None
     if any(rows.device != pages_NHX.device or rows.dtype not in DTYPES or rows.stride(-1) != 1 for rows in rows_THD):
         return None
-    return cuda_library.load()
+    found = cuda_library.load()
+    return found if found is not None and fits(found, layout, plan.k.spec, plan.v.spec) else None
 
 
 def covered(layout: PageLayout, plan: LayerPlan) -> bool:
     """Whether there is a kernel for these pages."""
     chunks = layout.block_size // CHUNK_TOKENS
     return layout.order == FRAGMENT and chunks & (chunks - 1) == 0 and _known(plan.k.spec) and _known(plan.v.spec)
+
+
+@functools.cache
+def fits(library: ctypes.CDLL, layout: PageLayout, k: SideSpec, v: SideSpec) -> bool:
+    """Whether the GPU's shared memory has room for what attention keeps of these pages: of all it covers on an H100 or
+    H200; not of 256 channels in 16 bits each on an A100, nor in 8 bits each on 8.6 and 8.9."""
+    pages = interface.Pages(
+        block_size=layout.block_size,
+        num_kv_heads=layout.num_kv_heads,
+        k=side_struct(k, layout.k),
+        v=side_struct(v, layout.v),
+    )
+    return bool(library.kvc_cuda_covers(ctypes.byref(pages)) == 0)
 
 
 def _known(side: SideSpec) -> bool:
@@ -119,7 +133,7 @@ def attend_latents(
     if splits is None:
         tiles = -(-longest * heads // (kv_heads * ROWS))
         context = block_table_RN.shape[1] * layout.block_size
-        splits = choose_splits(requests * kv_heads * tiles, context, _multiprocessors(absorbed_THR.device))
+        splits = choose_splits(requests * kv_heads * tiles, context, multiprocessors(absorbed_THR.device))
     partial = splits * tokens * heads * (plan.v.spec.rank + 1) if splits > 1 else 0
     workspace = absorbed_THR.new_empty(partial)
     args = cuda_library.AttendArgs(
@@ -138,7 +152,7 @@ def attend_latents(
         num_heads=heads,
         splits=splits,
         softmax_scale=softmax_scale,
-        stream=_stream(absorbed_THR.device),
+        stream=stream(absorbed_THR.device),
     )
     cuda_library.check(library, library.kvc_cuda_attend(ctypes.byref(args)))
     return mixed_THR, lse_TH
@@ -166,7 +180,7 @@ def append(
         slots=None if slots_T is None else slots_T.data_ptr(),
         blocks=None if blocks_N is None else blocks_N.data_ptr(),
         num_tokens=keys_THD.shape[0],
-        stream=_stream(keys_THD.device),
+        stream=stream(keys_THD.device),
         **_encode_tensors("k", plan.k),
         **_encode_tensors("v", plan.v),
     )
@@ -194,7 +208,7 @@ def gather(
         dtype=DTYPES[dtype],
         block_table=block_table_N.data_ptr(),
         num_tokens=length,
-        stream=_stream(pages_NHX.device),
+        stream=stream(pages_NHX.device),
     )
     cuda_library.check(library, library.kvc_cuda_gather(ctypes.byref(args)))
     return k_THR, v_THR
@@ -216,9 +230,11 @@ def _encode_tensors(name: str, side: SidePlan) -> dict[str, int]:
 
 
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; where kernels are emulated, one."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def _stream(device: torch.device) -> int:
+def stream(device: torch.device) -> int:
+    """Torch's current one on the device, as the C interface takes it."""
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0

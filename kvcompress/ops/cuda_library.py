@@ -10,8 +10,8 @@ from pathlib import Path
 
 from kvcompress.ops import interface, library
 
-ABI_VERSION = 1
-MAX_RANK = 128
+ABI_VERSION = 2
+MAX_RANK = 256
 BITS = (16, 8, 4, 2)
 
 PATH_VARIABLE = "KVCOMPRESS_CUDA_LIBRARY"

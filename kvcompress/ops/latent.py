@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvcompress.ops import interface, latent_reference, library
-from kvcompress.ops.attention import host_list, int32_rows
-from kvcompress.ops.plan import DTYPES, rows_covered, rows_struct
+from kvcompress.ops import cuda_latent, interface, latent_reference, library
+from kvcompress.ops.attention import host_list, int32_rows, most_queries
+from kvcompress.ops.plan import latent_pages_struct, rows_covered, rows_struct
 
 SPLIT_TOKENS = 1024
 """Tokens one thread attends at a time: fewer than of per-head pages, because all heads are one piece of work."""
@@ -24,8 +24,12 @@ def append(pages_NSC: Tensor, key_TC: Tensor, slots_T: Tensor) -> None:
     """Store tokens `[tokens, channels]` in their slots. Slots below 0 are padding and are skipped.
 
     Raises:
-        ValueError: a slot lies outside the cache.
+        ValueError: a slot lies outside the cache. On a GPU it is skipped.
     """
+    on_device = cuda_latent.library_for(pages_NSC)
+    if on_device is not None and cuda_latent.covers_append(pages_NSC, key_TC):
+        cuda_latent.append(on_device, pages_NSC, key_TC, slots_T)
+        return
     covered = _covered(pages_NSC) and rows_covered(key_TC) and key_TC.shape[1] == pages_NSC.shape[2]
     compiled = library.load() if covered else None
     if compiled is None:
@@ -34,7 +38,7 @@ def append(pages_NSC: Tensor, key_TC: Tensor, slots_T: Tensor) -> None:
     assert key_TC.shape[0] == slots_T.shape[0]
     slots_T = slots_T.to(torch.int64).contiguous()
     args = interface.LatentAppendArgs(
-        pages=_pages_struct(pages_NSC),
+        pages=latent_pages_struct(pages_NSC),
         keys=rows_struct(key_TC[:, None]),
         slots=slots_T.data_ptr(),
         num_tokens=slots_T.shape[0],
@@ -52,6 +56,7 @@ def attend(
     seq_lens: Tensor | Sequence[int],
     softmax_scale: float,
     split_tokens: int = SPLIT_TOKENS,
+    max_query_len: int | None = None,
 ) -> None:
     """Causal attention of every request's new tokens over all of its tokens, in float32.
 
@@ -63,11 +68,24 @@ def attend(
         query_starts: where each request's new tokens start in query and output, and where the last one's end.
         seq_lens: tokens of each request, new ones included.
         softmax_scale: on the product of query and cached vector.
-        split_tokens: a positive multiple of 64.
+        split_tokens: a positive multiple of 64; of no effect on a GPU.
+        max_query_len: the most queries of a request, for a GPU: its kernels read lengths on the device, and start
+            enough threads for any lengths.
 
     Raises:
-        ValueError: a request has more queries than tokens, or a block lies outside the cache.
+        ValueError: a request has more queries than tokens, or a block lies outside the cache; neither is looked for on
+            a GPU.
     """
+    on_device = cuda_latent.library_for(pages_NSC)
+    if on_device is not None and cuda_latent.covers_attention(on_device, output_THR, query_THC, pages_NSC):
+        if max_query_len is None:
+            max_query_len = most_queries(query_starts, query_THC.shape[0])
+        table_RN, starts_R, lengths_R = (
+            int32_rows(numbers, query_THC.device) for numbers in (block_table_RN, query_starts, seq_lens)
+        )
+        batch = (pages_NSC, table_RN, starts_R, lengths_R)
+        cuda_latent.attend(on_device, output_THR, query_THC, *batch, softmax_scale, max_query_len)
+        return
     compiled = library.load() if _covered(pages_NSC) and rows_covered(query_THC, output_THR) else None
     if compiled is None:
         starts, lengths = host_list(query_starts), host_list(seq_lens)
@@ -79,7 +97,7 @@ def attend(
     assert table_RN.shape[0] >= requests
     assert query_THC.shape[2] == pages_NSC.shape[2]
     args = interface.LatentAttendArgs(
-        pages=_pages_struct(pages_NSC),
+        pages=latent_pages_struct(pages_NSC),
         query=rows_struct(query_THC),
         output=rows_struct(output_THR),
         block_table=table_RN.data_ptr(),
@@ -102,18 +120,6 @@ def _covered(pages_NSC: Tensor) -> bool:
     return rows_covered(pages_NSC) and channels <= interface.MAX_LATENT_CHANNELS
 
 
-def _pages_struct(pages_NSC: Tensor) -> interface.LatentPages:
-    return interface.LatentPages(
-        data=pages_NSC.data_ptr(),
-        num_blocks=pages_NSC.shape[0],
-        block_stride=pages_NSC.stride(0),
-        token_stride=pages_NSC.stride(1),
-        block_size=pages_NSC.shape[1],
-        channels=pages_NSC.shape[2],
-        dtype=DTYPES[pages_NSC.dtype],
-    )
-
-
 @torch.library.custom_op("kvcompress::latent_append", mutates_args=("pages",))
 def append_op(pages: Tensor, keys: Tensor, slots: Tensor) -> None:
     """`append` for graphs."""
@@ -134,10 +140,12 @@ def attend_op(
     seq_lens: Tensor,
     rank: int,
     softmax_scale: float,
+    max_query_len: int | None = None,
 ) -> Tensor:
     """`attend` for graphs; the output's channels are the first `rank`."""
     output = query.new_zeros(*query.shape[:2], rank)
-    attend(output, query, pages, block_table, query_starts, seq_lens, softmax_scale)
+    batch = (block_table, query_starts, seq_lens)
+    attend(output, query, pages, *batch, softmax_scale, max_query_len=max_query_len)
     return output
 
 
@@ -150,5 +158,6 @@ def _(
     seq_lens: Tensor,
     rank: int,
     softmax_scale: float,
+    max_query_len: int | None = None,
 ) -> Tensor:
     return query.new_empty(*query.shape[:2], rank)

@@ -145,6 +145,19 @@ def rows_struct(rows_THD: Tensor) -> interface.Rows:
     return interface.Rows(rows_THD.data_ptr(), rows_THD.stride(0), rows_THD.stride(1), DTYPES[rows_THD.dtype])
 
 
+def latent_pages_struct(pages_NSC: Tensor) -> interface.LatentPages:
+    """The C description of a cache of MLA latents (`ops.latent`)."""
+    return interface.LatentPages(
+        data=pages_NSC.data_ptr(),
+        num_blocks=pages_NSC.shape[0],
+        block_stride=pages_NSC.stride(0),
+        token_stride=pages_NSC.stride(1),
+        block_size=pages_NSC.shape[1],
+        channels=pages_NSC.shape[2],
+        dtype=DTYPES[pages_NSC.dtype],
+    )
+
+
 def side_struct(spec: SideSpec, place: SideLayout) -> interface.Side:
     struct, bands = interface.Side(), merged_bands(spec)
     struct.rank, struct.num_bands, struct.outliers = spec.rank, len(bands), spec.outliers

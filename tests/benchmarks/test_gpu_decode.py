@@ -5,15 +5,17 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import check, profile, sweep
+from benchmarks.gpu import check, latents, profile, sweep
 from kvcompress.codec.layout import PageLayout
-from kvcompress.ops import cuda
+from kvcompress.ops import cuda, cuda_latent
 from kvcompress.ops.plan import LayerPlan
 from tests.ops import emulated
 
@@ -57,8 +59,9 @@ def on_device(monkeypatch: pytest.MonkeyPatch) -> None:
         return found if cuda.covered(layout, plan) else None
 
     monkeypatch.setattr(cuda, "library_for", library_for)
-    monkeypatch.setattr(check, "DEVICE", "cpu")
-    monkeypatch.setattr(sweep, "DEVICE", "cpu")
+    monkeypatch.setattr(cuda_latent, "library_for", lambda pages_NSC: found)
+    for module in (check, latents, sweep):
+        monkeypatch.setattr(module, "DEVICE", "cpu")
 
 
 @pytest.mark.usefixtures("on_device")
@@ -100,3 +103,35 @@ def test_steps_of_the_sweep(monkeypatch: pytest.MonkeyPatch, instance: str) -> N
     assert mixed_THR.isfinite().all()
     sweep.kernel_step(cache, 1)(0)
     sweep.whole_step(cache, 1)(0)
+
+
+@pytest.mark.usefixtures("on_device")
+def test_checks_of_latents_fail_on_wrong_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = cuda_latent.attend
+
+    def wrong(library: ctypes.CDLL, output_THR: Tensor, *args: Any) -> None:
+        right(library, output_THR, *args)
+        output_THR *= 1.02
+
+    monkeypatch.setattr(cuda_latent, "attend", wrong)
+    every = latents.checks
+    monkeypatch.setattr(check, "checks", lambda small: (item for item in every(small) if "graph" not in item[0]))
+    assert len(check.failures(small=True)) == 3
+
+
+@pytest.mark.usefixtures("on_device")
+def test_measuring_latents(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every step once, in the place of its time."""
+    monkeypatch.setattr(latents, "COLD_BYTES", 1)
+
+    def once(step: Callable[[int], None], copies: int) -> list[float]:
+        step(0)
+        return [2.0]
+
+    monkeypatch.setattr(latents, "microseconds", once)
+    rows = latents.measure(16, 64, 2)
+    assert [row["method"] for row in rows if "us" in row][:2] == ["latents", "append"]
+    assert "torch sdpa math" in [row["method"] for row in rows if "us" in row]
+    latents.print_rows(rows, 1e12)
+    # 2 * 64 * 1152 bytes in 2 us at 1e12 bytes per second; 2 * 16 * 64 * 2 * 1088 products' halves.
+    assert "latents                              2.0         7.4       2.2        1.00x" in capsys.readouterr().out

@@ -32,6 +32,17 @@ SIDES = [
     (128, bands((16, 96)), bands((4, 72))),
     (64, bands((4, 8)), bands((16, 40))),
     (128, bands((2, 128)), bands((8, 56), outliers=1)),
+    # Heads of 256 channels (Gemma, Qwen3-Next).
+    (256, bands((16, 256)), bands((16, 256))),
+    (256, bands((8, 256)), bands((8, 256))),
+    (256, bands((8, 256)), bands((4, 256))),
+    (256, bands((4, 256)), bands((4, 256))),
+    (256, bands((4, 256)), bands((2, 256))),
+    (256, bands((2, 256)), bands((2, 256))),
+    (256, bands((4, 256), outliers=1), bands((4, 256), outliers=2)),
+    (256, bands((8, 40), (4, 136), (2, 80)), bands((4, 192))),
+    (256, bands((4, 256)), bands((8, 64))),
+    (192, bands((4, 192)), bands((4, 192))),
 ]
 
 

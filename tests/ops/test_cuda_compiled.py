@@ -19,9 +19,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 ARCHITECTURES = ("sm_80", "sm_90")
-REGISTERS, WIDE_REGISTERS = 168, 192
+REGISTERS, WIDE_REGISTERS, LONG_REGISTERS = 168, 192, 224
 """Three blocks of four warps then fit on a multiprocessor, as its shared memory lets in two or three; with 8 or 16 bits
-on both sides it lets in one."""
+on both sides it lets in one. Of 256 channels, it lets in two with 2 bits and one with more."""
 
 INSTANCES = {
     f"decode {k} and {v} bits" if k != "0" else "decode bands": (int(k), int(v))
@@ -113,7 +113,8 @@ def test_registers_and_spills(compiled: Compiled) -> None:
     for kernel in compiled.kernels:
         assert kernel.spilled == 0, kernel
         assert kernel.stack == 0, kernel
-        assert kernel.registers <= (WIDE_REGISTERS if wide else REGISTERS), kernel
+        long = re.search(r"6decodeI.*ELi16ELb", kernel.name)
+        assert kernel.registers <= (LONG_REGISTERS if long else WIDE_REGISTERS if wide else REGISTERS), kernel
 
 
 @pytest.mark.parametrize("compiled", INSTANCES, indirect=True, scope="module")
@@ -140,8 +141,8 @@ def test_instructions_per_chunk(compiled: Compiled) -> None:
         assert loop["HMMA"] == 68, (key, loop)
 
 
-def main_loops(objects: Path) -> dict[tuple[str, str], Counter[str]]:
-    """Instructions of every decode kernel's loop over chunks: the backward branch around most products."""
+def main_loops(objects: Path, kernel: str = "decode") -> dict[tuple[str, str], Counter[str]]:
+    """Instructions of every such kernel's loop over chunks: the backward branch around most products."""
     cuobjdump = disassembler()
     if cuobjdump is None:
         pytest.skip("no cuobjdump (pip install nvidia-cuda-cuobjdump), so instructions cannot be looked at")
@@ -154,7 +155,7 @@ def main_loops(objects: Path) -> dict[tuple[str, str], Counter[str]]:
     for part in re.split(r"(?=code for sm_|Function : )", done.stdout):
         if head := re.match(r"code for (sm_\d+)", part):
             architecture = head[1]
-        if (name := re.match(r"Function : (\S+)", part)) and "decode" in name[1]:
+        if (name := re.match(r"Function : (\S+)", part)) and kernel in name[1]:
             loops[architecture, name[1]] = main_loop(part)
     return loops
 

@@ -19,14 +19,6 @@ from tests.ops.cases import POISON, Cache, bands, exact, fill, random_cache, ran
 from tests.ops.cuda_sides import MIXED_K, MIXED_V, SIDES, bar
 
 
-@pytest.fixture(params=emulated.COPIES)
-def kernels(request: pytest.FixtureRequest) -> ctypes.CDLL:
-    found = emulated.library(request.param)
-    if found is None:
-        pytest.skip("no C++ compiler to emulate the CUDA kernels with")
-    return found
-
-
 def random_query(tokens: int, heads: int, head_dim: int) -> Tensor:
     return torch.randn(tokens, heads, head_dim, generator=torch.Generator().manual_seed(9))
 
@@ -203,12 +195,22 @@ def test_golden_bytes(kernels: ctypes.CDLL, name: str, whole: bool) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    "spec", [bands((16, 40)), bands((8, 64)), bands((4, 64)), bands((8, 8), (4, 24), (2, 8), outliers=2)]
+    ("head_dim", "spec"),
+    [
+        (64, bands((16, 40))),
+        (64, bands((8, 64))),
+        (64, bands((4, 64))),
+        (64, bands((8, 8), (4, 24), (2, 8), outliers=2)),
+        (256, bands((16, 192))),
+        (256, bands((8, 40), (4, 136), (2, 80), outliers=2)),
+    ],
 )
-def test_appended_bytes_with_a_projection(kernels: ctypes.CDLL, spec: SideSpec, dtype: torch.dtype) -> None:
+def test_appended_bytes_with_a_projection(
+    kernels: ctypes.CDLL, head_dim: int, spec: SideSpec, dtype: torch.dtype
+) -> None:
     generator = torch.Generator().manual_seed(2)
-    keys_THD, values_THD = torch.randn(2, 40, 6, 64, generator=generator).to(dtype)[:, :, 2:4]
-    codec = random_codec(2, 64, spec, spec)
+    keys_THD, values_THD = torch.randn(2, 40, 6, head_dim, generator=generator).to(dtype)[:, :, 2:4]
+    codec = random_codec(2, head_dim, spec, spec)
     slots_T = torch.randperm(384, generator=generator)[:40]
     slots_T[3], slots_T[7] = -1, 384  # padding; outside the cache
     layouts = PageLayout.of(codec.spec, 128), PageLayout.of(codec.spec, 128, FRAGMENT)
@@ -244,14 +246,44 @@ def test_adversarial_tokens(kernels: ctypes.CDLL, spec: SideSpec, case: str) -> 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_gather(kernels: ctypes.CDLL, dtype: torch.dtype) -> None:
-    sides = [(bands((16, 40)), bands((8, 8), (4, 24), (2, 8), outliers=2)), (bands((2, 64)), bands((8, 56)))]
-    for k, v in sides:
-        cache = emulated.to_fragment(random_cache(random_codec(2, 64, k, v), [200], 128))
+    sides = [
+        (64, bands((16, 40)), bands((8, 8), (4, 24), (2, 8), outliers=2)),
+        (64, bands((2, 64)), bands((8, 56))),
+        (256, bands((16, 256)), bands((8, 40), (4, 136), (2, 80), outliers=2)),
+    ]
+    for head_dim, k, v in sides:
+        cache = emulated.to_fragment(random_cache(random_codec(2, head_dim, k, v), [200], 128))
         arguments = (cache.layout, cache.plan, cache.block_table_RN[0], 200, dtype)
         found = cuda.gather(kernels, cache.pages_NHX, *arguments)
         expected = pages.read(cache.pages_NHX, cache.layout, cache.codec, cache.block_table_RN[0, :2].long(), 200)
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(one, other.to(dtype), rtol=1e-6 if dtype == torch.float32 else 1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("spec", [bands((16, 256)), bands((8, 40), (4, 136), (2, 80), outliers=1)])
+def test_wide_heads_stored_one_by_one_or_as_blocks_are_the_same(kernels: ctypes.CDLL, spec: SideSpec) -> None:
+    codec = random_codec(1, 256, spec, spec)
+    layout, plan = PageLayout.of(codec.spec, 64, FRAGMENT), LayerPlan.of(codec)
+    tokens = torch.randn(2, 64, 1, 256, generator=torch.Generator().manual_seed(5)).unbind()
+    one_NHX, other_NHX = (torch.zeros(2, 1, layout.record_bytes, dtype=torch.uint8) for _ in range(2))
+    cuda.append(kernels, one_NHX, layout, plan, *tokens, slots_T=torch.arange(64, 128))
+    cuda.append(kernels, other_NHX, layout, plan, *tokens, blocks_N=torch.tensor([1]))
+    assert torch.equal(one_NHX, other_NHX)
+    assert not one_NHX[0].any()
+
+
+@pytest.mark.parametrize(("kilobytes", "outside"), [(227, []), (163, [(16, 16)]), (99, [(16, 16), (8, 8)])])
+def test_wide_heads_need_shared_memory(
+    kernels: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, kilobytes: int, outside: list[tuple[int, int]]
+) -> None:
+    """An H200 has room for everything, an A100 and an RTX 4090 do not."""
+    monkeypatch.setenv("KVC_EMULATED_SHARED_BYTES", str(kilobytes * 1024))
+    for head_dim in (128, 256):
+        for bits in [(16, 16), (8, 8), (8, 4), (4, 4), (2, 2)]:
+            k, v = (bands((number, head_dim)) for number in bits)
+            layout = PageLayout.of(random_codec(2, head_dim, k, v).spec, 64, FRAGMENT)
+            found = cuda.fits.__wrapped__(kernels, layout, k, v)
+            assert found == (head_dim == 128 or bits not in outside), (head_dim, bits)
 
 
 def test_what_the_kernels_refuse(kernels: ctypes.CDLL) -> None:

@@ -2,61 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytest
 import torch
-from torch import Tensor
 
 from kvcompress.ops import latent, latent_reference, library
 from kvcompress.ops.latent import append_op, attend_op
-from tests.ops.cases import relative_error, starts
+from tests.ops.cases import relative_error
+from tests.ops.latent_cases import Cache
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
-
-
-class Cache:
-    """Requests in blocks of random numbers, everything unused NaN."""
-
-    def __init__(self, lengths: Sequence[int], channels: int, dtype: torch.dtype, block_size: int = 16) -> None:
-        self.generator = torch.Generator().manual_seed(7)
-        counts = [-(-length // block_size) for length in lengths]
-        numbers = torch.randperm(sum(counts) + 3, generator=self.generator)
-        # Blocks and tokens lie in a wider tensor.
-        wide = torch.full((len(numbers), 2, block_size, channels + 8), torch.nan, dtype=dtype)
-        self.pages_NSC = wide[:, 0, :, :channels]
-        self.block_table_RN = torch.full((len(lengths), max(counts) + 2), -1, dtype=torch.int32)
-        self.seq_lens = list(lengths)
-        self.keys: list[Tensor] = []
-        used = 0
-        for request, count in enumerate(counts):
-            self.block_table_RN[request, :count] = numbers[used : used + count]
-            used += count
-            token_T = torch.arange(lengths[request])
-            slots_T = self.block_table_RN[request].long()[token_T // block_size] * block_size + token_T % block_size
-            self.keys.append(torch.randn(lengths[request], channels, generator=self.generator).to(dtype))
-            latent_reference.append(self.pages_NSC, self.keys[-1], slots_T)
-
-    def query(self, tokens: int, heads: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.randn(tokens, heads, self.pages_NSC.shape[2], generator=self.generator).to(dtype)
-
-    def attend(self, query_THC: Tensor, query_lens: list[int], rank: int, **options: int) -> Tensor:
-        output_THR = torch.full((*query_THC.shape[:2], rank), torch.nan, dtype=query_THC.dtype)
-        arguments = (self.pages_NSC, self.block_table_RN, starts(query_lens), self.seq_lens, 0.1)
-        latent.attend(output_THR, query_THC, *arguments, **options)
-        return output_THR
-
-    def exact(self, query_THC: Tensor, query_lens: list[int], rank: int) -> Tensor:
-        outputs, first = [], 0
-        for keys_LC, queries, length in zip(self.keys, query_lens, self.seq_lens, strict=True):
-            query_QHC = query_THC[first : first + queries].double()
-            first += queries
-            scores_HQL = torch.einsum("qhc,lc->hql", query_QHC, keys_LC.double()) * 0.1
-            seen = torch.ones(queries, length, dtype=torch.bool).tril(length - queries)
-            weights_HQL = scores_HQL.masked_fill(~seen, -torch.inf).softmax(-1)
-            outputs.append(torch.einsum("hql,lr->qhr", weights_HQL, keys_LC[:, :rank].double()))
-        return torch.cat(outputs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -11,7 +11,7 @@ extern "C" {
 #endif
 
 // Raised whenever a struct below or the meaning of an argument changes.
-#define KVC_CUDA_ABI_VERSION 1
+#define KVC_CUDA_ABI_VERSION 2
 
 typedef struct {
     kvc_pages pages;
@@ -60,6 +60,9 @@ KVC_EXPORT int32_t kvc_cuda_abi_version(void);
 KVC_EXPORT void kvc_cuda_struct_sizes(int64_t sizes[3]);
 
 KVC_EXPORT const char* kvc_cuda_error_text(int32_t error);
+
+// KVC_OK if the current device has room for what attention keeps of such pages in shared memory, else -KVC_BAD_SHAPE.
+KVC_EXPORT int32_t kvc_cuda_covers(const kvc_pages* pages);
 
 // Causal attention of every request's last query_starts[r+1] - query_starts[r] tokens over all its seq_lens[r] tokens.
 // Lengths are read by the device, so a captured call can be replayed with others.
