@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kvcompress.codec.layout import CHUNK_TOKENS, FRAGMENT, PageLayout
-from kvcompress.codec.spec import SideSpec
+from kvcompress.codec.spec import LayerSpec, SideSpec
 from kvcompress.ops import cuda_library
 from kvcompress.ops.plan import DTYPES, LayerPlan, SidePlan, rows_struct
 
@@ -27,24 +27,41 @@ _WARPS = 4
 _MAX_TILES = 9
 
 
+def kernels(device: torch.device) -> ctypes.CDLL | None:
+    """The compiled kernels, for memory of a GPU where they are installed."""
+    return cuda_library.load() if device.type == "cuda" else None
+
+
 def library_for(pages_NHX: Tensor, layout: PageLayout, plan: LayerPlan, *rows_THD: Tensor) -> ctypes.CDLL | None:
     """The kernels, if these tensors are on a GPU and the kernels cover them."""
-    if pages_NHX.device.type != "cuda" or not covered(layout, plan):
+    found = kernels(pages_NHX.device)
+    if found is None or not covered(layout, plan):
         return None
     if any(rows.device != pages_NHX.device or rows.dtype not in DTYPES or rows.stride(-1) != 1 for rows in rows_THD):
         return None
-    return cuda_library.load()
+    return found
 
 
 def covered(layout: PageLayout, plan: LayerPlan) -> bool:
     """Whether there is a kernel for these pages."""
-    chunks = layout.block_size // CHUNK_TOKENS
-    return layout.order == FRAGMENT and chunks & (chunks - 1) == 0 and _known(plan.k.spec) and _known(plan.v.spec)
+    return layout.order == FRAGMENT and covers_blocks(layout.block_size) and covers(plan.k.spec, plan.v.spec)
+
+
+def covers_blocks(block_size: int) -> bool:
+    """Whether the kernels read pages of so many tokens: a power of two of chunks."""
+    chunks, rest = divmod(block_size, CHUNK_TOKENS)
+    return rest == 0 and chunks > 0 and chunks & (chunks - 1) == 0
+
+
+def covers(*sides: SideSpec) -> bool:
+    """Whether there is a kernel for these keys and values."""
+    return all(_known(side) for side in sides)
 
 
 def _known(side: SideSpec) -> bool:
     tiles = sum(-(-band.width // 16) for band in side.bands)
-    return side.rank <= cuda_library.MAX_RANK and tiles <= _MAX_TILES and len(side.bands) <= 4
+    stored = all(band.bits in cuda_library.BITS for band in side.bands)
+    return stored and side.rank <= cuda_library.MAX_RANK and tiles <= _MAX_TILES and len(side.bands) <= 4
 
 
 def attend(
@@ -84,6 +101,15 @@ def attend(
     if lse_TH is not None:
         mean_THG = torch.einsum("thgd,hd->thg", grouped_THGD, plan.k.mean_HD)
         lse_TH.copy_(found_TH + softmax_scale * mean_THG.flatten(1))
+
+
+def workspace_bytes(spec: LayerSpec, tokens: int, num_heads: int, device: torch.device) -> int:
+    """Bytes that `attend` takes at most beside its arguments, for steps of so many query tokens."""
+    # Queries in float32 and the output, before and after its mean; absorbed queries and mixed latents, once more in the
+    # order that a product wants; splits, of which there are no more than rows keep the device busy (`choose_splits`).
+    row = 3 * spec.head_dim + 2 * spec.k.rank + 2 * spec.v.rank + 2
+    splits = 4 * _multiprocessors(device) * ROWS * (spec.v.rank + 1)
+    return (tokens * num_heads * row + splits) * torch.float32.itemsize
 
 
 def attend_latents(

@@ -133,6 +133,7 @@ __all__ = [
     "attention_layers",
     "capacity_tokens",
     "check_version",
+    "device",
     "extend_worker",
     "extract_layer_index",
     "get_current_vllm_config",
@@ -142,6 +143,7 @@ __all__ = [
     "layer_metadata",
     "layer_parallel",
     "logger",
+    "most_decode_queries",
     "num_decoder_layers",
     "output_rank",
     "quantization_of",
@@ -271,6 +273,16 @@ def worker_names(config: VllmConfig) -> tuple[str, int]:
     """A name that no other worker of the server has, and the number of its engine."""
     engine = int(config.parallel_config.data_parallel_index)
     return f"{engine}-{int(get_world_group().rank)}", engine
+
+
+def device(config: VllmConfig) -> torch.device:
+    """Where this process serves."""
+    return torch.device(config.device_config.device_type)
+
+
+def most_decode_queries(config: VllmConfig) -> int:
+    """Queries of one request in a step that decodes: a token and its drafts, of which some drafters make twice."""
+    return 1 + 2 * int(config.num_speculative_tokens)
 
 
 def is_cpu() -> bool:
