@@ -47,8 +47,13 @@ def attend(
 def workspace_bytes(spec: LayerSpec, queries: int, num_heads: int, longest: int, dtype: torch.dtype) -> int:
     """Bytes that `attend` takes at most beside its arguments, for requests of `longest` tokens."""
     decoded = 2 * longest * spec.num_kv_heads * spec.head_dim * dtype.itemsize
-    # Both sides' latents of a step; then a product, and its sum with the mean.
-    step = STEP_TOKENS * spec.num_kv_heads * (spec.k.rank + spec.v.rank + 2 * spec.head_dim) * torch.float32.itemsize
+    # Both sides' latents of a step, and a side's product.
+    step = (
+        min(longest, STEP_TOKENS)
+        * spec.num_kv_heads
+        * (spec.k.rank + spec.v.rank + spec.head_dim)
+        * torch.float32.itemsize
+    )
     # Output, and the row's log of sums.
     attended = queries * num_heads * (spec.head_dim * dtype.itemsize + torch.float32.itemsize)
     return decoded + max(step, attended)
@@ -90,6 +95,7 @@ def _decoded(
         tokens = min(length - start, blocks * layout.block_size)
         latents = gather_decode(pages_NHX, layout, plan, block_table_N[first : first + blocks], tokens)
         for side_HTD, side, latent_THR in zip(sides, (plan.k, plan.v), latents, strict=True):
-            exact_HTD = torch.einsum("thr,hrd->htd", latent_THR, side.decode_HRD) + side.mean_HD[:, None]
-            side_HTD[:, start : start + tokens] = exact_HTD
+            product_HTD = torch.einsum("thr,hrd->htd", latent_THR, side.decode_HRD)
+            side_HTD[:, start : start + tokens] = product_HTD.add_(side.mean_HD[:, None])
+            del product_HTD  # before the next one is made
     return sides[0], sides[1]

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from benchmarks.gpu import check, profile, sweep
-from kvcompress.codec.layout import PageLayout
 from kvcompress.ops import cuda
-from kvcompress.ops.plan import LayerPlan
 from tests.ops import emulated
 
 ROOT = Path(__file__).parents[2]
@@ -49,14 +45,7 @@ def test_metrics_of_ncu() -> None:
 @pytest.fixture
 def on_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels by emulation, tensors on the CPU."""
-    found = emulated.library("sm_90")
-    if found is None:
-        pytest.skip("no C++ compiler to emulate the CUDA kernels with")
-
-    def library_for(pages_NHX: Tensor, layout: PageLayout, plan: LayerPlan, *rows: Tensor) -> ctypes.CDLL | None:
-        return found if cuda.covered(layout, plan) else None
-
-    monkeypatch.setattr(cuda, "library_for", library_for)
+    emulated.count_as_gpu(monkeypatch)
     monkeypatch.setattr(check, "DEVICE", "cpu")
     monkeypatch.setattr(sweep, "DEVICE", "cpu")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,15 +27,7 @@ K_SIDE, V_SIDE = bands((8, 16), (4, 48), outliers=1), bands((4, 40))
 
 @pytest.fixture
 def on_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors on the CPU count as a GPU's."""
-    found = emulated.library("sm_90")
-    if found is None:
-        pytest.skip("no C++ compiler to emulate the CUDA kernels with")
-
-    def library_for(pages_NHX: Tensor, layout: PageLayout, plan: LayerPlan, *rows: Tensor) -> ctypes.CDLL | None:
-        return found if cuda.covered(layout, plan) else None
-
-    monkeypatch.setattr(cuda, "library_for", library_for)
+    emulated.count_as_gpu(monkeypatch)
 
 
 def a_cache() -> Cache:
