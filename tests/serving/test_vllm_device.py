@@ -13,18 +13,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("vllm")
 
+from kvcompress.codec.layer import LayerCodec
 from kvcompress.codec.spec import LayerSpec, SideSpec
 from kvcompress.ops import cuda, prefill
-from kvcompress.serving.vllm import compat, device_backend
+from kvcompress.serving.vllm import canary, compat, device_backend
 from kvcompress.serving.vllm import sentinel as sentinels
 from kvcompress.serving.vllm.backend import CompressedAttentionBackend
-from kvcompress.serving.vllm.device_backend import DeviceAttentionBackend, DeviceMetadataBuilder
+from kvcompress.serving.vllm.device_backend import (
+    DeviceAttentionBackend,
+    DeviceAttentionImpl,
+    DeviceMetadataBuilder,
+)
 from kvcompress.serving.vllm.metrics import Numbers
 from kvcompress.serving.vllm.sentinel import Sentinel
 from kvcompress.serving.vllm.served import Served
 from tests.ops import emulated
 from tests.ops.cases import bands, random_codec, relative_error
 from tests.ops.cuda_sides import bar
+from tests.serving import canary_layers
 from tests.serving.device_engine import BLOCK, HEADS, KV_HEADS, MOST_TOKENS, POISON, DeviceEngine
 from tests.serving.no_waits import NoWaits
 
@@ -248,6 +254,52 @@ def test_batches_made_up_for_graphs_are_nothing_to_the_sentinel(monkeypatch: pyt
     running = engine()
     monkeypatch.setattr(compat, "sentinel_of", lambda config: pytest.fail("asked"))
     running.builder.build_for_cudagraph_capture(running.prepare({0: 1}))
+
+
+def watched_by_the_canary() -> tuple[Served, canary.Inputs]:
+    """A layer of `canary_layers` with this form's implementation and pages."""
+    [served], [given] = canary_layers.make("per_head")
+    stock, codec = served.layer.impl, served.codec
+    assert isinstance(codec, LayerCodec)
+    served.layer.impl = DeviceAttentionImpl(stock.num_heads, stock.head_size, stock.scale, stock.num_kv_heads)
+    served.layer.impl.use_codec(codec, longest=512)
+    content = codec.k.spec.bytes_per_token + codec.v.spec.bytes_per_token
+    served.layer.kv_cache = torch.full((10, 2, stock.num_kv_heads, BLOCK, content), POISON, dtype=torch.uint8)[:, 0]
+    return served, given
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("kernels")
+def test_the_canary_passes_and_leaves_the_cache_as_it_was(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    canary_layers.without_an_engine(monkeypatch)
+    served, given = watched_by_the_canary()
+    canary.check_paths(None, [served], [canary.Inputs(*(x_THD.to(dtype) for x_THD in given))])
+    assert bool((served.cache == POISON).all())
+
+
+@pytest.mark.parametrize(
+    ("kernel", "path"), [("attend_latents", "decode"), ("gather", "prefill"), ("append", "prefill")]
+)
+@pytest.mark.usefixtures("kernels")
+def test_the_canary_names_the_path_of_a_wrong_kernel(kernel: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    canary_layers.without_an_engine(monkeypatch)
+    served, given = watched_by_the_canary()
+    right = getattr(cuda, kernel)
+
+    def wrong(*arguments: Any, **options: Any) -> Any:
+        if kernel == "append":
+            slots_T = arguments[6]
+            return right(*arguments[:6], torch.where(slots_T % BLOCK == 9, slots_T - 1, slots_T))
+        keys, values = right(*arguments, **options)
+        return keys, 1.05 * values if kernel == "gather" else values
+
+    def wrong_attention(*arguments: Any, **options: Any) -> Any:
+        mixed, lse = right(*arguments, **options)
+        return 1.1 * mixed, lse
+
+    monkeypatch.setattr(cuda, kernel, wrong_attention if kernel == "attend_latents" else wrong)
+    with pytest.raises(ValueError, match=rf"layer 0 .*, {path}: attention from compressed pages differs by"):
+        canary.check_paths(None, [served], [given])
 
 
 class Memory(TorchDispatchMode):
