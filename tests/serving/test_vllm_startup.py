@@ -34,7 +34,13 @@ def layer_spec(index: int) -> LayerSpec:
 def test_register_may_be_called_again() -> None:
     register()
     register()
-    assert compat.AttentionBackendEnum[compat.BACKEND_NAME].get_class().get_name() == compat.BACKEND_NAME
+    for name in (
+        compat.BACKEND_NAME,
+        compat.DEVICE_BACKEND_NAME,
+        compat.SHARED_BACKEND_NAME,
+        compat.LATENT_BACKEND_NAME,
+    ):
+        assert compat.AttentionBackendEnum[name].get_class().get_name() == name
     assert compat.QUANTIZATION_METHODS.count("kvcompress") == 1
 
 

@@ -42,9 +42,13 @@ def backend_for(layer: LayerSpec, config: compat.VllmConfig) -> type[CompressedA
 
 
 class DeviceAttentionBackend(CompressedAttentionBackend):
-    """Names the parts."""
+    """Names the parts. A name of its own, because connectors compare names to tell whether engines' pages are alike."""
 
     on_device = True
+
+    @staticmethod
+    def get_name() -> str:
+        return compat.DEVICE_BACKEND_NAME
 
     @staticmethod
     def get_impl_cls() -> type[CompressedAttentionImpl]:
