@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 import shutil
 import subprocess
@@ -18,9 +19,13 @@ from tests import tiny
 pytest.importorskip("vllm")
 
 from kvcompress.serving.vllm import compat, register
+from kvcompress.serving.vllm.backend import CompressedAttentionBackend
 from kvcompress.serving.vllm.cache_spec import cache_spec
+from kvcompress.serving.vllm.device_backend import DeviceAttentionBackend
 from kvcompress.serving.vllm.quantization import KVCompressConfig
-from kvcompress.serving.vllm.startup import SKIP_VERIFY, check_files, checkpoint_directory, heads_of_rank
+from kvcompress.serving.vllm.report import LayerReport
+from kvcompress.serving.vllm.served import Served
+from kvcompress.serving.vllm.startup import SKIP_VERIFY, Startup, check_files, checkpoint_directory, heads_of_rank
 
 SECTION = {"quant_method": "kvcompress", "version": 1, "codec": tiny.mixed_spec().to_json()}
 
@@ -157,3 +162,25 @@ def test_a_hub_id_is_found_in_the_cache_by_its_revision(
 def test_a_local_folder_is_used_as_it_is(model: Path) -> None:
     config = SimpleNamespace(model_config=SimpleNamespace(model=str(model), revision=None), load_config=None)
     assert checkpoint_directory(config) == model
+
+
+@pytest.mark.parametrize(("kernels", "level"), [([True, True], "INFO"), ([True, False], "WARNING")])
+def test_an_operator_of_a_gpu_is_told_which_layers_its_kernels_attend(
+    kernels: list[bool], level: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(compat, "is_cpu", lambda: False)
+    monkeypatch.setattr(compat, "tensor_parallel", lambda: (0, 1))
+    begun = Startup(SimpleNamespace(model_config=SimpleNamespace(dtype="torch.bfloat16")), [])
+    for index, on_device in enumerate(kernels):
+        layer = SimpleNamespace(attn_backend=DeviceAttentionBackend if on_device else CompressedAttentionBackend)
+        begun.served[index] = Served(index, layer, None)
+        begun._layers[index] = LayerReport(100, 400)
+    compat.logger.addHandler(caplog.handler)
+    monkeypatch.setattr(compat.logger, "level", logging.INFO)
+    try:
+        begun.report()
+    finally:
+        compat.logger.removeHandler(caplog.handler)
+    [line] = [record for record in caplog.records if "attention by layer" in record.message]
+    assert line.levelname == level
+    assert ("torch code" in line.message) == (level == "WARNING")

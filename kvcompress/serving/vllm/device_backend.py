@@ -42,7 +42,11 @@ def backend_for(layer: LayerSpec, config: compat.VllmConfig) -> type[CompressedA
 
 
 class DeviceAttentionBackend(CompressedAttentionBackend):
-    """Names the parts. A name of its own, because connectors compare names to tell whether engines' pages are alike."""
+    """Names the parts. A name of its own, because connectors compare names to tell whether engines' pages are alike.
+
+    A form with other pages and kernels of its own inherits this beside its backend for the host, and names its
+    implementation and block sizes; `Part` has what its operations need.
+    """
 
     on_device = True
 
