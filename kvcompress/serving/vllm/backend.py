@@ -15,13 +15,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from kvcompress.codec import pages
 from kvcompress.codec.layer import LayerCodec
 from kvcompress.codec.layout import PART_ALIGNMENT, TOKEN_MAJOR, PageLayout
 from kvcompress.codec.spec import LayerSpec
 from kvcompress.ops import reference
 from kvcompress.ops.append import append
 from kvcompress.ops.attention import decode_attention
-from kvcompress.ops.gather import gather_decode
 from kvcompress.ops.plan import LayerPlan
 from kvcompress.serving.vllm import compat
 
@@ -163,6 +163,7 @@ class CompressedAttentionImpl(compat.AttentionImpl):  # type: ignore[misc]
         self.scale = float(scale)
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
+        self._codec: LayerCodec | None = None
         self._plan: LayerPlan | None = None
         self._layout: PageLayout | None = None
         self._workspace_bytes = 0
@@ -171,7 +172,7 @@ class CompressedAttentionImpl(compat.AttentionImpl):  # type: ignore[misc]
         """Set the codec of this rank's KV heads, on the layer's device, for requests of up to `longest` tokens."""
         assert isinstance(codec, LayerCodec)
         assert (codec.spec.num_kv_heads, codec.spec.head_dim) == (self.num_kv_heads, self.head_size)
-        self._plan = LayerPlan.of(codec)
+        self._codec, self._plan = codec, LayerPlan.of(codec)
         self._workspace_bytes = workspace_bytes(codec.spec, self.num_heads, longest)
 
     def forward(
@@ -210,7 +211,7 @@ class CompressedAttentionImpl(compat.AttentionImpl):  # type: ignore[misc]
         plan = self._plan
         assert plan is not None
         layout = self._layout_of(plan, kv_cache.shape[2])
-        pages_NHX = _records(kv_cache, layout)
+        pages_NHX = records_of(kv_cache, layout)
         append(pages_NHX, layout, plan, key, value, batch.slot_mapping[: key.shape[0]])
         for part in batch.parts:
             decode_attention(
@@ -228,10 +229,11 @@ class CompressedAttentionImpl(compat.AttentionImpl):  # type: ignore[misc]
 
     def latents(self, kv_cache: Tensor, block_1: Tensor) -> tuple[Tensor, Tensor]:
         """What one block holds: normalized latents of its keys and of its values, tokens first."""
-        plan = self._plan
+        plan, codec = self._plan, self._codec
         assert plan is not None
+        assert codec is not None
         layout = self._layout_of(plan, kv_cache.shape[2])
-        return gather_decode(_records(kv_cache, layout), layout, plan, block_1, layout.block_size)
+        return pages.read(records_of(kv_cache, layout), layout, codec, block_1, layout.block_size)
 
     def _layout_of(self, plan: LayerPlan, block_size: int) -> PageLayout:
         # The block size that counts is the allocated cache's: vLLM may scale or split blocks after asking for specs.
@@ -251,7 +253,8 @@ class CompressedAttentionImpl(compat.AttentionImpl):  # type: ignore[misc]
         return self._workspace_bytes
 
 
-def _records(kv_cache: Tensor, layout: PageLayout) -> Tensor:
+def records_of(kv_cache: Tensor, layout: PageLayout) -> Tensor:
+    """A cache as operations on pages want it."""
     return kv_cache.view(kv_cache.shape[0], layout.num_kv_heads, layout.record_bytes)
 
 

@@ -282,7 +282,7 @@ def device(config: VllmConfig) -> torch.device:
 
 
 def most_decode_queries(config: VllmConfig) -> int:
-    """Queries of one request in a step that decodes: a token and its drafts, of which some drafters make twice."""
+    """Most queries of a request in a step that decodes: a token and its drafts, and some drafters' masks for them."""
     return 1 + 2 * int(config.num_speculative_tokens)
 
 

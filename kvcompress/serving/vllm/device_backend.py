@@ -18,6 +18,7 @@ from torch import Tensor
 from kvcompress.codec.layout import CHUNK_TOKENS, FRAGMENT, PageLayout
 from kvcompress.codec.spec import LayerSpec
 from kvcompress.ops import cuda, prefill
+from kvcompress.ops.gather import gather_decode
 from kvcompress.ops.plan import LayerPlan
 from kvcompress.serving.vllm import compat, limits
 from kvcompress.serving.vllm.backend import (
@@ -26,6 +27,7 @@ from kvcompress.serving.vllm.backend import (
     CompressedMetadata,
     CompressedMetadataBuilder,
     Part,
+    records_of,
 )
 
 
@@ -64,7 +66,8 @@ class DeviceAttentionBackend(CompressedAttentionBackend):
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | compat.MultipleOf]:
-        # Not the powers of two alone: a list of numbers makes vLLM pad packed blocks. `limits` refuses the others.
+        # A power of two of chunks is needed (`limits`, and `_layout_of`). But vLLM changes the specs of backends that
+        # list exact sizes, and they might no longer fit into one group with those of other backends.
         return [compat.MultipleOf(CHUNK_TOKENS)]
 
 
@@ -154,6 +157,12 @@ class DeviceAttentionImpl(CompressedAttentionImpl):
     def use_codec(self, codec: Any, longest: int) -> None:
         super().use_codec(codec, longest)
         self._longest = longest
+
+    def latents(self, kv_cache: Tensor, block_1: Tensor) -> tuple[Tensor, Tensor]:
+        plan = self._plan
+        assert plan is not None
+        layout = self._layout_of(plan, kv_cache.shape[2])
+        return gather_decode(records_of(kv_cache, layout), layout, plan, block_1, layout.block_size)
 
     def _layout_of(self, plan: LayerPlan, block_size: int) -> PageLayout:
         if (self._layout is None or self._layout.block_size != block_size) and not cuda.covers_blocks(block_size):
