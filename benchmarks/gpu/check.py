@@ -16,7 +16,7 @@ from benchmarks.gpu import latents
 from kvcompress.codec import fragment
 from kvcompress.codec.layout import FRAGMENT, PageLayout
 from kvcompress.codec.spec import SideSpec
-from kvcompress.ops import cuda
+from kvcompress.ops import cuda, prefill
 from kvcompress.ops.append import append
 from kvcompress.ops.attention import decode_attention
 from kvcompress.ops.compress import compress_pages
@@ -49,6 +49,11 @@ def checks(small: bool) -> Iterator[tuple[str, Check]]:
     yield "graph replayed with other lengths: bands", lambda: graph(MIXED_K, MIXED_V, small)
     yield "the same twice, and with other splits", repeated
     yield from latents.checks(small)
+    from benchmarks.gpu import steps  # which needs this module
+
+    yield "a layer's steps in a graph, tokens and padding included", lambda: steps.decoding(small)
+    for dtype in prefill.FUSED_DTYPES:
+        yield f"a prompt in {dtype}", lambda dtype=dtype: steps.prompt(dtype, small)  # type: ignore[misc]
 
 
 def _title(side: SideSpec) -> str:
@@ -143,21 +148,35 @@ def graph(k: SideSpec, v: SideSpec, small: bool) -> None:
         batch = (table_RN, starts_R, lengths_R)
         decode_attention(output_THD, query_THD, *layer, *batch, head_dim**-0.5, lse_TH, max_query_len=1)
 
+    replay = capture(step)
+    for lengths, order in (([longest, longest], [0, 1]), ([1, 200], [1, 0]), ([64, longest - 1], [0, 1])):
+        lengths_R.copy_(torch.tensor(lengths))
+        table_RN.copy_(cache.block_table_RN[order])
+        output_THD.fill_(torch.nan)
+        replay()
+        replayed = Cache(cache.codec, cache.plan, cache.layout, cache.pages_NHX, table_RN, lengths)
+        close(replayed, (output_THD, lse_TH), query_THD, [1, 1])
+
+
+def capture(step: Check) -> Check:
+    """A graph of what a step launches, to be replayed; the step itself where there are no graphs, in the emulation."""
+    if DEVICE == "cpu":
+        step()
+        return step
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())  # which fills what the step reads
     with torch.cuda.stream(side):
         step()
     side.synchronize()
     captured = torch.cuda.CUDAGraph()
     with torch.cuda.graph(captured):
         step()
-    for lengths, order in (([longest, longest], [0, 1]), ([1, 200], [1, 0]), ([64, longest - 1], [0, 1])):
-        lengths_R.copy_(torch.tensor(lengths))
-        table_RN.copy_(cache.block_table_RN[order])
-        output_THD.fill_(torch.nan)
+
+    def replay() -> None:
         captured.replay()
         torch.cuda.synchronize()
-        replayed = Cache(cache.codec, cache.plan, cache.layout, cache.pages_NHX, table_RN, lengths)
-        close(replayed, (output_THD, lse_TH), query_THD, [1, 1])
+
+    return replay
 
 
 def repeated() -> None:

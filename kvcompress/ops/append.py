@@ -26,6 +26,8 @@ def append(
     Raises:
         ValueError: a slot lies outside the cache; on a GPU, such a slot is skipped.
     """
+    assert keys_THD.shape == values_THD.shape
+    assert keys_THD.shape[0] == slots_T.shape[0]
     on_device = cuda.library_for(pages_NHX, layout, plan, keys_THD, values_THD)
     if on_device is not None:
         slots_T = slots_T.to(torch.int64).contiguous()
@@ -36,8 +38,6 @@ def append(
     if compiled is None:
         reference.append(pages_NHX, layout, plan, keys_THD, values_THD, slots_T)
         return
-    assert keys_THD.shape == values_THD.shape
-    assert keys_THD.shape[0] == slots_T.shape[0]
     slots_T = slots_T.to(torch.int64).contiguous()
     args = interface.AppendArgs(
         pages=plan.pages_struct(pages_NHX, layout),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvcompress.codec.layout import TOKEN_MAJOR, PageLayout
-from kvcompress.ops import cuda, interface, library, reference
+from kvcompress.ops import cuda, interface, library, prefill, reference
 from kvcompress.ops.plan import LayerPlan, rows_covered, rows_struct
 
 SPLIT_TOKENS = 4096
@@ -39,12 +39,13 @@ def decode_attention(
         pages_NHX: `uint8 [num_blocks, num_kv_heads, record_bytes]`; blocks may be strided.
         block_table_RN: block numbers of each request's tokens, in order; entries past a request's end are not read.
         query_starts: where each request's queries begin, and the end of the last `[requests + 1]`.
-        seq_lens: tokens of each request, its queries' own included `[requests]`.
+        seq_lens: tokens of each request, its queries' own included `[requests]`. On a GPU, numbers of a few queries
+            per request should be the device's, numbers of more the host's: then nobody waits.
         softmax_scale: usually head_dim ** -0.5.
         lse_TH: if given, receives each row's log of the sum of exponentials, float32 `[tokens, query heads]`.
         split_tokens: a positive multiple of 64; of no effect on a GPU.
         max_query_len: the most queries of a request, for a GPU: its kernels read lengths on the device, and start
-            enough threads for any lengths. More than a few are a prefill, which torch attends on gathered latents.
+            enough threads for any lengths. More than `cuda.MOST_QUERIES` are a prefill: torch attends (`prefill`).
 
     Raises:
         ValueError: a request has more queries than tokens, or a block lies outside the cache; neither is looked for on
@@ -76,9 +77,11 @@ def decode_attention(
     compiled = library.load() if covered else None
     if compiled is None:
         starts, lengths = host_list(query_starts), host_list(seq_lens)
-        reference.decode_attention(
-            output_THD, query_THD, pages_NHX, layout, plan, block_table_RN, starts, lengths, softmax_scale, lse_TH
-        )
+        batch = (output_THD, query_THD, pages_NHX, layout, plan, block_table_RN, starts, lengths, softmax_scale)
+        if on_device is not None and lse_TH is None and query_THD.dtype in prefill.FUSED_DTYPES:
+            prefill.attend(*batch)
+        else:
+            reference.decode_attention(*batch, lse_TH)
         return
     assert lse_TH is None or (lse_TH.dtype == torch.float32 and lse_TH.is_contiguous())
     block_table_RN, starts_R, lengths_R = (int32_rows(each) for each in (block_table_RN, query_starts, seq_lens))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kvcompress.codec.layout import CHUNK_TOKENS, FRAGMENT, PageLayout
-from kvcompress.codec.spec import SideSpec
+from kvcompress.codec.spec import LayerSpec, SideSpec
 from kvcompress.ops import cuda_library, interface
 from kvcompress.ops.plan import DTYPES, LayerPlan, SidePlan, rows_struct, side_struct
 
@@ -27,38 +27,59 @@ _WARPS = 4
 _MAX_TILES = 17
 
 
+def kernels(device: torch.device) -> ctypes.CDLL | None:
+    """The compiled kernels, for memory of a GPU where they are installed."""
+    return cuda_library.load() if device.type == "cuda" else None
+
+
 def library_for(pages_NHX: Tensor, layout: PageLayout, plan: LayerPlan, *rows_THD: Tensor) -> ctypes.CDLL | None:
     """The kernels, if these tensors are on a GPU and the kernels cover them."""
-    if pages_NHX.device.type != "cuda" or not covered(layout, plan):
+    found = kernels(pages_NHX.device)
+    if found is None or not covered(layout, plan):
         return None
     if any(rows.device != pages_NHX.device or rows.dtype not in DTYPES or rows.stride(-1) != 1 for rows in rows_THD):
         return None
-    found = cuda_library.load()
-    return found if found is not None and fits(found, layout, plan.k.spec, plan.v.spec) else None
+    return found if fits(found, plan.spec) else None
 
 
 def covered(layout: PageLayout, plan: LayerPlan) -> bool:
     """Whether there is a kernel for these pages."""
-    chunks = layout.block_size // CHUNK_TOKENS
-    return layout.order == FRAGMENT and chunks & (chunks - 1) == 0 and _known(plan.k.spec) and _known(plan.v.spec)
+    return layout.order == FRAGMENT and covers_blocks(layout.block_size) and _known(plan.k.spec, plan.v.spec)
+
+
+def covers_blocks(block_size: int) -> bool:
+    """Whether the kernels read pages of so many tokens: a power of two of chunks."""
+    chunks, rest = divmod(block_size, CHUNK_TOKENS)
+    return rest == 0 and chunks > 0 and chunks & (chunks - 1) == 0
+
+
+def covers(library: ctypes.CDLL, layer: LayerSpec) -> bool:
+    """Whether there is a kernel for this layer, and room for what it keeps."""
+    return _known(layer.k, layer.v) and fits(library, layer)
 
 
 @functools.cache
-def fits(library: ctypes.CDLL, layout: PageLayout, k: SideSpec, v: SideSpec) -> bool:
-    """Whether the GPU's shared memory has room for what attention keeps of these pages: of all it covers on an H100 or
-    H200; not of 256 channels in 16 bits each on an A100, nor in 8 bits each on 8.6 and 8.9."""
+def fits(library: ctypes.CDLL, layer: LayerSpec) -> bool:
+    """Whether the GPU's shared memory has room for what attention keeps of a layer that is known: of all it covers on
+    an H100 or H200; not of 256 channels in 16 bits each on an A100, nor in 8 bits each on 8.6 and 8.9."""
+    layout = PageLayout.of(layer, CHUNK_TOKENS, FRAGMENT)
     pages = interface.Pages(
         block_size=layout.block_size,
         num_kv_heads=layout.num_kv_heads,
-        k=side_struct(k, layout.k),
-        v=side_struct(v, layout.v),
+        k=side_struct(layer.k, layout.k),
+        v=side_struct(layer.v, layout.v),
     )
     return bool(library.kvc_cuda_covers(ctypes.byref(pages)) == 0)
 
 
-def _known(side: SideSpec) -> bool:
+def _known(*sides: SideSpec) -> bool:
+    return all(_side_known(side) for side in sides)
+
+
+def _side_known(side: SideSpec) -> bool:
     tiles = sum(-(-band.width // 16) for band in side.bands)
-    return side.rank <= cuda_library.MAX_RANK and tiles <= _MAX_TILES and len(side.bands) <= 4
+    stored = all(band.bits in cuda_library.BITS for band in side.bands)
+    return stored and side.rank <= cuda_library.MAX_RANK and tiles <= _MAX_TILES and len(side.bands) <= 4
 
 
 def attend(
@@ -98,6 +119,15 @@ def attend(
     if lse_TH is not None:
         mean_THG = torch.einsum("thgd,hd->thg", grouped_THGD, plan.k.mean_HD)
         lse_TH.copy_(found_TH + softmax_scale * mean_THG.flatten(1))
+
+
+def workspace_bytes(spec: LayerSpec, tokens: int, num_heads: int, device: torch.device) -> int:
+    """Bytes that `attend` takes at most beside its arguments, for steps of so many query tokens."""
+    # Queries in float32 and the output, before and after its mean; absorbed queries and mixed latents, once more in the
+    # order that a product wants; splits, of which there are no more than rows keep the device busy (`choose_splits`).
+    row = 3 * spec.head_dim + 2 * spec.k.rank + 2 * spec.v.rank + 2
+    splits = 4 * multiprocessors(device) * ROWS * (spec.v.rank + 1)
+    return (tokens * num_heads * row + splits) * torch.float32.itemsize
 
 
 def attend_latents(

@@ -8,8 +8,7 @@ import functools
 import torch
 from torch import Tensor
 
-from kvcompress.ops import cuda_library, interface
-from kvcompress.ops.cuda import multiprocessors, stream
+from kvcompress.ops import cuda, cuda_library, interface
 from kvcompress.ops.plan import DTYPES, latent_pages_struct, rows_struct
 
 LEAST_TOKENS = 128
@@ -55,7 +54,7 @@ class AppendArgs(ctypes.Structure):
 
 def library_for(pages_NSC: Tensor) -> ctypes.CDLL | None:
     """The kernels, if these pages are on a GPU."""
-    return cuda_library.load() if pages_NSC.device.type == "cuda" else None
+    return cuda.kernels(pages_NSC.device)
 
 
 def covers_append(pages_NSC: Tensor, key_TC: Tensor) -> bool:
@@ -99,7 +98,7 @@ def append(library: ctypes.CDLL, pages_NSC: Tensor, key_TC: Tensor, slots_T: Ten
         keys=rows_struct(key_TC[:, None]),
         slots=slots_T.data_ptr(),
         num_tokens=slots_T.shape[0],
-        stream=stream(pages_NSC.device),
+        stream=cuda.stream(pages_NSC.device),
     )
     cuda_library.check(library, library.kvc_cuda_latent_append(ctypes.byref(args)))
 
@@ -130,7 +129,7 @@ def attend(
     assert block_table_RN.stride(-1) == 1
     if splits is None:
         context = block_table_RN.shape[1] * pages_NSC.shape[1]
-        splits = choose_splits(requests, max_query_len * heads, context, multiprocessors(pages_NSC.device))
+        splits = choose_splits(requests, max_query_len * heads, context, cuda.multiprocessors(pages_NSC.device))
     padded_rank = -(-rank // 16) * 16
     # A split's sums of every row, and their weight.
     partial = splits * tokens * heads * (padded_rank + 1) if splits > 1 else 0
@@ -151,7 +150,7 @@ def attend(
         rank=rank,
         splits=splits,
         softmax_scale=softmax_scale,
-        stream=stream(pages_NSC.device),
+        stream=cuda.stream(pages_NSC.device),
     )
     cuda_library.check(library, library.kvc_cuda_latent_attend(ctypes.byref(args)))
 

@@ -86,10 +86,10 @@ def test_extreme_input_decodes_to_finite_values(side: SideSpec, fill: float) -> 
 @given(st.sampled_from([8, 4, 2]), st.integers(0, 2**31))
 def test_encoding_decoded_values_again_is_stable(bits: int, seed: int) -> None:
     """Codes survive a round trip, so re-encoding (prefix recompute, migration) does not drift."""
-    latent = torch.randn(4, 2, 64, generator=torch.Generator().manual_seed(seed)) * 3
+    latent = torch.randn(64, 2, 64, generator=torch.Generator().manual_seed(seed)) * 3
     once = round_trip(latent, ONE_WIDTH[bits])
     twice = round_trip(once, ONE_WIDTH[bits])
-    assert (twice - once).norm() <= 0.15 * (once - latent).norm() + 1e-3 * once.norm()
+    assert (twice - once).norm() <= 0.1 * (once - latent).norm() + 1e-3 * once.norm()
 
 
 def test_tokens_are_independent() -> None:

@@ -25,10 +25,13 @@ LONG = 8000
 """Tokens of candidates fed at a time: of long prompts there are fewer, and fewer are needed for few answers."""
 
 
-def greedy(model_dir: Path, lengths: Sequence[int], tokens: int = 64, seed: int = 0, **less: Any) -> tuple[list, list]:
+def greedy(
+    model_dir: Path, lengths: Sequence[int], tokens: int = 64, seed: int = 0, margin: float = MARGIN, **less: Any
+) -> tuple[list, list]:
     """Prompts of the given lengths and what the transformers path generates after each.
 
-    Of up to `CANDIDATES` random prompts of each length, the one with the largest smallest margin.
+    Of up to `CANDIDATES` random prompts of each length, the one with the largest smallest margin, which must be as
+    large as `margin`.
     """
     model = tiny.load_model(model_dir)
     limit_windows(model)
@@ -39,9 +42,9 @@ def greedy(model_dir: Path, lengths: Sequence[int], tokens: int = 64, seed: int 
         count = min(CANDIDATES, max(4, LONG // length))
         candidates = torch.randint(2, tiny.VOCABULARY, (count, length), generator=generator)
         cache = CompressedCache.from_pretrained(model_dir, **less) if compressed else DynamicCache()
-        output, margin = generate(model, cache, candidates, tokens)
-        best = int(margin.argmax())
-        assert margin[best] >= MARGIN, f"no clear prompt of {length} tokens: margin {margin[best]:.4f}; change the seed"
+        output, found = generate(model, cache, candidates, tokens)
+        best = int(found.argmax())
+        assert found[best] >= margin, f"no clear prompt of {length} tokens: margin {found[best]:.4f}; change the seed"
         prompts.append(candidates[best].tolist())
         generated.append(output[best].tolist())
     return prompts, generated

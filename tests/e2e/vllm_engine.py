@@ -33,12 +33,14 @@ def run(
     env: dict[str, str] | None = None,
     logits: bool = False,
     between: Callable[[Any], None] | None = None,
+    serve: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     **engine: Any,
 ) -> dict[str, Any]:
     """Generate greedily from each pass of prompts, one after the other, in one engine.
 
     Args:
         between: called with vLLM's `LLM` after each pass but the last; a function of a module.
+        serve: called in the engine's process instead of `generate`, which it calls in turn; a function of a module.
 
     Returns:
         tokens: generated ids, by pass and prompt; cached: prompt tokens taken from the prefix cache, likewise;
@@ -47,8 +49,9 @@ def run(
         step; log: everything the engine wrote.
     """
     wanted = {"logprobs_mode": "raw_logits", "max_logprobs": -1} if logits else {}
-    scenario = {"passes": passes, "max_tokens": max_tokens, "logits": logits, "between": between}
-    return in_child(_generate, env, scenario=scenario | {"engine": ENGINE | {"model": str(model)} | wanted | engine})
+    scenario: dict[str, Any] = {"passes": passes, "max_tokens": max_tokens, "logits": logits, "between": between}
+    scenario["engine"] = ENGINE | {"model": str(model)} | wanted | engine
+    return in_child(serve or generate, env, scenario=scenario)
 
 
 def refusals(*engines: dict[str, Any], env: dict[str, str] | None = None) -> list[str]:
@@ -139,7 +142,8 @@ def _our_metrics() -> dict[str, float]:
     return {sample.name: sample.value for sample in samples if sample.name.startswith("kvcompress_")}
 
 
-def _generate(scenario: dict[str, Any]) -> dict[str, Any]:
+def generate(scenario: dict[str, Any]) -> dict[str, Any]:
+    """In the child: what `run` asks for."""
     from vllm import LLM, SamplingParams
 
     llm = LLM(**scenario["engine"])

@@ -14,6 +14,7 @@ import tempfile
 from hashlib import sha256
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -45,6 +46,15 @@ def library(copies: str) -> ctypes.CDLL | None:
             subprocess.run([compiler, *flags, "-x", "c++", *sources, "-o", str(made)], check=True, cwd=ROOT)
             made.replace(path)
     return cuda_library.open_library(path)
+
+
+def count_as_gpu(monkeypatch: pytest.MonkeyPatch, copies: str = "sm_90") -> ctypes.CDLL:
+    """Have operations take all memory for a GPU's and call the emulated kernels; skip without a C++ compiler."""
+    found = library(copies)
+    if found is None:
+        pytest.skip("no C++ compiler to emulate the CUDA kernels with")
+    monkeypatch.setattr(cuda, "kernels", lambda device: found)
+    return found
 
 
 def to_fragment(cache: Cache) -> Cache:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvcompress.codec.layout import FRAGMENT, PageLayout
-from kvcompress.ops import cuda, cuda_library
+from kvcompress.ops import cuda, cuda_library, prefill, reference
 from kvcompress.ops.append import append
 from kvcompress.ops.attention import decode_attention
 from kvcompress.ops.compress import compress_pages, compress_pages_op
@@ -28,15 +27,7 @@ K_SIDE, V_SIDE = bands((8, 16), (4, 48), outliers=1), bands((4, 40))
 
 @pytest.fixture
 def on_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors on the CPU count as a GPU's."""
-    found = emulated.library("sm_90")
-    if found is None:
-        pytest.skip("no C++ compiler to emulate the CUDA kernels with")
-
-    def library_for(pages_NHX: Tensor, layout: PageLayout, plan: LayerPlan, *rows: Tensor) -> ctypes.CDLL | None:
-        return found if cuda.covered(layout, plan) else None
-
-    monkeypatch.setattr(cuda, "library_for", library_for)
+    emulated.count_as_gpu(monkeypatch)
 
 
 def a_cache() -> Cache:
@@ -64,6 +55,26 @@ def test_attention(query_lens: list[int], monkeypatch: pytest.MonkeyPatch) -> No
     expected_THD, _ = exact(cache, query_THD, starts(query_lens), 0.125)
     assert relative_error(output_THD, expected_THD) < bar(K_SIDE)
     assert set(calls) == ({"gather"} if max(query_lens) > cuda.MOST_QUERIES else {"attend"})
+
+
+@pytest.mark.usefixtures("on_device")
+@pytest.mark.parametrize("dtype", prefill.FUSED_DTYPES)
+@pytest.mark.parametrize(("block_size", "step"), [(64, 8192), (64, 128), (128, 64)])
+def test_prompts_in_half_precision(
+    dtype: torch.dtype, block_size: int, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch attends keys and values that were decoded in one step or several, of requests with a past or without."""
+    monkeypatch.setattr(prefill, "STEP_TOKENS", step)
+    monkeypatch.setattr(reference, "decode_attention", lambda *args: pytest.fail("in float32"))
+    cache = random_cache(random_codec(2, 64, K_SIDE, V_SIDE), [300, 70, 70, 64], block_size)
+    fragments, query_lens = emulated.to_fragment(cache), [100, 70, 0, 1]
+    query_THD = torch.randn(sum(query_lens), 4, 64, generator=torch.Generator().manual_seed(4)).to(dtype)
+    output_THD = torch.full_like(query_THD, torch.nan)
+    layer = (fragments.pages_NHX, fragments.layout, fragments.plan, fragments.block_table_RN)
+    decode_attention(output_THD, query_THD, *layer, starts(query_lens), cache.seq_lens, 0.125)
+    expected_THD, _ = exact(cache, query_THD, starts(query_lens), 0.125)
+    # Keys, values and probabilities are rounded to 8 or 11 bits.
+    assert relative_error(output_THD, expected_THD) < (8e-3 if dtype == torch.bfloat16 else 1e-3)
 
 
 @pytest.mark.usefixtures("on_device")

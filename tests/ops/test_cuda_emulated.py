@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvcompress.codec import fragment, pages
 from kvcompress.codec.layout import FRAGMENT, PageLayout
-from kvcompress.codec.spec import SideSpec
+from kvcompress.codec.spec import LayerSpec, SideSpec
 from kvcompress.ops import cuda, cuda_library
 from kvcompress.ops.plan import LayerPlan
 from tests.golden import pages as golden
@@ -281,8 +281,7 @@ def test_wide_heads_need_shared_memory(
     for head_dim in (128, 256):
         for bits in [(16, 16), (8, 8), (8, 4), (4, 4), (2, 2)]:
             k, v = (bands((number, head_dim)) for number in bits)
-            layout = PageLayout.of(random_codec(2, head_dim, k, v).spec, 64, FRAGMENT)
-            found = cuda.fits.__wrapped__(kernels, layout, k, v)
+            found = cuda.fits.__wrapped__(kernels, LayerSpec(2, head_dim, k, v))
             assert found == (head_dim == 128 or bits not in outside), (head_dim, bits)
 
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from kvcompress.serving.vllm.report import LayerReport, describe, describe_capacity
+from kvcompress.serving.vllm.report import LayerReport, describe, describe_attention, describe_capacity
 
 
 def test_sizes_and_reasons_are_given_for_runs_of_layers() -> None:
@@ -25,3 +25,10 @@ def test_what_each_running_request_takes_besides_is_said() -> None:
 def test_capacity_is_set_against_that_without_a_codec() -> None:
     layers = {0: LayerReport(100, 400), 1: LayerReport(400, 400)}
     assert describe_capacity(layers, 8000) == "room for 8,000 tokens; without compression for 5,000"
+
+
+def test_layers_that_torch_code_attends_on_a_gpu_are_named() -> None:
+    assert describe_attention({0: True, 1: True}) == "attention by layer: 0-1: CUDA kernels"
+    assert describe_attention({0: True, 1: True, 3: False, 4: False}) == (
+        "attention by layer: 0-1: CUDA kernels, 3-4: torch code, which is slower and in no full CUDA graph"
+    )

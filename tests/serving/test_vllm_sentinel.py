@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ pytest.importorskip("vllm")
 
 from kvcompress.serving.vllm import canary_paths, compat, metrics
 from kvcompress.serving.vllm import sentinel as sentinels
+from kvcompress.serving.vllm.backend import CompressedMetadata
 from kvcompress.serving.vllm.canary import answers_to
 from kvcompress.serving.vllm.canary_paths import Path as Steps
 from kvcompress.serving.vllm.metrics import Collector, Numbers
@@ -78,7 +78,9 @@ class Clock:
 
 def batch(*lengths: int, tables: list[tuple[int, ...]] | None = None) -> Any:
     """Decoding requests."""
-    return SimpleNamespace(
+    return CompressedMetadata(
+        num_actual_tokens=len(lengths),
+        slot_mapping=torch.zeros(0, dtype=torch.int64),
         seq_lens=torch.tensor(lengths),
         query_starts=torch.arange(len(lengths) + 1),
         block_table=torch.tensor(tables or [TABLE] * len(lengths)),

@@ -18,9 +18,13 @@ from tests import tiny
 pytest.importorskip("vllm")
 
 from kvcompress.serving.vllm import compat, register
+from kvcompress.serving.vllm.backend import CompressedAttentionBackend
 from kvcompress.serving.vllm.cache_spec import cache_spec
+from kvcompress.serving.vllm.device_backend import DeviceAttentionBackend
 from kvcompress.serving.vllm.quantization import KVCompressConfig
-from kvcompress.serving.vllm.startup import SKIP_VERIFY, check_files, checkpoint_directory, heads_of_rank
+from kvcompress.serving.vllm.report import LayerReport
+from kvcompress.serving.vllm.served import Served
+from kvcompress.serving.vllm.startup import SKIP_VERIFY, Startup, check_files, checkpoint_directory, heads_of_rank
 
 SECTION = {"quant_method": "kvcompress", "version": 1, "codec": tiny.mixed_spec().to_json()}
 
@@ -34,7 +38,13 @@ def layer_spec(index: int) -> LayerSpec:
 def test_register_may_be_called_again() -> None:
     register()
     register()
-    assert compat.AttentionBackendEnum[compat.BACKEND_NAME].get_class().get_name() == compat.BACKEND_NAME
+    for name in (
+        compat.BACKEND_NAME,
+        compat.DEVICE_BACKEND_NAME,
+        compat.SHARED_BACKEND_NAME,
+        compat.LATENT_BACKEND_NAME,
+    ):
+        assert compat.AttentionBackendEnum[name].get_class().get_name() == name
     assert compat.QUANTIZATION_METHODS.count("kvcompress") == 1
 
 
@@ -151,3 +161,21 @@ def test_a_hub_id_is_found_in_the_cache_by_its_revision(
 def test_a_local_folder_is_used_as_it_is(model: Path) -> None:
     config = SimpleNamespace(model_config=SimpleNamespace(model=str(model), revision=None), load_config=None)
     assert checkpoint_directory(config) == model
+
+
+@pytest.mark.parametrize(("kernels", "kind"), [([True, True], "info"), ([True, False], "warning")])
+def test_an_operator_of_a_gpu_is_told_which_layers_its_kernels_attend(
+    kernels: list[bool], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[tuple[str, str]] = []
+    logger = {name: lambda text, line, name=name: said.append((name, line)) for name in ("info", "warning")}
+    monkeypatch.setattr(compat, "logger", SimpleNamespace(**logger))
+    monkeypatch.setattr(compat, "is_cpu", lambda: False)
+    monkeypatch.setattr(compat, "tensor_parallel", lambda: (0, 1))
+    begun = Startup(SimpleNamespace(model_config=SimpleNamespace(dtype="torch.bfloat16")), [])
+    for index, on_device in enumerate(kernels):
+        layer = SimpleNamespace(attn_backend=DeviceAttentionBackend if on_device else CompressedAttentionBackend)
+        begun.served[index] = Served(index, layer, None)
+        begun._layers[index] = LayerReport(100, 400)
+    begun.report()
+    assert [name for name, line in said if "attention by layer" in line] == [kind]

@@ -20,6 +20,7 @@ def register() -> None:
     from kvcompress.serving.vllm import compat, metrics
 
     compat.register_backend(compat.BACKEND_NAME, "kvcompress.serving.vllm.backend.CompressedAttentionBackend")
+    compat.register_backend(compat.DEVICE_BACKEND_NAME, "kvcompress.serving.vllm.device_backend.DeviceAttentionBackend")
     compat.register_backend(compat.SHARED_BACKEND_NAME, "kvcompress.serving.vllm.shared_backend.SharedAttentionBackend")
     compat.register_backend(compat.LATENT_BACKEND_NAME, "kvcompress.serving.vllm.latent_backend.LatentAttentionBackend")
     compat.extend_worker()

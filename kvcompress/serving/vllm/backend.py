@@ -2,18 +2,22 @@
 
 One forward call stores the step's tokens and then attends to all tokens in their stored form, the new ones included,
 so a result depends neither on how a prompt is chunked nor on prefix hits, preemption or rejected drafts.
+
+This is the form for the CPU, and for a GPU wherever there is no kernel; `device_backend` has that of the CUDA kernels.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from kvcompress.codec import pages
 from kvcompress.codec.layer import LayerCodec
-from kvcompress.codec.layout import PART_ALIGNMENT, PageLayout
+from kvcompress.codec.layout import PART_ALIGNMENT, TOKEN_MAJOR, PageLayout
 from kvcompress.codec.spec import LayerSpec
 from kvcompress.ops import reference
 from kvcompress.ops.append import append
@@ -24,6 +28,9 @@ from kvcompress.serving.vllm import compat
 
 class CompressedAttentionBackend(compat.AttentionBackend):  # type: ignore[misc]
     """Names the parts. vLLM's own selector never chooses it; a layer with a codec brings it along."""
+
+    on_device: ClassVar[bool] = False
+    """Whether the CUDA kernels attend."""
 
     forward_includes_kv_cache_update = True
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
@@ -56,15 +63,39 @@ class CompressedAttentionBackend(compat.AttentionBackend):  # type: ignore[misc]
         return False
 
 
+@dataclass(frozen=True)
+class Part:
+    """Neighbouring requests of a step that are attended in one call, as `ops.attention.decode_attention` wants them."""
+
+    requests: slice
+    tokens: slice
+    query_starts: Tensor | Sequence[int]
+    """Counted from the part's first token."""
+    seq_lens: Tensor | Sequence[int]
+    max_query_len: int | None = None
+
+
 @dataclass
 class CompressedMetadata(compat.AttentionMetadata):  # type: ignore[misc]
-    """One step's batch. Starts and lengths are on the host, where requests are scheduled."""
+    """One step's batch. Starts and lengths are where the form's operations want them: here on the host, where requests
+    are scheduled; in `device_backend.DeviceMetadata` on the device.
+    """
 
     num_actual_tokens: int
     slot_mapping: Tensor
     block_table: Tensor
     query_starts: Tensor
     seq_lens: Tensor
+
+    @property
+    def parts(self) -> Sequence[Part]:
+        """The calls in which all requests are attended."""
+        return [Part(slice(None), slice(None), self.query_starts, self.seq_lens)]
+
+    @property
+    def longest(self) -> Tensor | None:
+        """Lengths on the host, or bounds of them; None where the engine has told none."""
+        return self.seq_lens
 
 
 class CompressedMetadataBuilder(compat.AttentionMetadataBuilder):  # type: ignore[misc]
@@ -84,23 +115,29 @@ class CompressedMetadataBuilder(compat.AttentionMetadataBuilder):  # type: ignor
     def build(
         self, common_prefix_len: int, common_attn_metadata: compat.CommonAttentionMetadata, fast_build: bool = False
     ) -> CompressedMetadata:
-        batch = common_attn_metadata
+        metadata = self.describe(common_attn_metadata)
+        sentinel = compat.sentinel_of(self.vllm_config)
+        if sentinel is not None:
+            sentinel.step(self.layer_names, metadata)
+        return metadata
+
+    def describe(self, batch: compat.CommonAttentionMetadata) -> CompressedMetadata:
+        """The step as the form's implementation wants it."""
         assert batch.causal is True, "layers with a codec are causal decoder layers; anything else is refused at start"
-        metadata = CompressedMetadata(
+        return CompressedMetadata(
             num_actual_tokens=batch.num_actual_tokens,
             slot_mapping=batch.slot_mapping,
             block_table=batch.block_table_tensor,
             query_starts=batch.query_start_loc_cpu[: batch.num_reqs + 1],
             seq_lens=batch.seq_lens[: batch.num_reqs].cpu(),
         )
-        sentinel = compat.sentinel_of(self.vllm_config)
-        if sentinel is not None:
-            sentinel.step(self.layer_names, metadata)
-        return metadata
 
 
 class CompressedAttentionImpl(compat.AttentionImpl):  # type: ignore[misc]
     """Attention of one layer, by the codec it is given."""
+
+    order: ClassVar[str] = TOKEN_MAJOR
+    """Of the bytes in a page. Whatever else looks into pages asks the layer's implementation (`latents`)."""
 
     def __init__(
         self,
@@ -126,6 +163,7 @@ class CompressedAttentionImpl(compat.AttentionImpl):  # type: ignore[misc]
         self.scale = float(scale)
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
+        self._codec: LayerCodec | None = None
         self._plan: LayerPlan | None = None
         self._layout: PageLayout | None = None
         self._workspace_bytes = 0
@@ -134,7 +172,7 @@ class CompressedAttentionImpl(compat.AttentionImpl):  # type: ignore[misc]
         """Set the codec of this rank's KV heads, on the layer's device, for requests of up to `longest` tokens."""
         assert isinstance(codec, LayerCodec)
         assert (codec.spec.num_kv_heads, codec.spec.head_dim) == (self.num_kv_heads, self.head_size)
-        self._plan = LayerPlan.of(codec)
+        self._codec, self._plan = codec, LayerPlan.of(codec)
         self._workspace_bytes = workspace_bytes(codec.spec, self.num_heads, longest)
 
     def forward(
@@ -173,24 +211,51 @@ class CompressedAttentionImpl(compat.AttentionImpl):  # type: ignore[misc]
         plan = self._plan
         assert plan is not None
         layout = self._layout_of(plan, kv_cache.shape[2])
-        pages_NHX = kv_cache.view(kv_cache.shape[0], layout.num_kv_heads, layout.record_bytes)
+        pages_NHX = records_of(kv_cache, layout)
         append(pages_NHX, layout, plan, key, value, batch.slot_mapping[: key.shape[0]])
-        decode_attention(
-            output, query, pages_NHX, layout, plan, batch.block_table, batch.query_starts, batch.seq_lens, self.scale
-        )
+        for part in batch.parts:
+            decode_attention(
+                output[part.tokens],
+                query[part.tokens],
+                pages_NHX,
+                layout,
+                plan,
+                batch.block_table[part.requests],
+                part.query_starts,
+                part.seq_lens,
+                self.scale,
+                max_query_len=part.max_query_len,
+            )
+
+    def latents(self, kv_cache: Tensor, block_1: Tensor) -> tuple[Tensor, Tensor]:
+        """What one block holds: normalized latents of its keys and of its values, tokens first."""
+        plan, codec = self._plan, self._codec
+        assert plan is not None
+        assert codec is not None
+        layout = self._layout_of(plan, kv_cache.shape[2])
+        return pages.read(records_of(kv_cache, layout), layout, codec, block_1, layout.block_size)
 
     def _layout_of(self, plan: LayerPlan, block_size: int) -> PageLayout:
         # The block size that counts is the allocated cache's: vLLM may scale or split blocks after asking for specs.
         if self._layout is None or self._layout.block_size != block_size:
-            self._layout = PageLayout.of(plan.spec, block_size)
+            self._layout = PageLayout.of(plan.spec, block_size, self.order)
         return self._layout
 
     def _profile(self, output: Tensor) -> Tensor:
         # vLLM measures how much memory a step needs on devices of fixed memory and gives the rest to the cache;
         # without this allocation it would give away our workspace, too.
         if output.device.type != "cpu":
-            torch.empty(self._workspace_bytes, dtype=torch.uint8, device=output.device)
+            torch.empty(self._workspace(output), dtype=torch.uint8, device=output.device)
         return output.fill_(0)
+
+    def _workspace(self, output: Tensor) -> int:
+        """Bytes that attention takes at most beside its arguments, in steps of no more tokens than `output` has."""
+        return self._workspace_bytes
+
+
+def records_of(kv_cache: Tensor, layout: PageLayout) -> Tensor:
+    """A cache as operations on pages want it."""
+    return kv_cache.view(kv_cache.shape[0], layout.num_kv_heads, layout.record_bytes)
 
 
 def workspace_bytes(spec: LayerSpec, num_heads: int, longest: int) -> int:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from kvcompress.codec import canary as stated
+from kvcompress.ops import cuda_library, library
 from kvcompress.serving.vllm import canary_paths, canary_reference, compat
 from kvcompress.serving.vllm.backend import CompressedMetadata
 from kvcompress.serving.vllm.canary_reference import Inputs
@@ -144,7 +145,7 @@ def check_paths(config: compat.VllmConfig, members: Sequence[Served], inputs: Se
                     raise _refusal(
                         f"{member.name}, {same[0].name}: attention from compressed pages differs by {difference:.1%} "
                         f"from reference attention (tolerance {PATH_TOLERANCE:.0%}); do not trust this installation's "
-                        "kernels with this model; KVCOMPRESS_LIBRARY= (empty) serves with torch code instead"
+                        f"kernels with this model; {_switch(member)}= (empty) serves with torch code instead"
                     )
     finally:
         for tensor, content in zip(caches, before, strict=True):
@@ -235,6 +236,11 @@ def _on_device(served: Served) -> Any:
 def _caches(members: Sequence[Served]) -> list[Tensor]:
     rings = [member.ring.kv_cache for member in members if member.ring is not None]
     return [*(member.cache for member in members), *rings]
+
+
+def _switch(served: Served) -> str:
+    """The environment variable that turns off the kernels which attend a layer."""
+    return cuda_library.PATH_VARIABLE if served.cache.device.type == "cuda" else library.PATH_VARIABLE
 
 
 def _refusal(reason: str) -> ValueError:

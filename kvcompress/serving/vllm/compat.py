@@ -97,6 +97,7 @@ from vllm.v1.worker.worker_base import WorkerWrapperBase  # noqa: E402
 
 __all__ = [
     "BACKEND_NAME",
+    "DEVICE_BACKEND_NAME",
     "LATENT_BACKEND_NAME",
     "QUANTIZATION_METHODS",
     "SET_ON_CONFIGS",
@@ -133,6 +134,7 @@ __all__ = [
     "attention_layers",
     "capacity_tokens",
     "check_version",
+    "device",
     "extend_worker",
     "extract_layer_index",
     "get_current_vllm_config",
@@ -142,6 +144,7 @@ __all__ = [
     "layer_metadata",
     "layer_parallel",
     "logger",
+    "most_decode_queries",
     "num_decoder_layers",
     "output_rank",
     "quantization_of",
@@ -161,8 +164,8 @@ __all__ = [
 _OWN_NAMES = hasattr(AttentionBackendEnum, "register")
 """From 0.32 on a plug-in's backends have names; before, all of everybody's have one."""
 
-BACKEND_NAME, SHARED_BACKEND_NAME, LATENT_BACKEND_NAME = (
-    ("KVCOMPRESS", "KVCOMPRESS_SHARED", "KVCOMPRESS_LATENT") if _OWN_NAMES else ("CUSTOM",) * 3
+BACKEND_NAME, DEVICE_BACKEND_NAME, SHARED_BACKEND_NAME, LATENT_BACKEND_NAME = (
+    ("KVCOMPRESS", "KVCOMPRESS_CUDA", "KVCOMPRESS_SHARED", "KVCOMPRESS_LATENT") if _OWN_NAMES else ("CUSTOM",) * 4
 )
 
 SET_ON_CONFIGS = ("packed_modules_mapping", "use_deep_gemm")
@@ -271,6 +274,16 @@ def worker_names(config: VllmConfig) -> tuple[str, int]:
     """A name that no other worker of the server has, and the number of its engine."""
     engine = int(config.parallel_config.data_parallel_index)
     return f"{engine}-{int(get_world_group().rank)}", engine
+
+
+def device(config: VllmConfig) -> torch.device:
+    """Where this process serves."""
+    return torch.device(config.device_config.device_type)
+
+
+def most_decode_queries(config: VllmConfig) -> int:
+    """Most queries of a request in a step that decodes: a token and its drafts, and some drafters' masks for them."""
+    return 1 + 2 * int(config.num_speculative_tokens)
 
 
 def is_cpu() -> bool:

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvcompress.codec.forms import CacheCodec
-from kvcompress.codec.layout import PART_ALIGNMENT
+from kvcompress.codec.layout import CHUNK_TOKENS, PART_ALIGNMENT
 from kvcompress.codec.rope import Rope
 from kvcompress.codec.shared import SharedCodec
 from kvcompress.codec.shared_spec import GroupSpec, PromptSpec, SharedSpec, check_groups
 from kvcompress.codec.spec import CacheSpec, CodecSpec
+from kvcompress.ops import cuda, cuda_library
 from kvcompress.serving.vllm import compat
 
 
@@ -125,6 +126,25 @@ def check_blocks(config: compat.VllmConfig, block: int, has_uncompressed_layers:
             "the codec compresses blocks of tokens and leaves some layers uncompressed; vLLM's CPU backend cannot hold "
             "such caches side by side; serve on a GPU or compress with another encoding"
         )
+
+
+def check_kernel_blocks(config: compat.VllmConfig) -> None:
+    """Refuse a block size of the operator's that the CUDA kernels cannot read; vLLM itself chooses one that they can.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    cache = config.cache_config
+    if cache.user_specified_block_size and not cuda.covers_blocks(cache.block_size):
+        raise ValueError(kernel_blocks(cache.block_size))
+
+
+def kernel_blocks(found: int) -> str:
+    """Why blocks of so many tokens are not served on CUDA kernels."""
+    return (
+        f"found --block-size {found}; the CUDA kernels read pages of {CHUNK_TOKENS} tokens times a power of two; use "
+        f"{CHUNK_TOKENS}, or leave the option out; {cuda_library.PATH_VARIABLE}= (empty) serves with torch code instead"
+    )
 
 
 def check_layer(layer: Any, name: str, codec: CacheSpec, config: compat.VllmConfig) -> None:

@@ -20,7 +20,7 @@ from kvcompress.codec.shared_spec import SharedSpec
 from kvcompress.codec.spec import CacheSpec, LayerSpec
 from kvcompress.modeling.low_rank import ranks_of
 from kvcompress.serving.loading import kv_bits, kv_rank, read_spec
-from kvcompress.serving.vllm import compat, gear_backend, limits, shared_backend
+from kvcompress.serving.vllm import compat, device_backend, gear_backend, limits, shared_backend
 from kvcompress.serving.vllm.backend import CompressedAttentionBackend, CompressedAttentionImpl
 from kvcompress.serving.vllm.cache_spec import cache_spec
 from kvcompress.serving.vllm.delegation import DelegatingConfig
@@ -129,16 +129,18 @@ class CompressedCacheMethod(compat.BaseKVCacheMethod):  # type: ignore[misc]
             self._startup.note_compressed(self._index, layer, codec, ring.nbytes)
             return
         sizes = (layer.num_heads, layer.head_size, layer.impl.scale, layer.num_kv_heads)
+        backend: type[CompressedAttentionBackend]
         impl: CompressedAttentionImpl
         if isinstance(local, SharedSpec):
-            impl = SharedAttentionImpl(*sizes)
+            backend, impl = SharedAttentionBackend, SharedAttentionImpl(*sizes)
             impl.use_group(self._startup.join_group(local, layer, self._name), local)
         else:
             assert isinstance(local, LayerSpec), f"no vLLM backend for form {local.form}"
-            impl = CompressedAttentionImpl(*sizes)
+            backend = device_backend.backend_for(local, self._startup.vllm_config)
+            impl = backend.get_impl_cls()(*sizes)
         compat.attach(
             layer,
-            SharedAttentionBackend if isinstance(local, SharedSpec) else CompressedAttentionBackend,
+            backend,
             impl,
             # The block size may change between now and the call.
             lambda vllm_config: _cache_spec(local, vllm_config.cache_config.block_size),

@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcompress.codec import pages, scalar
+from kvcompress.codec import scalar
 from kvcompress.codec.gear import BlockCodec
 from kvcompress.codec.layer import LayerCodec
-from kvcompress.codec.layout import PageLayout
 from kvcompress.codec.shared import SharedCodec
 from kvcompress.codec.shared_pages import SharedLayout
 from kvcompress.serving.vllm import compat
@@ -39,8 +38,8 @@ class Sentinel:
     """Asked at every step; looks at a page whenever it has saved up the time that the last look took.
 
     A look takes two steps of a layer and is concluded at the next look. One step picks a page, the next one decodes it:
-    requests of one step share the blocks of a common prefix as soon as the first of them is about to write it. By the
-    time the verdict is read, the device has long reached it, so nobody waits.
+    requests of one step share the blocks of a common prefix as soon as the first of them is about to write it. The
+    verdict is read when it has reached the host, so nobody waits for the device.
     """
 
     def __init__(
@@ -51,7 +50,7 @@ class Sentinel:
         self._last, self._saved, self._cost = clock(), 0.0, 0.0
         self._next = self._random.choice(layers)
         self._picked: Tensor | None = None
-        self._looked: tuple[Served, Tensor] | None = None
+        self._looked: _Verdict | None = None
 
     def step(self, names: Sequence[str], batch: Any) -> None:
         """A step of some layers is about to run; asked once per step and cache group.
@@ -66,6 +65,8 @@ class Sentinel:
         if self._next.layer.layer_name not in names:
             return
         if self._picked is not None:
+            if self._looked is not None and not self._looked.arrived():
+                return
             self._conclude()
             self._look(batch)
         elif self._saved >= self._cost:
@@ -79,7 +80,10 @@ class Sentinel:
 
     def _pick(self, batch: Any) -> None:
         """A random page that is full when this step has run."""
-        pages = (batch.seq_lens // self._next.cache.shape[2]).tolist()
+        if batch.longest is None:
+            return
+        # Of bounds that are too large, `_look` finds out.
+        pages = (batch.longest // self._next.cache.shape[2]).tolist()
         requests = [request for request, count in enumerate(pages) if count > 0]
         if requests:
             request = self._random.choice(requests)
@@ -95,14 +99,15 @@ class Sentinel:
         held_RN = batch.block_table == block_1
         column_N = torch.arange(held_RN.shape[1], device=held_RN.device)
         held = (held_RN & (column_N < filled_R.to(held_RN.device)[:, None])).any()
-        self._looked = served, torch.cat([torch.stack([held, is_sound(served, block_1)]).long(), block_1])
+        found = torch.stack([held, is_sound(served, block_1)]).long()
+        self._looked = _Verdict(served, torch.cat([found, block_1]))
         self._picked, self._next = None, self._random.choice(self._layers)
 
     def _conclude(self) -> None:
         if self._looked is None:
             return
-        (served, verdict), self._looked = self._looked, None
-        held, sound, block = verdict.tolist()
+        served, (held, sound, block) = self._looked.served, self._looked.on_host.tolist()
+        self._looked = None
         if not held:
             return
         if not sound:
@@ -113,6 +118,22 @@ class Sentinel:
                 block,
             )
         self._numbers.count(failed=not sound)
+
+
+class _Verdict:
+    """What a look has found of a layer's page, on its way to the host: whether the request still held the page, whether
+    it is sound, and which one it is.
+    """
+
+    def __init__(self, served: Served, found_3: Tensor) -> None:
+        self.served, self.on_host = served, found_3.to("cpu", non_blocking=True)
+        self._copied = torch.cuda.Event() if found_3.device.type == "cuda" else None
+        if self._copied is not None:
+            self._copied.record()
+
+    def arrived(self) -> bool:
+        """Whether it can be read without waiting for the device."""
+        return self._copied is None or self._copied.query()
 
 
 def is_sound(served: Served, block_1: Tensor) -> Tensor:
@@ -135,9 +156,7 @@ def _decoded(served: Served, block_1: Tensor) -> list[Tensor]:
     if codec is None:
         return [cache[block_1][0, 0].float()]
     if isinstance(codec, LayerCodec):
-        layout = PageLayout.of(codec.spec, tokens)
-        records = cache.view(cache.shape[0], layout.num_kv_heads, layout.record_bytes)
-        return [side.flatten(1) for side in pages.read(records, layout, codec, block_1, tokens)]
+        return [side.flatten(1) for side in served.layer.impl.latents(cache, block_1)]
     if isinstance(codec, BlockCodec):
         spec = codec.spec
         records = cache.view(cache.shape[0], spec.num_kv_heads, tokens // spec.block, spec.record_bytes)

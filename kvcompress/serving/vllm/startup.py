@@ -24,7 +24,7 @@ from kvcompress.codec.spec import CodecSpec
 from kvcompress.serving.loading import CANARY, canary_is_asked_for, load_codec, load_statement
 from kvcompress.serving.vllm import canary, compat, limits
 from kvcompress.serving.vllm.metrics import Numbers
-from kvcompress.serving.vllm.report import LayerReport, describe, describe_capacity, totals
+from kvcompress.serving.vllm.report import LayerReport, describe, describe_attention, describe_capacity, totals
 from kvcompress.serving.vllm.sentinel import Sentinel
 from kvcompress.serving.vllm.served import Served
 from kvcompress.serving.vllm.shared_backend import LayerGroup
@@ -116,6 +116,10 @@ class Startup:
             dtype = str(self.vllm_config.model_config.dtype).removeprefix("torch.")
             where = f" on tensor-parallel rank {rank} of {size}" if size > 1 else ""
             compat.logger.info("kvcompress: %s", describe(self._layers, dtype) + where)
+            if not compat.is_cpu():
+                on_device = {index: served.layer.attn_backend.on_device for index, served in self.served.items()}
+                tell = compat.logger.info if all(on_device.values()) else compat.logger.warning
+                tell("kvcompress: %s", describe_attention(on_device))
 
     def caches_ready(self, runner: Any, cache_config: Any) -> None:
         """Last checks and numbers, in a worker whose weights and caches are there.
