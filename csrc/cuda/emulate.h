@@ -21,6 +21,7 @@
 #define KVC_DEVICE inline
 #define KVC_BOTH constexpr
 #define KVC_KERNEL(threads) static void
+#define KVC_LONE_KERNEL(threads) static void
 #define KVC_ARGUMENT(type) const type&
 #define KVC_UNROLL
 #define KVC_ROLLED
@@ -283,8 +284,19 @@ uint32_t bytes_of(uint32_t a, uint32_t b) {
 inline float half_to_float(uint16_t half) { return emulate::half_value(half, 0); }
 inline uint16_t float_to_half(float x) { return emulate::nearest_half(x); }
 inline uint32_t halves_of(float low, float high) { return float_to_half(low) | static_cast<uint32_t>(float_to_half(high)) << 16; }
+inline uint32_t fma_halves(uint32_t a, uint32_t b, uint32_t c) {
+    float x[2];
+    for (int e = 0; e < 2; ++e) {
+        const double product = static_cast<double>(emulate::half_value(a, e)) * static_cast<double>(emulate::half_value(b, e));
+        x[e] = static_cast<float>(product + static_cast<double>(emulate::half_value(c, e)));
+    }
+    return halves_of(x[0], x[1]);
+}
 inline float exp2_of(float x) { return exp2f(x); }
 inline float log2_of(float x) { return log2f(x); }
+// As far off as the device's may be.
+inline float sin_of(float x) { return sinf(x) + 0x1p-21f; }
+inline float cos_of(float x) { return cosf(x) - 0x1p-21f; }
 
 inline void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, const uint32_t (&b)[2]) {
     emulate::Warp& w = emulate::warp();

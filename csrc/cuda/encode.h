@@ -31,12 +31,18 @@ KVC_DEVICE float sum_lanes(float x) {
 
 KVC_DEVICE float between(float x, float low, float high) { return fminf(fmaxf(x, low), high); }
 
-// A lane's channels of one token: lane, lane + 32, ... Channels that are not there have weight and latent 0, bits 0.
+// A lane's channels of one token. Those that are not there have weight and latent 0, bits 0.
+template <int COUNT>
 struct Channels {
-    float latent[kLaneChannels], weight[kLaneChannels], step[kLaneChannels];
-    int bits[kLaneChannels];
-    Place place[kLaneChannels];
+    float latent[COUNT], weight[COUNT], step[COUNT];
+    int bits[COUNT];
 };
+
+// A latent as it is encoded.
+KVC_DEVICE float finite(float x) {
+    if (x != x) return 0;
+    return fabsf(x) == INFINITY ? (x > 0 ? kHalfMax : -kHalfMax) : x;
+}
 
 KVC_DEVICE float nearest_code(float latent, float gain, float step, int bits) {
     const float top = static_cast<float>((1 << bits) - 1);
@@ -46,14 +52,15 @@ KVC_DEVICE float nearest_code(float latent, float gain, float step, int bits) {
 KVC_DEVICE float value_of(float code, float step, int bits) { return (code - middle(bits)) * step; }
 
 // Takes the channels of the largest entries out of x, which stays as it is otherwise; of equal ones the first.
-KVC_DEVICE void take_largest(float (&x)[kLaneChannels], int count, int lane, int (&channels)[kMaxOutliers]) {
+template <int COUNT>
+KVC_DEVICE void take_largest(float (&x)[COUNT], int count, int lane, int (&channels)[kMaxOutliers]) {
     KVC_UNROLL
     for (int n = 0; n < kMaxOutliers; ++n) {
         if (n >= count) break;
         float largest = -1;
-        int channel = kMaxRank;
+        int channel = 32 * COUNT;
         KVC_UNROLL
-        for (int i = 0; i < kLaneChannels; ++i)
+        for (int i = 0; i < COUNT; ++i)
             if (x[i] > largest) largest = x[i], channel = 32 * i + lane;
         KVC_UNROLL
         for (int lanes = 16; lanes; lanes /= 2) {
@@ -63,7 +70,7 @@ KVC_DEVICE void take_largest(float (&x)[kLaneChannels], int count, int lane, int
         }
         channels[n] = channel;
         KVC_UNROLL
-        for (int i = 0; i < kLaneChannels; ++i)
+        for (int i = 0; i < COUNT; ++i)
             if (channel == 32 * i + lane) x[i] = -2;
     }
 }
@@ -75,16 +82,17 @@ KVC_DEVICE bool is_taken(const int (&channels)[kMaxOutliers], int count, int cha
     return taken;
 }
 
-// The gain, and the channels that are stored exactly.
-KVC_DEVICE float best_gain(const Side& side, const Channels& x, int lane, int (&exact)[kMaxOutliers]) {
-    float square[kLaneChannels];
+// The gain, and the channels that are stored exactly, which are numbered 32 i + lane.
+template <int COUNT>
+KVC_DEVICE float best_gain(int rank, int outliers, const Channels<COUNT>& x, int lane, int (&exact)[kMaxOutliers]) {
+    float square[COUNT];
     KVC_UNROLL
-    for (int i = 0; i < kLaneChannels; ++i) square[i] = x.bits[i] ? x.latent[i] * x.latent[i] : -2;
-    take_largest(square, side.outliers, lane, exact);
+    for (int i = 0; i < COUNT; ++i) square[i] = x.bits[i] ? x.latent[i] * x.latent[i] : -2;
+    take_largest(square, outliers, lane, exact);
     float rest = 0;
     KVC_UNROLL
-    for (int i = 0; i < kLaneChannels; ++i) rest += fmaxf(square[i], 0.f);
-    const float rms = fmaxf(sqrtf(sum_lanes(rest) / static_cast<float>(side.rank - side.outliers)), kSmallestGain);
+    for (int i = 0; i < COUNT; ++i) rest += fmaxf(square[i], 0.f);
+    const float rms = fmaxf(sqrtf(sum_lanes(rest) / static_cast<float>(rank - outliers)), kSmallestGain);
     float best = rms, best_error = INFINITY;
     // 2^(n / 3), n = -3 ... 6: multiples of the root mean square tried as gain.
     KVC_ROLLED
@@ -92,19 +100,19 @@ KVC_DEVICE float best_gain(const Side& side, const Channels& x, int lane, int (&
         const int third = (n + 3) % 3;
         const float root = third == 0 ? 1.f : third == 1 ? 1.25992105f : 1.58740105f;
         const float candidate = rms * (root * (n < 0 ? 0.5f : n < 3 ? 1.f : n < 6 ? 2.f : 4.f));
-        float value[kLaneChannels], miss[kLaneChannels];
+        float value[COUNT], miss[COUNT];
         int found[kMaxOutliers] = {};
         KVC_UNROLL
-        for (int i = 0; i < kLaneChannels; ++i) {
+        for (int i = 0; i < COUNT; ++i) {
             value[i] = x.bits[i] ? value_of(nearest_code(x.latent[i], candidate, x.step[i], x.bits[i]), x.step[i], x.bits[i]) : 0;
             const float left = x.latent[i] - candidate * value[i];
             miss[i] = x.bits[i] ? x.weight[i] * (left * left) : -2;
         }
-        take_largest(miss, side.outliers, lane, found);
+        take_largest(miss, outliers, lane, found);
         float energy = 0, product = 0;
         KVC_UNROLL
-        for (int i = 0; i < kLaneChannels; ++i) {
-            if (is_taken(found, side.outliers, 32 * i + lane)) continue;
+        for (int i = 0; i < COUNT; ++i) {
+            if (is_taken(found, outliers, 32 * i + lane)) continue;
             energy += x.weight[i] * (value[i] * value[i]);
             product += x.weight[i] * value[i] * x.latent[i];
         }
@@ -113,8 +121,8 @@ KVC_DEVICE float best_gain(const Side& side, const Channels& x, int lane, int (&
         const float refined = half_to_float(float_to_half(between(minimum, kSmallestGain, kHalfMax)));
         float error = 0;
         KVC_UNROLL
-        for (int i = 0; i < kLaneChannels; ++i) {
-            if (is_taken(found, side.outliers, 32 * i + lane)) continue;
+        for (int i = 0; i < COUNT; ++i) {
+            if (is_taken(found, outliers, 32 * i + lane)) continue;
             const float left = x.latent[i] - refined * value[i];
             error += x.weight[i] * (left * left);
         }
@@ -137,21 +145,16 @@ KVC_DEVICE void store_bits(uint8_t* word_at, int bit, int bits, uint32_t value) 
 }
 
 // One token's latents into its chunk, by one warp.
-KVC_DEVICE void store_token(const Side& side, Channels& x, uint8_t* chunk, int token, int lane) {
-    KVC_UNROLL
-    for (int i = 0; i < kLaneChannels; ++i) {
-        if (x.latent[i] != x.latent[i]) x.latent[i] = 0;
-        if (fabsf(x.latent[i]) == INFINITY) x.latent[i] = x.latent[i] > 0 ? kHalfMax : -kHalfMax;
-    }
+KVC_DEVICE void store_token(const Side& side, const Channels<kLaneChannels>& x, const Place (&place)[kLaneChannels], uint8_t* chunk, int token, int lane) {
     if (side.gain_offset < 0) {
         KVC_UNROLL
         for (int i = 0; i < kLaneChannels; ++i)
             if (x.bits[i])
-                store_bits(chunk + x.place[i].byte, x.place[i].bit, 16, float_to_half(between(x.latent[i], -kHalfMax, kHalfMax)));
+                store_bits(chunk + place[i].byte, place[i].bit, 16, float_to_half(between(x.latent[i], -kHalfMax, kHalfMax)));
         return;
     }
     int exact[kMaxOutliers] = {};
-    const uint16_t gain = float_to_half(best_gain(side, x, lane, exact));
+    const uint16_t gain = float_to_half(best_gain(side.rank, side.outliers, x, lane, exact));
     const float rounded = half_to_float(gain);
     const int entry = token_entry(token);
     if (lane == 0) reinterpret_cast<uint16_t*>(chunk + side.gain_offset)[entry] = gain;
@@ -159,7 +162,7 @@ KVC_DEVICE void store_token(const Side& side, Channels& x, uint8_t* chunk, int t
     for (int i = 0; i < kLaneChannels; ++i) {
         if (!x.bits[i]) continue;
         const float code = nearest_code(x.latent[i], rounded, x.step[i], x.bits[i]);
-        store_bits(chunk + x.place[i].byte, x.place[i].bit, x.bits[i], static_cast<uint32_t>(code));
+        store_bits(chunk + place[i].byte, place[i].bit, x.bits[i], static_cast<uint32_t>(code));
         KVC_UNROLL
         for (int n = 0; n < kMaxOutliers; ++n) {
             if (n >= side.outliers || exact[n] != 32 * i + lane) continue;
@@ -218,7 +221,9 @@ KVC_KERNEL(kEncodeThreads) encode(KVC_ARGUMENT(EncodeArgs) args) {
             const int64_t slot = WHOLE ? token % kChunk : args.slots[token];
             if (slot < 0 || slot >= args.num_slots) continue;
             const int within = static_cast<int>(slot % kChunk);
-            Channels own;
+            // Channels lane, lane + 32, ...
+            Channels<kLaneChannels> own;
+            Place places[kLaneChannels];
             KVC_UNROLL
             for (int i = 0; i < kLaneChannels; ++i) {
                 const int channel = 32 * i + lane;
@@ -227,11 +232,11 @@ KVC_KERNEL(kEncodeThreads) encode(KVC_ARGUMENT(EncodeArgs) args) {
                 if (channel >= side.rank) continue;
                 const Tile& tile = side.tiles[tile_of(side, channel)];
                 const int unit = (channel - tile.channel) / kGroup;
-                own.latent[i] = latents[n * side.rank + channel];
+                own.latent[i] = finite(latents[n * side.rank + channel]);
                 own.weight[i] = codec.weight[head * side.rank + channel];
                 own.step[i] = tile.step, own.bits[i] = tile.bits;
-                own.place[i] = place_of(keys, tile.bits, within, channel % kGroup);
-                own.place[i].byte += tile.offset + unit * unit_bytes(tile.bits);
+                places[i] = place_of(keys, tile.bits, within, channel % kGroup);
+                places[i].byte += tile.offset + unit * unit_bytes(tile.bits);
             }
             uint8_t* chunk = image;
             if (!WHOLE) {
@@ -239,7 +244,7 @@ KVC_KERNEL(kEncodeThreads) encode(KVC_ARGUMENT(EncodeArgs) args) {
                 const int mask = (1 << args.pages.page_shift) - 1;
                 chunk = chunk_at(args.pages, number >> args.pages.page_shift, static_cast<int>(number & mask), head);
             }
-            store_token(side, own, chunk, within, lane);
+            store_token(side, own, places, chunk, within, lane);
         }
     }
     if (!WHOLE) return;
