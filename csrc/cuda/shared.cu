@@ -51,6 +51,13 @@ bool make_problem(const kvc_cuda_shared_attend_args& from, Problem& problem) {
 
 TokenRows rows_of(const kvc_rows& rows) { return {rows.data, rows.token_stride, rows.head_stride, rows.dtype}; }
 
+// Row tiles are of all query rows of a KV head, or as many as a block has.
+void choose_rows(const Problem& problem, ScoreArgs& args, int most) {
+    const int tiles = (problem.from->max_query_len * problem.group + kRows - 1) / kRows;
+    args.row_tiles = tiles < most ? tiles : most;
+    args.row_groups = (tiles + args.row_tiles - 1) / args.row_tiles;
+}
+
 ScoreArgs score_args(const Problem& problem, int first_request) {
     const kvc_cuda_shared_attend_args& from = *problem.from;
     ScoreArgs args{};
@@ -62,9 +69,7 @@ ScoreArgs score_args(const Problem& problem, int first_request) {
     args.query_starts = from.query_starts, args.seq_lens = from.seq_lens;
     args.first_request = first_request, args.max_queries = from.max_query_len;
     args.num_heads = from.num_heads, args.group = problem.group;
-    const int row_tiles = (from.max_query_len * problem.group + kRows - 1) / kRows;
-    args.row_tiles = row_tiles < kMostRowTiles ? row_tiles : kMostRowTiles;
-    args.row_groups = (row_tiles + args.row_tiles - 1) / args.row_tiles;
+    choose_rows(problem, args, kMostRowTiles);
     args.softmax_scale = from.softmax_scale;
     return args;
 }
@@ -101,6 +106,7 @@ int start_shared(const Problem& problem, int first_request, int requests) {
     int warps = kScoreThreads / 32;
     const int two = all < 2 ? all : 2;
     while (warps > 1 && lay_out(warps, two) > problem.shared_limit) warps /= 2;
+    while (args.rows.row_tiles > 1 && lay_out(warps, two) > problem.shared_limit) choose_rows(problem, args.rows, args.rows.row_tiles / 2);
     int64_t bytes = lay_out(warps, all);
     if (bytes > problem.shared_limit) bytes = lay_out(warps, two);
     if (bytes > problem.shared_limit) return -KVC_BAD_SHAPE;
@@ -153,7 +159,9 @@ int start_mix(const Problem& problem, int first_request, int requests) {
     args.weights_at = arena.take(8 * 32 * kRowTiles * kMixWarps);
     args.kept_at = arena.take(kMixTokens);
     args.rows_at = arena.take(4 * kMixRows);
-    args.codes_at = arena.take(static_cast<int64_t>(2) * kMixTokens * problem.v.token_bytes + kReadBeyond);
+    const int64_t codes = static_cast<int64_t>(kMixTokens) * problem.v.token_bytes;
+    args.code_places = arena.used + 2 * codes + kReadBeyond <= problem.shared_limit ? 2 : 1;
+    args.codes_at = arena.take(args.code_places * codes + kReadBeyond);
     if (arena.used > problem.shared_limit) return -KVC_BAD_SHAPE;
     const int row_groups = (from.max_query_len * from.num_heads + kMixRows - 1) / kMixRows;
     const Grid grid{from.mix_splits, row_groups * from.num_stripes * args.channel_blocks, requests};

@@ -35,6 +35,7 @@ struct MixArgs {
     int first_request, max_queries, num_heads, num_stripes;
     int channel_blocks;  // of a stripe
     int64_t rows;        // tokens * heads
+    int code_places;     // two, or one where shared memory has no room
     int codes_at, weights_at, kept_at, rows_at;
 };
 
@@ -67,7 +68,7 @@ KVC_KERNEL(32 * kMixWarps) mix_shared(KVC_ARGUMENT(MixArgs) args) {
     const auto kept = [&](int token) { return token < limit && (token < stored || args.step.row_of(request, token) < 0); };
 
     const int run_bytes = kRun * record.token_bytes;
-    const auto codes_of = [&](int tile) { return shared + args.codes_at + (tile - begin) % 2 * kMixWarps * run_bytes; };
+    const auto codes_of = [&](int tile) { return shared + args.codes_at + (tile - begin) % args.code_places * kMixWarps * run_bytes; };
     // Each warp one run.
     const auto request_codes = [&](int tile) {
         const int token = tile * kMixTokens + warp * kRun;
@@ -144,7 +145,7 @@ KVC_KERNEL(32 * kMixWarps) mix_shared(KVC_ARGUMENT(MixArgs) args) {
     for (int tile = begin; tile < end; ++tile) {
         wait_copies_but<0>();
         sync_block();  // all codes are there; nobody reads the other place, weights or marks of the last tile any more
-        request_codes(tile + 1);
+        if (args.code_places > 1) request_codes(tile + 1);
         const uint8_t* codes = codes_of(tile);
         {
             const uint8_t* tokens = codes + warp * run_bytes;
@@ -206,6 +207,10 @@ KVC_KERNEL(32 * kMixWarps) mix_shared(KVC_ARGUMENT(MixArgs) args) {
                 for (int n = 0; n < kRowTiles; ++n)
                     if (kRows * n < count) mma(o[i][n], a[0], a[1], a[2], a[3], b[n]);
             }
+        }
+        if (args.code_places == 1) {
+            sync_block();  // nobody reads these codes any more
+            request_codes(tile + 1);
         }
     }
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from kvcompress.codec.spec import SideSpec
-from kvcompress.ops import interface, library, shared_reference
-from kvcompress.ops.attention import int32_rows
+from kvcompress.ops import cuda, cuda_shared, interface, library, shared_reference
+from kvcompress.ops.attention import int32_rows, most_queries
 from kvcompress.ops.plan import rows_covered, rows_struct
+from kvcompress.ops.records import records_array, records_struct
 from kvcompress.ops.shared_plan import SharedPlan, record_struct, spec_of
 
 SPLIT_TOKENS = 512
@@ -37,8 +38,12 @@ def store(records_NHSX: Tensor, spec: SideSpec, latent_THR: Tensor, weight_HR: T
         weight_HR: importance of each channel's squared error, as `codec.scalar.encode` has it.
 
     Raises:
-        ValueError: a slot lies outside the cache.
+        ValueError: a slot lies outside the cache; on a GPU it is skipped.
     """
+    on_device = cuda_shared.library_for([records_NHSX], [spec], latent_THR)
+    if on_device is not None and latent_THR.dtype == torch.float32:
+        cuda_shared.store(on_device, records_NHSX, spec, latent_THR, weight_HR, slots_T)
+        return
     covered = _on_host(records_NHSX) and rows_covered(latent_THR) and latent_THR.dtype == torch.float32
     covered = covered and spec.rank <= interface.MAX_HEAD_DIM and not spec.outliers
     compiled = library.load() if covered else None
@@ -48,7 +53,7 @@ def store(records_NHSX: Tensor, spec: SideSpec, latent_THR: Tensor, weight_HR: T
     assert latent_THR.shape == (slots_T.shape[0], records_NHSX.shape[1], spec.rank)
     slots_T, weight_HR = slots_T.to(torch.int64).contiguous(), weight_HR.float().contiguous()
     args = interface.StoreArgs(
-        records=_records_struct(records_NHSX, record_struct(spec)),
+        records=records_struct(records_NHSX, record_struct(spec)),
         latents=rows_struct(latent_THR),
         weight_HR=weight_HR.data_ptr(),
         slots=slots_T.data_ptr(),
@@ -76,6 +81,7 @@ def attend(
     softmax_scale: float,
     split_tokens: int = SPLIT_TOKENS,
     expand_queries: int = EXPAND_QUERIES,
+    max_query_len: int | None = None,
 ) -> None:
     """Causal attention of every request's newest tokens over all its tokens.
 
@@ -94,17 +100,42 @@ def attend(
         exact_rows: for each of the others, request after request, its row in `keys_THD` and `values_THD`; -1 where it
             is as it is stored after all.
         softmax_scale: usually head_dim ** -0.5.
-        split_tokens: a positive multiple of 64.
-        expand_queries: requests with as many queries go to torch code.
+        split_tokens: a positive multiple of 64; of no effect on a GPU.
+        expand_queries: requests with as many queries go to torch code; on a GPU, steps with more than a few.
+        max_query_len: the most queries of a request, for a GPU: its kernels read lengths on the device, and start
+            enough threads for any lengths.
 
     Raises:
-        ValueError: a request has more queries than tokens, or a block lies outside the cache.
+        ValueError: a request has more queries than tokens, or a block lies outside the cache; neither is looked for on
+            a GPU.
     """
+    records, rows_THD = (*k_records, *v_records), (query_THD, output_THD, keys_THD, values_THD)
+    on_device = cuda_shared.library_for(records, (plan.k_spec, plan.v_spec), *rows_THD)
+    if on_device is not None and cuda_shared.covered(plan):
+        if max_query_len is None:
+            max_query_len = most_queries(query_starts, query_THD.shape[0])
+        if max_query_len <= cuda.MOST_QUERIES:
+            device = query_THD.device
+            cuda_shared.attend(
+                on_device,
+                output_THD,
+                query_THD,
+                keys_THD,
+                values_THD,
+                plan,
+                k_records,
+                v_records,
+                [int32_rows(table_RN, device) for table_RN in k_tables],
+                [int32_rows(table_RN, device) for table_RN in v_tables],
+                *(int32_rows(each, device) for each in (query_starts, seq_lens, stored_lens, exact_rows)),
+                softmax_scale,
+                max_query_len,
+            )
+            return
     starts_R, lengths_R, stored_R = int32_rows(query_starts), int32_rows(seq_lens), int32_rows(stored_lens)
     rows = int32_rows(exact_rows)
     exact_R = torch.nn.functional.pad((lengths_R - stored_R).cumsum(0, dtype=torch.int32), (1, 0))
-    covered = plan.covered() and rows_covered(query_THD, output_THD, keys_THD, values_THD)
-    covered = covered and all(_on_host(records) for records in (*k_records, *v_records)) and bool((rows >= 0).all())
+    covered = plan.covered() and rows_covered(*rows_THD) and all(map(_on_host, records)) and bool((rows >= 0).all())
     compiled = library.load() if covered else None
     kernel_R = (starts_R.diff() < expand_queries) if compiled is not None else torch.zeros_like(lengths_R).bool()
     for start, stop in _runs(kernel_R.tolist()):
@@ -123,8 +154,8 @@ def attend(
         k_run, v_run = ([int32_rows(table_RN) for table_RN in tables] for tables in (k_run, v_run))
         own = plan.frequency_F is None
         args = interface.SharedAttendArgs(
-            k=_records_array(k_records, k_run, plan.k_struct),
-            v=_records_array(v_records, v_run, plan.v_struct),
+            k=records_array(k_records, k_run, plan.k_struct),
+            v=records_array(v_records, v_run, plan.v_struct),
             num_k=len(k_records),
             num_stripes=len(v_records),
             query=rows_struct(query_THD),
@@ -164,36 +195,7 @@ def _runs(flags: list[bool]) -> list[tuple[int, int]]:
 
 
 def _on_host(records_NHSX: Tensor) -> bool:
-    _, _, block_size, token_bytes = records_NHSX.shape
-    assert records_NHSX.dtype == torch.uint8
-    assert records_NHSX.stride()[1:] == (block_size * token_bytes, token_bytes, 1) or records_NHSX.shape[1] == 1
     return records_NHSX.device.type == "cpu"
-
-
-def _records_struct(records_NHSX: Tensor, side: interface.Side, table_RN: Tensor | None = None) -> interface.Records:
-    blocks, records, block_size, token_bytes = records_NHSX.shape
-    return interface.Records(
-        data=records_NHSX.data_ptr(),
-        num_blocks=blocks,
-        block_stride=records_NHSX.stride(0),
-        block_size=block_size,
-        records=records,
-        token_bytes=token_bytes,
-        side=side,
-        block_table=None if table_RN is None else table_RN.data_ptr(),
-        block_table_stride=0 if table_RN is None else _row_stride(table_RN),
-    )
-
-
-def _row_stride(table_RN: Tensor) -> int:
-    return table_RN.stride(0) if table_RN.shape[0] > 1 else table_RN.shape[1]
-
-
-def _records_array(
-    records: Sequence[Tensor], tables: Sequence[Tensor], side: interface.Side
-) -> ctypes.Array[interface.Records]:
-    structs = [_records_struct(found, side, table) for found, table in zip(records, tables, strict=True)]
-    return (interface.Records * len(structs))(*structs)
 
 
 @torch.library.custom_op("kvcompress::store_records", mutates_args=("records",))
