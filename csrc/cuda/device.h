@@ -79,8 +79,16 @@ KVC_DEVICE float exp2_of(float x) {
 }
 KVC_DEVICE float log2_of(float x) { return __log2f(x); }
 // Of angles within a turn: off by 2^-21 at most.
-KVC_DEVICE float sin_of(float x) { return __sinf(x); }
-KVC_DEVICE float cos_of(float x) { return __cosf(x); }
+KVC_DEVICE float sin_of(float x) {
+    float y;
+    asm("sin.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+KVC_DEVICE float cos_of(float x) {
+    float y;
+    asm("cos.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 
 // c += a b: a 16 x 16 (rows x depth), b 16 x 8 (depth x columns), float32 sums. With lane = 4 g + t:
 //   a[i]  half e: row g + 8 (i % 2), depth 2 t + e + 8 (i / 2)

@@ -20,7 +20,7 @@ struct ScoreArgs {
     const int32_t* seq_lens;
     int first_request, max_queries, num_heads, group, row_groups, row_tiles, num_stripes;
     float softmax_scale;
-    int query_at, factor_at;  // offsets in shared memory
+    int query_at, factor_at, target_at;  // offsets in shared memory
 };
 
 // Rows of a request, query token by query token, are query heads of one KV head.
@@ -47,13 +47,14 @@ struct ScoreRows {
     }
 };
 
-// Rows as halves in the order of the second operand, tile by tile of 16 channels, and the factor that undoes their
-// scale. entry(row, channel) is a query's, depth(channel) its depth in the tile.
+// Rows as halves in the order of the second operand, tile by tile of 16 channels, the factor that undoes their scale, and
+// where their scores go. entry(row, channel) is a query's, depth(channel) its depth in the tile.
 template <typename Entry, typename Depth>
 KVC_DEVICE void prepare_queries(const ScoreArgs& args, const ScoreRows& rows, int channels, uint8_t* shared, const Entry& entry, const Depth& depth) {
     const int lane = thread_index() % 32, warp = thread_index() / 32, warps = num_threads() / 32;
     auto* halves = reinterpret_cast<uint16_t*>(shared + args.query_at);
     auto* factor = reinterpret_cast<float*>(shared + args.factor_at);
+    auto* target = reinterpret_cast<float**>(shared + args.target_at);
     for (int row = warp; row < kRows * args.row_tiles; row += warps) {
         const bool used = row < rows.count;
         float largest = 0;
@@ -66,7 +67,10 @@ KVC_DEVICE void prepare_queries(const ScoreArgs& args, const ScoreRows& rows, in
             const int place = ((tile * 32 + 4 * (row % kRows) + n % 8 / 2) * 2 + n / 8) * 2 + n % 2;
             halves[place] = float_to_half(used ? entry(row, c) * power_of_two(up) : 0);
         }
-        if (lane == 0) factor[row] = args.softmax_scale * kLog2E * power_of_two(-up);
+        if (lane == 0) {
+            factor[row] = args.softmax_scale * kLog2E * power_of_two(-up);
+            target[row] = used ? rows.scores(args, row) : nullptr;
+        }
     }
 }
 
@@ -75,11 +79,12 @@ KVC_DEVICE void write_scores(const ScoreArgs& args, const ScoreRows& rows, int r
                              const uint8_t* shared) {
     const int g = thread_index() % 32 / 4, t = thread_index() % 4;
     const auto* factor = reinterpret_cast<const float*>(shared + args.factor_at);
+    const auto* target = reinterpret_cast<float* const*>(shared + args.target_at);
     KVC_UNROLL
     for (int e = 0; e < 2; ++e) {
         const int row = kRows * row_tile + 2 * t + e;
-        if (row >= rows.count) continue;
-        float* scores = rows.scores(args, row) + first + g;
+        if (!target[row]) continue;
+        float* scores = target[row] + first + g;
         if (first + g < rows.limit) scores[0] = s[e] * unit0 * factor[row];
         if (first + g + 8 < rows.limit) scores[8] = s[2 + e] * unit1 * factor[row];
     }

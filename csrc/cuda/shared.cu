@@ -81,6 +81,7 @@ Grid score_grid(const Problem& problem, const ScoreArgs& args, int requests) {
 void lay_out_rows(ScoreArgs& args, Arena& arena, int channels) {
     args.query_at = arena.take(2 * kRows * args.row_tiles * channels);
     args.factor_at = arena.take(4 * kRows * args.row_tiles);
+    args.target_at = arena.take(8 * kRows * args.row_tiles);
 }
 
 template <int WIDTH>

@@ -181,7 +181,7 @@ KVC_LONE_KERNEL(kScoreThreads) score_shared(KVC_ARGUMENT(SharedScoreArgs) args) 
     const float amplitude = *args.amplitude;
     float position = static_cast<float>(first_token_of(now) + g);
 
-    float key[kRuns][kColumns][4];
+    float key[kRuns][kColumns][4] = {};
     uint32_t gain[kRuns][2], half_gain[kRuns][2];
     while (now.tile < end) {
         wait_copies_but<0>();
@@ -195,13 +195,6 @@ KVC_LONE_KERNEL(kScoreThreads) score_shared(KVC_ARGUMENT(SharedScoreArgs) args) 
         request(next);
         const int first = first_token_of(now);
         if (first < rows.limit) {
-            if (now.stripe == 0 && now.slice == 0) {
-                KVC_UNROLL
-                for (int run = 0; run < kRuns; ++run)
-                    KVC_UNROLL
-                    for (int column = 0; column < kColumns; ++column)
-                        key[run][column][0] = key[run][column][1] = key[run][column][2] = key[run][column][3] = 0;
-            }
             const uint8_t* tokens = codes_of(now) + g * record.token_bytes;
             if (now.slice == 0 && record.gain_offset >= 0) {
                 KVC_UNROLL
@@ -251,6 +244,9 @@ KVC_LONE_KERNEL(kScoreThreads) score_shared(KVC_ARGUMENT(SharedScoreArgs) args) 
                     const float unit0 = finish_keys<0>(key[run], unit, means, frequencies, beginning, t) * amplitude;
                     const float unit1 = finish_keys<1>(key[run], unit, means, frequencies, beginning + 8, t) * amplitude;
                     score_keys(args.rows, rows, key[run], first + run * kRun, unit0, unit1, shared);
+                    KVC_UNROLL
+                    for (int column = 0; column < kColumns; ++column)
+                        key[run][column][0] = key[run][column][1] = key[run][column][2] = key[run][column][3] = 0;
                 }
             }
             position += static_cast<float>(block_tokens);
