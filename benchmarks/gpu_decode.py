@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import platform
 import re
@@ -37,7 +38,7 @@ def main() -> None:
         )
         sys.exit(2)
     # Not before: what they import needs a GPU to be of use.
-    from benchmarks.gpu import build, check, profile, sweep, timing
+    from benchmarks.gpu import build, check, profile, shared, sweep, timing
 
     begin = time.monotonic()
 
@@ -89,6 +90,18 @@ def main() -> None:
                     result["skipped"].append([instance, context, batch])
                 torch.cuda.empty_cache()
             print_rows(rows, context, batch, ceilings["read_bytes_per_s"])
+    say("latents that layers share")
+    result["shared"] = []
+    for context, batch, instance in itertools.product(sweep.CONTEXTS, sweep.BATCHES, shared.INSTANCES):
+        if left() < sum(SECONDS_FOR_TOOLS.values()) + 10:
+            result["skipped"].append([f"shared {instance}", context, batch])
+            continue
+        try:
+            result["shared"].append(shared.measure(instance, context, batch))
+            shared.print_row(result["shared"][-1], ceilings["read_bytes_per_s"])
+        except torch.OutOfMemoryError:
+            result["skipped"].append([f"shared {instance}", context, batch])
+        torch.cuda.empty_cache()
     say("encoding")
     result["encoding"] = sweep.encoding()
     for row in result["encoding"]:

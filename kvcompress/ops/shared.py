@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvcompress.codec.spec import SideSpec
 from kvcompress.ops import cuda, cuda_shared, interface, library, shared_reference
-from kvcompress.ops.attention import int32_rows, most_queries
+from kvcompress.ops.attention import int32_rows
 from kvcompress.ops.plan import rows_covered, rows_struct
 from kvcompress.ops.records import records_array, records_struct
 from kvcompress.ops.shared_plan import SharedPlan, record_struct, spec_of
@@ -101,7 +101,7 @@ def attend(
             is as it is stored after all.
         softmax_scale: usually head_dim ** -0.5.
         split_tokens: a positive multiple of 64; of no effect on a GPU.
-        expand_queries: requests with as many queries go to torch code; on a GPU, steps with more than a few.
+        expand_queries: requests with as many queries go to torch code; on a GPU, those with more than a few.
         max_query_len: the most queries of a request, for a GPU: its kernels read lengths on the device, and start
             enough threads for any lengths.
 
@@ -111,43 +111,44 @@ def attend(
     """
     records, rows_THD = (*k_records, *v_records), (query_THD, output_THD, keys_THD, values_THD)
     on_device = cuda_shared.library_for(records, (plan.k_spec, plan.v_spec), *rows_THD)
-    if on_device is not None and cuda_shared.covered(plan):
-        if max_query_len is None:
-            max_query_len = most_queries(query_starts, query_THD.shape[0])
-        if max_query_len <= cuda.MOST_QUERIES:
-            device = query_THD.device
-            cuda_shared.attend(
-                on_device,
-                output_THD,
-                query_THD,
-                keys_THD,
-                values_THD,
-                plan,
-                k_records,
-                v_records,
-                [int32_rows(table_RN, device) for table_RN in k_tables],
-                [int32_rows(table_RN, device) for table_RN in v_tables],
-                *(int32_rows(each, device) for each in (query_starts, seq_lens, stored_lens, exact_rows)),
-                softmax_scale,
-                max_query_len,
-            )
+    if not cuda_shared.covered(plan):
+        on_device = None
+    if on_device is not None and isinstance(query_starts, Tensor) and query_starts.device == query_THD.device:
+        most = query_THD.shape[0] if max_query_len is None else max_query_len
+        if most <= cuda.MOST_QUERIES:
+            _attend_on_device(
+                on_device, output_THD, query_THD, keys_THD, values_THD, plan, k_records, v_records, k_tables, v_tables,
+                query_starts, seq_lens, stored_lens, exact_rows, softmax_scale, most,
+            )  # fmt: skip
             return
     starts_R, lengths_R, stored_R = int32_rows(query_starts), int32_rows(seq_lens), int32_rows(stored_lens)
     rows = int32_rows(exact_rows)
     exact_R = torch.nn.functional.pad((lengths_R - stored_R).cumsum(0, dtype=torch.int32), (1, 0))
     covered = plan.covered() and rows_covered(*rows_THD) and all(map(_on_host, records)) and bool((rows >= 0).all())
     compiled = library.load() if covered else None
-    kernel_R = (starts_R.diff() < expand_queries) if compiled is not None else torch.zeros_like(lengths_R).bool()
+    queries_R = starts_R.diff()
+    if on_device is not None:
+        kernel_R = queries_R <= cuda.MOST_QUERIES
+    else:
+        kernel_R = queries_R < (expand_queries if compiled is not None else 0)
     for start, stop in _runs(kernel_R.tolist()):
         k_run, v_run = ([table_RN[start:stop] for table_RN in tables] for tables in (k_tables, v_tables))
         exact = rows[exact_R[start] : exact_R[stop]]
         starts_run, lengths_run, stored_run = starts_R[start : stop + 1], lengths_R[start:stop], stored_R[start:stop]
-        if compiled is None or not kernel_R[start]:
+        if not kernel_R[start]:
             shared_reference.attend(
                 output_THD, query_THD, keys_THD, values_THD, plan, k_records, v_records, k_run, v_run,
                 starts_run.tolist(), lengths_run.tolist(), stored_run.tolist(), exact, softmax_scale,
             )  # fmt: skip
             continue
+        if on_device is not None:
+            own, most = slice(int(starts_run[0]), int(starts_run[-1])), int(queries_R[start:stop].max())
+            _attend_on_device(
+                on_device, output_THD[own], query_THD[own], keys_THD, values_THD, plan, k_records, v_records, k_run,
+                v_run, starts_run - own.start, lengths_run, stored_run, exact, softmax_scale, most,
+            )  # fmt: skip
+            continue
+        assert compiled is not None
         codes, scale = None, None
         if plan.frequency_F is not None and library.level() >= library.LEVELS.index("avx512vnni"):
             codes, scale = plan.k_codes_blocked or (None, None)
@@ -186,6 +187,34 @@ def attend(
             level=library.level(),
         )
         library.check(compiled.kvc_shared_attend(ctypes.byref(args)))
+
+
+def _attend_on_device(
+    kernels: ctypes.CDLL,
+    output_THD: Tensor,
+    query_THD: Tensor,
+    keys_THD: Tensor,
+    values_THD: Tensor,
+    plan: SharedPlan,
+    k_records: Sequence[Tensor],
+    v_records: Sequence[Tensor],
+    k_tables: Sequence[Tensor],
+    v_tables: Sequence[Tensor],
+    query_starts: Tensor,
+    seq_lens: Tensor | Sequence[int],
+    stored_lens: Tensor | Sequence[int],
+    exact_rows: Tensor,
+    softmax_scale: float,
+    max_query_len: int,
+) -> None:
+    """`cuda_shared.attend`, with numbers from anywhere."""
+    device = query_THD.device
+    k_found, v_found = ([int32_rows(table_RN, device) for table_RN in tables] for tables in (k_tables, v_tables))
+    numbers = [int32_rows(each, device) for each in (query_starts, seq_lens, stored_lens, exact_rows)]
+    cuda_shared.attend(
+        kernels, output_THD, query_THD, keys_THD, values_THD, plan, k_records, v_records, k_found, v_found,
+        *numbers, softmax_scale, max_query_len,
+    )  # fmt: skip
 
 
 def _runs(flags: list[bool]) -> list[tuple[int, int]]:

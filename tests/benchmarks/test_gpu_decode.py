@@ -5,15 +5,17 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import check, profile, sweep
+from benchmarks.gpu import check, profile, shared, sweep
 from kvcompress.codec.layout import PageLayout
-from kvcompress.ops import cuda
+from kvcompress.ops import cuda, cuda_shared
 from kvcompress.ops.plan import LayerPlan
 from tests.ops import emulated
 
@@ -57,8 +59,9 @@ def on_device(monkeypatch: pytest.MonkeyPatch) -> None:
         return found if cuda.covered(layout, plan) else None
 
     monkeypatch.setattr(cuda, "library_for", library_for)
-    monkeypatch.setattr(check, "DEVICE", "cpu")
-    monkeypatch.setattr(sweep, "DEVICE", "cpu")
+    monkeypatch.setattr(cuda_shared, "library_for", lambda *_: found)
+    for module in (check, shared, sweep):
+        monkeypatch.setattr(module, "DEVICE", "cpu")
 
 
 @pytest.mark.usefixtures("on_device")
@@ -100,3 +103,33 @@ def test_steps_of_the_sweep(monkeypatch: pytest.MonkeyPatch, instance: str) -> N
     assert mixed_THR.isfinite().all()
     sweep.kernel_step(cache, 1)(0)
     sweep.whole_step(cache, 1)(0)
+
+
+@pytest.mark.usefixtures("on_device")
+def test_checks_of_shared_latents_fail_on_wrong_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = cuda_shared.attend
+
+    def wrong(library: ctypes.CDLL, output_THD: Tensor, *args: Any) -> None:
+        right(library, output_THD, *args)
+        output_THD *= 1.02
+
+    monkeypatch.setattr(cuda_shared, "attend", wrong)
+    every = shared.checks
+    monkeypatch.setattr(check, "checks", lambda small: (item for item in every(small) if "attention" in item[0]))
+    assert len(check.failures(small=True)) == 2
+
+
+@pytest.mark.usefixtures("on_device")
+def test_measuring_shared_latents(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every step once, in the place of its time."""
+    monkeypatch.setattr(shared, "COLD_BYTES", 1)
+
+    def once(step: Callable[[int], None], copies: int) -> list[float]:
+        step(0)
+        return [2.0]
+
+    monkeypatch.setattr(shared, "microseconds", once)
+    row = shared.measure("4", 64, 1)
+    shared.print_row(row, 1e12)
+    # 4 * 64 * (50 + 74) bytes in 2 us at 1e12 bytes per second; 2 * 64 * 384 * 1024 products.
+    assert "2.0 us, 1.6 % of read, 25.2 TFLOP/s; store 2.0 us" in capsys.readouterr().out

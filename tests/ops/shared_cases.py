@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -58,9 +58,19 @@ class Group:
             self.v_tables, starts(self.query_lens), self.seq_lens, self.stored_lens, self.exact_rows, 0.2,
         )  # fmt: skip
 
+    def to(self, device: str) -> Group:
+        """The same with everything that attention is given on a device."""
+        codec = self.codec.to(device)
+        moved = {
+            name: [tensor.to(device) for tensor in getattr(self, name)]
+            for name in ("k_records", "v_records", "k_tables", "v_tables")
+        }
+        tensors = {name: getattr(self, name).to(device) for name in ("keys_THD", "values_THD", "query_THD")}
+        return replace(self, codec=codec, plan=SharedPlan.of(codec), **moved, **tensors)
+
     def exact(self) -> Tensor:
         outputs, heads = [], self.codec.spec.num_kv_heads
-        parts = self.query_THD.double().unflatten(1, (heads, -1)).split(self.query_lens)
+        parts = self.query_THD.cpu().double().unflatten(1, (heads, -1)).split(self.query_lens)
         for query_QHGD, (keys_THD, values_THD) in zip(parts, self.decoded, strict=True):
             queries, length = query_QHGD.shape[0], keys_THD.shape[0]
             scores = torch.einsum("qhgd,thd->hgqt", query_QHGD, keys_THD) * 0.2

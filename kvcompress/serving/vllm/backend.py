@@ -6,7 +6,7 @@ so a result depends neither on how a prompt is chunked nor on prefix hits, preem
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -65,6 +65,8 @@ class CompressedMetadata(compat.AttentionMetadata):  # type: ignore[misc]
     block_table: Tensor
     query_starts: Tensor
     seq_lens: Tensor
+    derived: dict[Any, Any] = field(init=False, repr=False, compare=False, default_factory=dict)
+    """What layers make of it, made by the first that needs it."""
 
 
 class CompressedMetadataBuilder(compat.AttentionMetadataBuilder):  # type: ignore[misc]
