@@ -39,6 +39,11 @@ class SharedKeys:
         return self.mean_HW.shape[1]
 
 
+def covers(head_dim: int) -> bool:
+    """Whether the kernels know keys of so many channels."""
+    return head_dim % 2 == 0 and head_dim <= WIDTHS[-1]
+
+
 def padded(bits: int, width: int) -> int:
     """Positions of a band: whole tiles."""
     return -(-width // TILE) * TILE

@@ -99,10 +99,8 @@ def library_for(records: Sequence[Tensor], specs: Sequence[SideSpec], *rows: Ten
 
 def covered(plan: SharedPlan) -> bool:
     """Whether the kernels attend layers like this one."""
-    head_dim = plan.k_mean_HD.shape[1]
     return (
-        head_dim % 2 == 0
-        and head_dim <= cuda_keys.WIDTHS[-1]
+        cuda_keys.covers(plan.k_mean_HD.shape[1])
         and plan.stripes <= MAX_STRIPES
         and _known(plan.k_spec)
         and _known(plan.v_spec)
@@ -204,6 +202,16 @@ def attend(
     stored_THGD = torch.einsum("thgr,hrd->thgd", mixed_THGR, plan.v_decode_HRD) + plan.v_mean_HD[:, None, :]
     share_TH1 = torch.sigmoid(mixed_lse_TH - exact_lse_TH)[..., None]
     output_THD.copy_(torch.lerp(exact_THD, stored_THGD.flatten(1, 2), share_TH1))
+
+
+def workspace_bytes(plan: SharedPlan, tokens: int, num_heads: int, device: torch.device) -> int:
+    """Bytes that `attend` takes at most beside its arguments, for steps of so many query tokens."""
+    head_dim, rank = plan.k_mean_HD.shape[1], plan.v_decode_HRD.shape[1]
+    # Mixed latents, once more in the order that a product wants; exact parts and outputs, before and after their mean
+    # and merged; queries absorbed. Splits, of which there are no more than rows keep the device busy.
+    row = 2 * rank + 6 * head_dim + plan.k_decode_HRD.shape[1]
+    splits = _BLOCKS["mix"] * multiprocessors(device) * 32 * (rank + 1)
+    return SCORE_BYTES + (tokens * num_heads * row + splits) * torch.float32.itemsize
 
 
 def _described_keys(plan: SharedPlan, query_THD: Tensor) -> tuple[dict[str, object], list[Tensor]]:

@@ -7,18 +7,18 @@ keys that a layer has for itself are one per KV head.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from kvcompress.codec.spec import SideSpec
-from kvcompress.ops import cuda, cuda_shared, interface, library, shared_reference
+from kvcompress.ops import cuda, cuda_shared, interface, library, shared_host, shared_reference
 from kvcompress.ops.attention import int32_rows
-from kvcompress.ops.plan import rows_covered, rows_struct
-from kvcompress.ops.records import records_array, records_struct
-from kvcompress.ops.shared_plan import SharedPlan, record_struct, spec_of
+from kvcompress.ops.plan import rows_covered
+from kvcompress.ops.shared_plan import SharedPlan, spec_of
+
+Numbers = Tensor | Sequence[int]
 
 SPLIT_TOKENS = 512
 """Tokens one thread attends at a time: few, because keys are expanded and all heads are one piece of work."""
@@ -50,18 +50,7 @@ def store(records_NHSX: Tensor, spec: SideSpec, latent_THR: Tensor, weight_HR: T
     if compiled is None:
         shared_reference.store(records_NHSX, spec, latent_THR, weight_HR, slots_T)
         return
-    assert latent_THR.shape == (slots_T.shape[0], records_NHSX.shape[1], spec.rank)
-    slots_T, weight_HR = slots_T.to(torch.int64).contiguous(), weight_HR.float().contiguous()
-    args = interface.StoreArgs(
-        records=records_struct(records_NHSX, record_struct(spec)),
-        latents=rows_struct(latent_THR),
-        weight_HR=weight_HR.data_ptr(),
-        slots=slots_T.data_ptr(),
-        num_tokens=slots_T.shape[0],
-        threads=torch.get_num_threads(),
-        level=library.level(),
-    )
-    library.check(compiled.kvc_store(ctypes.byref(args)))
+    shared_host.store(compiled, records_NHSX, spec, latent_THR, weight_HR, slots_T)
 
 
 def attend(
@@ -74,9 +63,9 @@ def attend(
     v_records: Sequence[Tensor],
     k_tables: Sequence[Tensor],
     v_tables: Sequence[Tensor],
-    query_starts: Tensor | Sequence[int],
-    seq_lens: Tensor | Sequence[int],
-    stored_lens: Tensor | Sequence[int],
+    query_starts: Numbers,
+    seq_lens: Numbers,
+    stored_lens: Numbers,
     exact_rows: Tensor,
     softmax_scale: float,
     split_tokens: int = SPLIT_TOKENS,
@@ -110,16 +99,15 @@ def attend(
             a GPU.
     """
     records, rows_THD = (*k_records, *v_records), (query_THD, output_THD, keys_THD, values_THD)
+    step, layer = (keys_THD, values_THD), (plan, k_records, v_records)
     on_device = cuda_shared.library_for(records, (plan.k_spec, plan.v_spec), *rows_THD)
     if not cuda_shared.covered(plan):
         on_device = None
     if on_device is not None and isinstance(query_starts, Tensor) and query_starts.device == query_THD.device:
         most = query_THD.shape[0] if max_query_len is None else max_query_len
         if most <= cuda.MOST_QUERIES:
-            _attend_on_device(
-                on_device, output_THD, query_THD, keys_THD, values_THD, plan, k_records, v_records, k_tables, v_tables,
-                query_starts, seq_lens, stored_lens, exact_rows, softmax_scale, most,
-            )  # fmt: skip
+            batch = _on(query_THD.device, k_tables, v_tables, query_starts, seq_lens, stored_lens, exact_rows)
+            cuda_shared.attend(on_device, output_THD, query_THD, *step, *layer, *batch, softmax_scale, most)
             return
     starts_R, lengths_R, stored_R = int32_rows(query_starts), int32_rows(seq_lens), int32_rows(stored_lens)
     rows = int32_rows(exact_rows)
@@ -136,85 +124,31 @@ def attend(
         exact = rows[exact_R[start] : exact_R[stop]]
         starts_run, lengths_run, stored_run = starts_R[start : stop + 1], lengths_R[start:stop], stored_R[start:stop]
         if not kernel_R[start]:
-            shared_reference.attend(
-                output_THD, query_THD, keys_THD, values_THD, plan, k_records, v_records, k_run, v_run,
-                starts_run.tolist(), lengths_run.tolist(), stored_run.tolist(), exact, softmax_scale,
-            )  # fmt: skip
-            continue
-        if on_device is not None:
-            own, most = slice(int(starts_run[0]), int(starts_run[-1])), int(queries_R[start:stop].max())
-            _attend_on_device(
-                on_device, output_THD[own], query_THD[own], keys_THD, values_THD, plan, k_records, v_records, k_run,
-                v_run, starts_run - own.start, lengths_run, stored_run, exact, softmax_scale, most,
-            )  # fmt: skip
-            continue
-        assert compiled is not None
-        codes, scale = None, None
-        if plan.frequency_F is not None and library.level() >= library.LEVELS.index("avx512vnni"):
-            codes, scale = plan.k_codes_blocked or (None, None)
-        k_run, v_run = ([int32_rows(table_RN) for table_RN in tables] for tables in (k_run, v_run))
-        own = plan.frequency_F is None
-        args = interface.SharedAttendArgs(
-            k=records_array(k_records, k_run, plan.k_struct),
-            v=records_array(v_records, v_run, plan.v_struct),
-            num_k=len(k_records),
-            num_stripes=len(v_records),
-            query=rows_struct(query_THD),
-            output=rows_struct(output_THD),
-            keys=rows_struct(keys_THD),
-            values=rows_struct(values_THD),
-            k_mean_HD=plan.k_mean_HD.data_ptr(),
-            k_decode_HDR=plan.k_decode_HDR.data_ptr() if own else None,
-            k_decode_blocked=None if own or codes is not None else plan.k_decode_blocked.data_ptr(),
-            k_codes_blocked=None if codes is None else codes.data_ptr(),
-            k_scale_HD=None if scale is None else scale.data_ptr(),
-            v_decode_HRD=plan.v_decode_HRD.data_ptr(),
-            v_mean_HD=plan.v_mean_HD.data_ptr(),
-            rope_frequency_F=None if plan.frequency_F is None else plan.frequency_F.data_ptr(),
-            rope_amplitude=plan.amplitude,
-            query_starts=starts_run.data_ptr(),
-            seq_lens=lengths_run.data_ptr(),
-            stored_lens=stored_run.data_ptr(),
-            exact_rows=rows.data_ptr(),
-            exact_starts=exact_R[start:].data_ptr(),
-            num_requests=stop - start,
-            num_heads=query_THD.shape[1],
-            num_kv_heads=plan.k_mean_HD.shape[0],
-            head_dim=plan.k_mean_HD.shape[1],
-            softmax_scale=softmax_scale,
-            split_tokens=split_tokens,
-            threads=torch.get_num_threads(),
-            level=library.level(),
-        )
-        library.check(compiled.kvc_shared_attend(ctypes.byref(args)))
+            numbers = (starts_run.tolist(), lengths_run.tolist(), stored_run.tolist(), exact)
+            shared_reference.attend(output_THD, query_THD, *step, *layer, k_run, v_run, *numbers, softmax_scale)
+        elif on_device is not None:
+            own, most = slice(starts_run[0], starts_run[-1]), int(queries_R[start:stop].max())
+            batch = _on(query_THD.device, k_run, v_run, starts_run - starts_run[0], lengths_run, stored_run, exact)
+            cuda_shared.attend(on_device, output_THD[own], query_THD[own], *step, *layer, *batch, softmax_scale, most)
+        else:
+            assert compiled is not None
+            batch = _on("cpu", k_run, v_run, starts_run, lengths_run, stored_run, exact)
+            shared_host.attend(compiled, output_THD, query_THD, *step, *layer, *batch, softmax_scale, split_tokens)
 
 
-def _attend_on_device(
-    kernels: ctypes.CDLL,
-    output_THD: Tensor,
-    query_THD: Tensor,
-    keys_THD: Tensor,
-    values_THD: Tensor,
-    plan: SharedPlan,
-    k_records: Sequence[Tensor],
-    v_records: Sequence[Tensor],
+def _on(
+    device: torch.device | str,
     k_tables: Sequence[Tensor],
     v_tables: Sequence[Tensor],
-    query_starts: Tensor,
-    seq_lens: Tensor | Sequence[int],
-    stored_lens: Tensor | Sequence[int],
-    exact_rows: Tensor,
-    softmax_scale: float,
-    max_query_len: int,
-) -> None:
-    """`cuda_shared.attend`, with numbers from anywhere."""
-    device = query_THD.device
+    query_starts: Numbers,
+    seq_lens: Numbers,
+    stored_lens: Numbers,
+    exact_rows: Numbers,
+) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor, Tensor, Tensor]:
+    """A batch's numbers as kernels read them, on a device."""
     k_found, v_found = ([int32_rows(table_RN, device) for table_RN in tables] for tables in (k_tables, v_tables))
-    numbers = [int32_rows(each, device) for each in (query_starts, seq_lens, stored_lens, exact_rows)]
-    cuda_shared.attend(
-        kernels, output_THD, query_THD, keys_THD, values_THD, plan, k_records, v_records, k_found, v_found,
-        *numbers, softmax_scale, max_query_len,
-    )  # fmt: skip
+    found = (int32_rows(each, device) for each in (query_starts, seq_lens, stored_lens))
+    return k_found, v_found, *found, int32_rows(exact_rows, device)
 
 
 def _runs(flags: list[bool]) -> list[tuple[int, int]]:

@@ -68,7 +68,11 @@ class SharedPlan:
     def of(cls, codec: SharedTensors) -> SharedPlan:
         tensors = (codec.k.mean_HD, codec.k.decode_HRD, codec.v.mean_HD, codec.v.decode_HRD)
         rotation = (None, None) if codec.rope is None else (codec.rope.frequency_F, codec.rope.amplitude_1)
-        return cls(codec.k.spec, codec.v.spec, *(tensor.float().contiguous() for tensor in tensors), *rotation)
+        plan = cls(codec.k.spec, codec.v.spec, *(tensor.float().contiguous() for tensor in tensors), *rotation)
+        if plan.k_mean_HD.device.type == "cuda" and cuda_keys.covers(plan.k_mean_HD.shape[1]):
+            # Now, because the first call may be one that a CUDA graph captures.
+            _ = plan.k_absorb_HDP if plan.frequency_F is None else plan.cuda_keys
+        return plan
 
     @property
     def stripes(self) -> int:

@@ -151,7 +151,7 @@ def test_loops_of_shared_latents(compiled: Compiled) -> None:
         "score_sharedILi128E": {"sm_80": 340, "sm_90": 265},
         "score_sharedILi256E": {"sm_80": 200, "sm_90": 190},
         "mix_shared": {"sm_80": 620, "sm_90": 600},
-        "score_own": {"sm_80": 290, "sm_90": 260},
+        "score_own": {"sm_80": 350, "sm_90": 260},
     }
     found = listings(compiled.objects, "score_|mix_")
     assert len(found) == len(ARCHITECTURES) * len(limits)

@@ -95,6 +95,19 @@ def test_latents_of_many_channels(
 
 
 @pytest.mark.parametrize("share", ["kv", "v"])
+@pytest.mark.parametrize("shared_bytes", [227 * 1024, 30 * 1024])
+def test_copies_that_come_early_overwrite_nothing(
+    kernels: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, shared_bytes: int, share: str
+) -> None:
+    """Elsewhere they come when they are waited for, and not before. Decoders that stay, and two slices at a time."""
+    monkeypatch.setenv("KVC_EMULATED_SHARED_BYTES", str(shared_bytes))
+    group = a_group(bands((8, 72)), bands((8, 40)), [600], [1], share, 2, 1, 80, 2, place=0)
+    expected_THD = attend(kernels, group)
+    monkeypatch.setenv("KVC_EMULATED_EARLY_COPIES", "1")
+    assert torch.equal(attend(kernels, group), expected_THD)
+
+
+@pytest.mark.parametrize("share", ["kv", "v"])
 def test_splits_agree(kernels: ctypes.CDLL, share: str) -> None:
     """Also with more splits than there are tokens for, and some requests at a time."""
     group = a_group(bands((8, 24)), bands((4, 40)), [700, 64, 1], [2, 1, 1], share)
@@ -125,9 +138,9 @@ def test_sixteen_bit_steps(kernels: ctypes.CDLL, dtype: torch.dtype, share: str)
     assert relative_error(attend(kernels, group), group.exact()) < torch.finfo(dtype).eps
 
 
-@pytest.mark.parametrize("scale", [1, 64])
+@pytest.mark.parametrize("scale", [1, 1024])
 def test_keys_turn_by_the_models_angles(kernels: ctypes.CDLL, scale: float) -> None:
-    """Float32 angles of tens of thousands of radians, as in long contexts, are off by more than a reader would."""
+    """Up to a million radians, as in the longest contexts: float32 angles are a good part of a turn's hundredth off."""
     group = a_group(
         bands((16, 16)), bands((16, 16)), [1001], [1], layers=1, heads=1, query_heads=2, place=0, turn=scale
     )

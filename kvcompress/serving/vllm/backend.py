@@ -191,8 +191,12 @@ class CompressedAttentionImpl(compat.AttentionImpl):  # type: ignore[misc]
         # vLLM measures how much memory a step needs on devices of fixed memory and gives the rest to the cache;
         # without this allocation it would give away our workspace, too.
         if output.device.type != "cpu":
-            torch.empty(self._workspace_bytes, dtype=torch.uint8, device=output.device)
+            torch.empty(self._workspace(output), dtype=torch.uint8, device=output.device)
         return output.fill_(0)
+
+    def _workspace(self, output: Tensor) -> int:
+        """Bytes that attention takes at most beside its arguments, in steps of no more tokens than `output` has."""
+        return self._workspace_bytes
 
 
 def workspace_bytes(spec: LayerSpec, num_heads: int, longest: int) -> int:

@@ -22,7 +22,7 @@ from kvcompress.codec.layer import SideCodec
 from kvcompress.codec.shared import SharedCodec
 from kvcompress.codec.shared_pages import SharedLayout
 from kvcompress.codec.shared_spec import SharedSpec
-from kvcompress.ops import cuda, shared
+from kvcompress.ops import cuda, cuda_shared, shared
 from kvcompress.ops.attention import int32_rows
 from kvcompress.ops.reference import SCORE_BYTES
 from kvcompress.ops.shared_plan import SharedPlan
@@ -89,6 +89,10 @@ class SharedAttentionImpl(CompressedAttentionImpl):
         self.codec = codec
         self._shared_plan = SharedPlan.of(codec)
         self._workspace_bytes = workspace_bytes(codec.spec, self.num_heads, longest)
+
+    def _workspace(self, output: Tensor) -> int:
+        kernels = cuda_shared.workspace_bytes(self._shared_plan, output.shape[0], self.num_heads, output.device)
+        return max(self._workspace_bytes, kernels)
 
     def _run(
         self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, batch: CompressedMetadata, output: Tensor
@@ -168,10 +172,16 @@ class Step:
         found: Step | None = batch.derived.get(cls)
         if found is None:
             most = int(batch.query_starts.diff().max()) if len(batch.seq_lens) else 0
-            numbers = [batch.query_starts, batch.seq_lens, *step_tokens(batch, slots_T, kv_cache.shape[2])]
-            if most <= cuda.MOST_QUERIES:
-                numbers = [int32_rows(each, kv_cache.device) for each in numbers]
-            found = batch.derived[cls] = cls(_positions(batch).to(kv_cache.device), *numbers, most)
+            stored_lens, exact_rows = step_tokens(batch, slots_T, kv_cache.shape[2])
+            device = kv_cache.device if most <= cuda.MOST_QUERIES else torch.device("cpu")
+            found = batch.derived[cls] = cls(
+                positions_T=_positions(batch).to(kv_cache.device),
+                query_starts=int32_rows(batch.query_starts, device),
+                seq_lens=int32_rows(batch.seq_lens, device),
+                stored_lens=int32_rows(stored_lens, device),
+                exact_rows=int32_rows(exact_rows, device),
+                max_query_len=most,
+            )
         return found
 
 
