@@ -99,7 +99,7 @@ def attend(
             a GPU.
     """
     records, rows_THD = (*k_records, *v_records), (query_THD, output_THD, keys_THD, values_THD)
-    step, layer = (keys_THD, values_THD), (plan, k_records, v_records)
+    layer = (keys_THD, values_THD, plan, k_records, v_records)
     on_device = cuda_shared.library_for(records, (plan.k_spec, plan.v_spec), *rows_THD)
     if not cuda_shared.covered(plan):
         on_device = None
@@ -107,7 +107,8 @@ def attend(
         most = query_THD.shape[0] if max_query_len is None else max_query_len
         if most <= cuda.MOST_QUERIES:
             batch = _on(query_THD.device, k_tables, v_tables, query_starts, seq_lens, stored_lens, exact_rows)
-            cuda_shared.attend(on_device, output_THD, query_THD, *step, *layer, *batch, softmax_scale, most)
+            arguments = (output_THD, query_THD, *layer, *batch, softmax_scale)
+            cuda_shared.attend(on_device, *arguments, most)
             return
     starts_R, lengths_R, stored_R = int32_rows(query_starts), int32_rows(seq_lens), int32_rows(stored_lens)
     rows = int32_rows(exact_rows)
@@ -124,16 +125,18 @@ def attend(
         exact = rows[exact_R[start] : exact_R[stop]]
         starts_run, lengths_run, stored_run = starts_R[start : stop + 1], lengths_R[start:stop], stored_R[start:stop]
         if not kernel_R[start]:
-            numbers = (starts_run.tolist(), lengths_run.tolist(), stored_run.tolist(), exact)
-            shared_reference.attend(output_THD, query_THD, *step, *layer, k_run, v_run, *numbers, softmax_scale)
+            numbers = (k_run, v_run, starts_run.tolist(), lengths_run.tolist(), stored_run.tolist(), exact)
+            shared_reference.attend(*(output_THD, query_THD, *layer, *numbers, softmax_scale))
         elif on_device is not None:
-            own, most = slice(starts_run[0], starts_run[-1]), int(queries_R[start:stop].max())
+            own, most = slice(int(starts_run[0]), int(starts_run[-1])), int(queries_R[start:stop].max())
             batch = _on(query_THD.device, k_run, v_run, starts_run - starts_run[0], lengths_run, stored_run, exact)
-            cuda_shared.attend(on_device, output_THD[own], query_THD[own], *step, *layer, *batch, softmax_scale, most)
+            arguments = (output_THD[own], query_THD[own], *layer, *batch, softmax_scale)
+            cuda_shared.attend(on_device, *arguments, most)
         else:
             assert compiled is not None
             batch = _on("cpu", k_run, v_run, starts_run, lengths_run, stored_run, exact)
-            shared_host.attend(compiled, output_THD, query_THD, *step, *layer, *batch, softmax_scale, split_tokens)
+            arguments = (output_THD, query_THD, *layer, *batch, softmax_scale)
+            shared_host.attend(compiled, *arguments, split_tokens)
 
 
 def _on(
@@ -146,9 +149,14 @@ def _on(
     exact_rows: Numbers,
 ) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor, Tensor, Tensor]:
     """A batch's numbers as kernels read them, on a device."""
-    k_found, v_found = ([int32_rows(table_RN, device) for table_RN in tables] for tables in (k_tables, v_tables))
-    found = (int32_rows(each, device) for each in (query_starts, seq_lens, stored_lens))
-    return k_found, v_found, *found, int32_rows(exact_rows, device)
+    return (
+        [int32_rows(table_RN, device) for table_RN in k_tables],
+        [int32_rows(table_RN, device) for table_RN in v_tables],
+        int32_rows(query_starts, device),
+        int32_rows(seq_lens, device),
+        int32_rows(stored_lens, device),
+        int32_rows(exact_rows, device),
+    )
 
 
 def _runs(flags: list[bool]) -> list[tuple[int, int]]:
