@@ -21,7 +21,7 @@ from kvcompress.ops import cuda_shared, shared, shared_reference
 from kvcompress.ops.attention import int32_rows
 from kvcompress.ops.shared_plan import SharedPlan
 from tests.ops.cases import POISON, bands, relative_error
-from tests.ops.shared_cases import Group, a_group
+from tests.ops.shared_cases import CUDA_SIDES, HALVES_BAR, Group, a_group
 
 LAYERS = 4
 INSTANCES = {
@@ -31,23 +31,14 @@ INSTANCES = {
 }
 """Stripes of groups of four layers, as the paper has them for Llama-3.1-8B: ranks 384 and 576."""
 
-BAR = 1e-3
-"""Relative error of the output: decoders, keys, queries and weights are halves."""
-
 DEVICE = "cuda"
 """A test runs these checks on the kernels' emulation."""
-
-SIDES = [
-    (bands((8, 24)), bands((8, 40))),
-    (bands((8, 8), (4, 8), (2, 8)), bands((8, 16), (2, 24))),
-    (bands((16, 24)), bands((16, 24))),
-]
 
 
 def checks(small: bool) -> Iterator[tuple[str, Callable[[], None]]]:
     """Every check by its name; each raises AssertionError."""
     for share in ("kv", "v"):
-        for k, v in SIDES[1:2] if small else [*SIDES, *INSTANCES.values()]:
+        for k, v in CUDA_SIDES[3:4] if small else [*CUDA_SIDES, *INSTANCES.values()]:
             name = f"shared {share}: attention, {_title(k)} and {_title(v)}"
             yield name, lambda k=k, v=v, share=share: attention(k, v, share, small)  # type: ignore[misc]
         yield f"shared {share}: the same twice, and with other splits", lambda share=share: repeated(share)  # type: ignore[misc]
@@ -73,7 +64,7 @@ def attend(group: Group, splits: tuple[int, int] | None = None) -> Tensor:
 
 def close(group: Group, found_THD: Tensor) -> None:
     error = relative_error(found_THD.cpu(), group.exact())
-    assert error < BAR, f"relative error {error:.2e}"
+    assert error < HALVES_BAR, f"relative error {error:.2e}"
 
 
 def attention(k: SideSpec, v: SideSpec, share: str, small: bool) -> None:
@@ -89,7 +80,7 @@ def attention(k: SideSpec, v: SideSpec, share: str, small: bool) -> None:
 
 
 def repeated(share: str) -> None:
-    group = a_group(*SIDES[0], [3000, 77], [1, 2], share).to(DEVICE)
+    group = a_group(*CUDA_SIDES[0], [3000, 77], [1, 2], share).to(DEVICE)
     first = attend(group)
     close(group, first)
     assert torch.equal(first, attend(group))
@@ -100,7 +91,7 @@ def repeated(share: str) -> None:
 def graph(share: str, small: bool) -> None:
     """Capture once, replay with other lengths."""
     longest = 300 if small else 3000
-    group = a_group(*SIDES[1], [longest, longest], [1, 1], share).to(DEVICE)
+    group = a_group(*CUDA_SIDES[3], [longest, longest], [1, 1], share).to(DEVICE)
     query, keys, values, plan, *rest = group.arguments()
     starts_R, lengths_R, stored_R, rows = (int32_rows(each, DEVICE).clone() for each in rest[4:8])
     output_THD = torch.empty_like(query)

@@ -16,7 +16,18 @@ from kvcompress.codec.shared_spec import SharedSpec
 from kvcompress.codec.spec import SideSpec
 from kvcompress.ops import shared
 from kvcompress.ops.shared_plan import SharedPlan
-from tests.ops.cases import POISON, starts
+from tests.ops.cases import POISON, bands, starts
+
+HALVES_BAR = 1e-3
+"""Relative error of the CUDA kernels' output: decoders, keys, queries and weights are halves."""
+
+CUDA_SIDES = [
+    (bands((8, 24)), bands((8, 40))),
+    (bands((4, 16)), bands((4, 24))),
+    (bands((2, 24)), bands((2, 8))),
+    (bands((8, 8), (4, 8), (2, 8)), bands((8, 16), (2, 24))),
+    (bands((16, 24)), bands((16, 24))),
+]
 
 
 def random_side(spec: SideSpec, layers: int, heads: int, head_dim: int, generator: torch.Generator) -> SharedSide:
