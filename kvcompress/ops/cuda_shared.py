@@ -169,7 +169,7 @@ def _described_keys(plan: SharedPlan, query_THD: Tensor) -> tuple[dict[str, obje
         grouped_THGD = query_THD.float().unflatten(1, (plan.k_mean_HD.shape[0], -1))
         absorbed_THP = torch.einsum("thgd,hdp->thgp", grouped_THGD, plan.k_absorb_HDP).flatten(1, 2).contiguous()
         return {"query": rows_struct(absorbed_THP), "k_channels": absorbed_THP.shape[2]}, [absorbed_THP]
-    keys = plan.cuda_keys
+    keys = plan.k_fragments
     tensors = {
         "k_decode": keys.decode,
         "k_decode_unit": keys.unit_H,

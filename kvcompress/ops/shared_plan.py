@@ -71,7 +71,7 @@ class SharedPlan:
         plan = cls(codec.k.spec, codec.v.spec, *(tensor.float().contiguous() for tensor in tensors), *rotation)
         if plan.k_mean_HD.device.type == "cuda" and cuda_keys.covers(plan.k_mean_HD.shape[1]):
             # Now, because the first call may be one that a CUDA graph captures.
-            _ = plan.k_absorb_HDP if plan.frequency_F is None else plan.cuda_keys
+            _ = plan.k_absorb_HDP if plan.frequency_F is None else plan.k_fragments
         return plan
 
     @property
@@ -140,7 +140,7 @@ class SharedPlan:
         return by_position(self.k_decode_HRD, self.k_spec, _padded)
 
     @cached_property
-    def cuda_keys(self) -> cuda_keys.SharedKeys:
+    def k_fragments(self) -> cuda_keys.SharedKeys:
         """Shared keys' decoder as the CUDA kernels read it."""
         assert self.frequency_F is not None
         assert self.amplitude_1 is not None
