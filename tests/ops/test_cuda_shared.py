@@ -110,14 +110,14 @@ def test_splits_agree(kernels: ctypes.CDLL, share: str) -> None:
 @pytest.mark.parametrize("share", ["kv", "v"])
 @pytest.mark.parametrize("stored_after_all", [False, True])
 def test_rows_of_another_request_of_the_step(kernels: ctypes.CDLL, stored_after_all: bool, share: str) -> None:
-    group = a_group(bands((16, 24)), bands((16, 40)), [100, 40], [30, 1], share)
+    group = a_group(bands((16, 24)), bands((16, 40)), [100, 200], [30, 1], share)
     group.stored_lens[1] = 32
-    # The second request's tokens from 32 on are rows 3 to 9 of the first, or as they are stored, then its own.
-    rows = torch.full((7,), -1) if stored_after_all else torch.arange(3, 10)
+    # The second request's tokens from 32 on are rows of the first, or as they are stored, then its own.
+    rows = torch.full((167,), -1) if stored_after_all else torch.arange(167) % 30
     group.exact_rows = torch.cat([torch.arange(30), rows, torch.tensor([30])])
     for seen, step_THD in zip(group.decoded[1], (group.keys_THD, group.values_THD), strict=True):
         if not stored_after_all and (share == "kv" or step_THD is group.values_THD):
-            seen[32:39] = step_THD[3:10].double()
+            seen[32:199] = step_THD[rows].double()
     # Row -1 is nobody's.
     for name in ("keys_THD", "values_THD"):
         step_THD = getattr(group, name)
