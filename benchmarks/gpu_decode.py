@@ -38,7 +38,7 @@ def main() -> None:
         )
         sys.exit(2)
     # Not before: what they import needs a GPU to be of use.
-    from benchmarks.gpu import build, check, latents, profile, sweep, timing
+    from benchmarks.gpu import build, check, latents, profile, shared, sweep, timing
 
     begin = time.monotonic()
 
@@ -99,6 +99,17 @@ def main() -> None:
         found = latents.measure(heads, context, batch)
         latents.print_rows(found, ceilings["read_bytes_per_s"])
         result["latents"] += found
+    say("latents that layers share")
+    result["shared"] = []
+    for context, batch, instance in itertools.product(sweep.CONTEXTS, sweep.BATCHES, shared.INSTANCES):
+        if left() < sum(SECONDS_FOR_TOOLS.values()) + 10:
+            result["skipped"].append([f"shared {instance}", context, batch])
+            continue
+        try:
+            result["shared"].append(shared.measure(instance, context, batch))
+            shared.print_row(result["shared"][-1], ceilings["read_bytes_per_s"])
+        except torch.OutOfMemoryError:
+            result["skipped"].append([f"shared {instance}", context, batch])
         torch.cuda.empty_cache()
     say("encoding")
     result["encoding"] = sweep.encoding()

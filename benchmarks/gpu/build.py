@@ -38,10 +38,12 @@ def build() -> Path:
         return BUILD / "libkvcompress_cuda.so"
     flags = ["-std=c++17", f"-arch=sm_{architecture}", "-Xcompiler", "-fPIC", "-I", str(ROOT / "csrc" / "include")]
     sources = ROOT / "csrc" / "cuda"
-    target, encode = BUILD / "libkvcompress_cuda.so", BUILD / "encode.o"
-    _run([nvcc, *flags, "-fmad=false", "-c", str(sources / "encode.cu"), "-o", str(encode)])
-    rest = [str(sources / "api.cu"), str(sources / "decode.cu"), str(sources / "latent.cu"), str(encode)]
-    _run([nvcc, *flags, "-shared", *rest, "-o", str(target)])
+    target, objects = BUILD / "libkvcompress_cuda.so", []
+    for name in ("encode", "store"):  # whose bytes are the reference's
+        objects.append(str(BUILD / f"{name}.o"))
+        _run([nvcc, *flags, "-fmad=false", "-c", str(sources / f"{name}.cu"), "-o", objects[-1]])
+    rest = [str(sources / f"{name}.cu") for name in ("api", "decode", "latent", "shared")]
+    _run([nvcc, *flags, "-shared", *rest, *objects, "-o", str(target)])
     return target
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import latents
+from benchmarks.gpu import latents, shared
 from kvcompress.codec import fragment
 from kvcompress.codec.layout import FRAGMENT, PageLayout
 from kvcompress.codec.spec import SideSpec
@@ -49,6 +49,7 @@ def checks(small: bool) -> Iterator[tuple[str, Check]]:
     yield "graph replayed with other lengths: bands", lambda: graph(MIXED_K, MIXED_V, small)
     yield "the same twice, and with other splits", repeated
     yield from latents.checks(small)
+    yield from shared.checks(small)
     from benchmarks.gpu import steps  # which needs this module
 
     yield "a layer's steps in a graph, tokens and padding included", lambda: steps.decoding(small)

@@ -15,6 +15,8 @@
 #define KVC_KERNEL_OF(threads, blocks) static __global__ void __launch_bounds__(threads, blocks)
 // Two blocks per multiprocessor at least.
 #define KVC_KERNEL(threads) static __global__ void __launch_bounds__(threads, 2)
+// One block is enough: it fills the registers.
+#define KVC_LONE_KERNEL(threads) static __global__ void __launch_bounds__(threads, 1)
 #define KVC_ARGUMENT(type) const __grid_constant__ type
 #define KVC_UNROLL _Pragma("unroll")
 #define KVC_ROLLED _Pragma("unroll 1")  // rarely run: not worth its room in the instruction cache
@@ -65,12 +67,30 @@ KVC_DEVICE uint32_t halves_of(float low, float high) {
     return reinterpret_cast<const uint32_t&>(pair);
 }
 
+// a * b + c of both halves, rounded once.
+KVC_DEVICE uint32_t fma_halves(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t result;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+    return result;
+}
+
 KVC_DEVICE float exp2_of(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 KVC_DEVICE float log2_of(float x) { return __log2f(x); }
+// Of angles within a turn: off by 2^-21 at most.
+KVC_DEVICE float sin_of(float x) {
+    float y;
+    asm("sin.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+KVC_DEVICE float cos_of(float x) {
+    float y;
+    asm("cos.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 
 // c += a b: a 16 x 16 (rows x depth), b 16 x 8 (depth x columns), float32 sums. With lane = 4 g + t:
 //   a[i]  half e: row g + 8 (i % 2), depth 2 t + e + 8 (i / 2)

@@ -22,6 +22,7 @@
 #define KVC_BOTH constexpr
 #define KVC_KERNEL_OF(threads, blocks) static void
 #define KVC_KERNEL(threads) static void
+#define KVC_LONE_KERNEL(threads) static void
 #define KVC_ARGUMENT(type) const type&
 #define KVC_UNROLL
 #define KVC_ROLLED
@@ -307,8 +308,19 @@ uint32_t bytes_of(uint32_t a, uint32_t b) {
 inline float half_to_float(uint16_t half) { return emulate::half_value(half, 0); }
 inline uint16_t float_to_half(float x) { return emulate::nearest_half(x); }
 inline uint32_t halves_of(float low, float high) { return float_to_half(low) | static_cast<uint32_t>(float_to_half(high)) << 16; }
+inline uint32_t fma_halves(uint32_t a, uint32_t b, uint32_t c) {
+    float x[2];
+    for (int e = 0; e < 2; ++e) {
+        const double product = static_cast<double>(emulate::half_value(a, e)) * static_cast<double>(emulate::half_value(b, e));
+        x[e] = static_cast<float>(product + static_cast<double>(emulate::half_value(c, e)));
+    }
+    return halves_of(x[0], x[1]);
+}
 inline float exp2_of(float x) { return exp2f(x); }
 inline float log2_of(float x) { return log2f(x); }
+// As far off as the device's may be.
+inline float sin_of(float x) { return sinf(x) + 0x1p-21f; }
+inline float cos_of(float x) { return cosf(x) - 0x1p-21f; }
 
 namespace emulate {
 
@@ -368,7 +380,12 @@ inline void flip_bits(uint32_t* p, uint32_t bits) { *p ^= bits; }
 inline void copy_16_bytes(void* shared, const void* global) {
     if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16)
         emulate::fail("a copy is not aligned", "copy_16_bytes");
-    memset(shared, 0xff, 16);
+    // A copy may come at any time until it is waited for: at the latest, with what was there gone at once, or, if a test
+    // asks for it, at once.
+    if (getenv("KVC_EMULATED_EARLY_COPIES"))
+        memcpy(shared, global, 16);
+    else
+        memset(shared, 0xff, 16);
     emulate::block->fibers[static_cast<size_t>(emulate::block->current)].open.push_back({shared, global, 16});
 }
 inline void commit_copies() {

@@ -74,6 +74,25 @@ KVC_DEVICE void unpack(const uint8_t* unit, int lane, uint32_t (&pair)[kPairs]) 
 // Entry of token 16 f + 8 i + g among a chunk's gains, outliers and channel numbers.
 KVC_BOTH int token_entry(int token) { return 8 * (token % 8) + 2 * (token / 16) + token / 8 % 2; }
 
+// 2^n for |n| up to 100.
+KVC_DEVICE float power_of_two(int n) {
+    union {
+        uint32_t bits;
+        float number;
+    } power{static_cast<uint32_t>(127 + n) << 23};
+    return power.number;
+}
+
+// The power of two that brings x to 2^14 ... 2^15: half a half's range is left, and small numbers keep their digits.
+KVC_DEVICE int up_to_top(float x) {
+    union {
+        float number;
+        uint32_t bits;
+    } whole{x};
+    const int up = 14 - (static_cast<int>(whole.bits >> 23) - 127);
+    return up > 100 ? 100 : up < -100 ? -100 : up;
+}
+
 struct Place {
     int byte;  // of the word in its unit
     int bit;

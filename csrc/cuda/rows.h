@@ -58,19 +58,13 @@ KVC_DEVICE void prepare_rows(const AttendArgs& args, const Rows& rows, uint8_t* 
         }
         KVC_UNROLL
         for (int lanes = 16; lanes; lanes /= 2) largest = fmaxf(largest, shuffle_xor(largest, lanes));
-        // 2^up brings the largest to 2^14 ... 2^15: half the range is left, and small channels keep their digits.
-        union {
-            float number;
-            uint32_t bits;
-        } scale{largest};
-        int up = 14 - (static_cast<int>(scale.bits >> 23) - 127);
-        up = up > 100 ? 100 : up < -100 ? -100 : up;
-        scale.bits = static_cast<uint32_t>(127 + up) << 23;
+        const int up = up_to_top(largest);
+        const float scale = power_of_two(up);
         float sums[3] = {0, 0, 0};  // of tiles in 8, 4 and 2 bits
         for (int tile = 0; tile < side.num_tiles; ++tile) {
             const Tile& it = side.tiles[tile];
             const bool there = used && lane < kGroup * it.units;
-            const float x = there ? query[it.channel + lane] * scale.number : 0;
+            const float x = there ? query[it.channel + lane] * scale : 0;
             if (OUTLIERS && side.outliers && there)
                 reinterpret_cast<float*>(shared + args.exact_query_at)[kRows * (it.channel + lane) + row] = x;
             if (lane >= 16) continue;
@@ -88,8 +82,7 @@ KVC_DEVICE void prepare_rows(const AttendArgs& args, const Rows& rows, uint8_t* 
         if (lane < kPairs)
             start[kRows * lane + row] = -((pair_offset<8>(lane) + middle(8)) * sums[0] + (pair_offset<4>(lane) + middle(4)) * sums[1] +
                                           (pair_offset<2>(lane) + middle(2)) * sums[2]);
-        scale.bits = static_cast<uint32_t>(127 - up) << 23;
-        if (lane == 0) factor[row] = args.softmax_scale * kLog2E * scale.number;
+        if (lane == 0) factor[row] = args.softmax_scale * kLog2E * power_of_two(-up);
     }
 }
 

@@ -7,17 +7,18 @@ keys that a layer has for itself are one per KV head.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from kvcompress.codec.spec import SideSpec
-from kvcompress.ops import interface, library, shared_reference
+from kvcompress.ops import cuda, cuda_shared, interface, library, shared_host, shared_reference
 from kvcompress.ops.attention import int32_rows
-from kvcompress.ops.plan import rows_covered, rows_struct
-from kvcompress.ops.shared_plan import SharedPlan, record_struct, spec_of
+from kvcompress.ops.plan import rows_covered
+from kvcompress.ops.shared_plan import SharedPlan, spec_of
+
+Numbers = Tensor | Sequence[int]
 
 SPLIT_TOKENS = 512
 """Tokens one thread attends at a time: few, because keys are expanded and all heads are one piece of work."""
@@ -37,26 +38,19 @@ def store(records_NHSX: Tensor, spec: SideSpec, latent_THR: Tensor, weight_HR: T
         weight_HR: importance of each channel's squared error, as `codec.scalar.encode` has it.
 
     Raises:
-        ValueError: a slot lies outside the cache.
+        ValueError: a slot lies outside the cache; on a GPU it is skipped.
     """
+    on_device = cuda_shared.library_for([records_NHSX], [spec], latent_THR)
+    if on_device is not None and latent_THR.dtype == torch.float32:
+        cuda_shared.store(on_device, records_NHSX, spec, latent_THR, weight_HR, slots_T)
+        return
     covered = _on_host(records_NHSX) and rows_covered(latent_THR) and latent_THR.dtype == torch.float32
     covered = covered and spec.rank <= interface.MAX_HEAD_DIM and not spec.outliers
     compiled = library.load() if covered else None
     if compiled is None:
         shared_reference.store(records_NHSX, spec, latent_THR, weight_HR, slots_T)
         return
-    assert latent_THR.shape == (slots_T.shape[0], records_NHSX.shape[1], spec.rank)
-    slots_T, weight_HR = slots_T.to(torch.int64).contiguous(), weight_HR.float().contiguous()
-    args = interface.StoreArgs(
-        records=_records_struct(records_NHSX, record_struct(spec)),
-        latents=rows_struct(latent_THR),
-        weight_HR=weight_HR.data_ptr(),
-        slots=slots_T.data_ptr(),
-        num_tokens=slots_T.shape[0],
-        threads=torch.get_num_threads(),
-        level=library.level(),
-    )
-    library.check(compiled.kvc_store(ctypes.byref(args)))
+    shared_host.store(compiled, records_NHSX, spec, latent_THR, weight_HR, slots_T)
 
 
 def attend(
@@ -69,13 +63,14 @@ def attend(
     v_records: Sequence[Tensor],
     k_tables: Sequence[Tensor],
     v_tables: Sequence[Tensor],
-    query_starts: Tensor | Sequence[int],
-    seq_lens: Tensor | Sequence[int],
-    stored_lens: Tensor | Sequence[int],
+    query_starts: Numbers,
+    seq_lens: Numbers,
+    stored_lens: Numbers,
     exact_rows: Tensor,
     softmax_scale: float,
     split_tokens: int = SPLIT_TOKENS,
     expand_queries: int = EXPAND_QUERIES,
+    max_query_len: int | None = None,
 ) -> None:
     """Causal attention of every request's newest tokens over all its tokens.
 
@@ -94,67 +89,74 @@ def attend(
         exact_rows: for each of the others, request after request, its row in `keys_THD` and `values_THD`; -1 where it
             is as it is stored after all.
         softmax_scale: usually head_dim ** -0.5.
-        split_tokens: a positive multiple of 64.
-        expand_queries: requests with as many queries go to torch code.
+        split_tokens: a positive multiple of 64; of no effect on a GPU.
+        expand_queries: requests with as many queries go to torch code; on a GPU, those with more than a few.
+        max_query_len: the most queries of a request, for a GPU: its kernels read lengths on the device, and start
+            enough threads for any lengths.
 
     Raises:
-        ValueError: a request has more queries than tokens, or a block lies outside the cache.
+        ValueError: a request has more queries than tokens, or a block lies outside the cache; neither is looked for on
+            a GPU.
     """
+    records, rows_THD = (*k_records, *v_records), (query_THD, output_THD, keys_THD, values_THD)
+    layer = (keys_THD, values_THD, plan, k_records, v_records)
+    on_device = cuda_shared.library_for(records, (plan.k_spec, plan.v_spec), *rows_THD)
+    if not cuda_shared.covered(plan):
+        on_device = None
+    if on_device is not None and isinstance(query_starts, Tensor) and query_starts.device == query_THD.device:
+        most = query_THD.shape[0] if max_query_len is None else max_query_len
+        if most <= cuda.MOST_QUERIES:
+            batch = _on(query_THD.device, k_tables, v_tables, query_starts, seq_lens, stored_lens, exact_rows)
+            arguments = (output_THD, query_THD, *layer, *batch, softmax_scale)
+            cuda_shared.attend(on_device, *arguments, most)
+            return
     starts_R, lengths_R, stored_R = int32_rows(query_starts), int32_rows(seq_lens), int32_rows(stored_lens)
     rows = int32_rows(exact_rows)
     exact_R = torch.nn.functional.pad((lengths_R - stored_R).cumsum(0, dtype=torch.int32), (1, 0))
-    covered = plan.covered() and rows_covered(query_THD, output_THD, keys_THD, values_THD)
-    covered = covered and all(_on_host(records) for records in (*k_records, *v_records)) and bool((rows >= 0).all())
+    covered = plan.covered() and rows_covered(*rows_THD) and all(map(_on_host, records)) and bool((rows >= 0).all())
     compiled = library.load() if covered else None
-    kernel_R = (starts_R.diff() < expand_queries) if compiled is not None else torch.zeros_like(lengths_R).bool()
+    queries_R = starts_R.diff()
+    if on_device is not None:
+        kernel_R = queries_R <= cuda.MOST_QUERIES
+    else:
+        kernel_R = queries_R < (expand_queries if compiled is not None else 0)
     for start, stop in _runs(kernel_R.tolist()):
         k_run, v_run = ([table_RN[start:stop] for table_RN in tables] for tables in (k_tables, v_tables))
         exact = rows[exact_R[start] : exact_R[stop]]
         starts_run, lengths_run, stored_run = starts_R[start : stop + 1], lengths_R[start:stop], stored_R[start:stop]
-        if compiled is None or not kernel_R[start]:
-            shared_reference.attend(
-                output_THD, query_THD, keys_THD, values_THD, plan, k_records, v_records, k_run, v_run,
-                starts_run.tolist(), lengths_run.tolist(), stored_run.tolist(), exact, softmax_scale,
-            )  # fmt: skip
-            continue
-        codes, scale = None, None
-        if plan.frequency_F is not None and library.level() >= library.LEVELS.index("avx512vnni"):
-            codes, scale = plan.k_codes_blocked or (None, None)
-        k_run, v_run = ([int32_rows(table_RN) for table_RN in tables] for tables in (k_run, v_run))
-        own = plan.frequency_F is None
-        args = interface.SharedAttendArgs(
-            k=_records_array(k_records, k_run, plan.k_struct),
-            v=_records_array(v_records, v_run, plan.v_struct),
-            num_k=len(k_records),
-            num_stripes=len(v_records),
-            query=rows_struct(query_THD),
-            output=rows_struct(output_THD),
-            keys=rows_struct(keys_THD),
-            values=rows_struct(values_THD),
-            k_mean_HD=plan.k_mean_HD.data_ptr(),
-            k_decode_HDR=plan.k_decode_HDR.data_ptr() if own else None,
-            k_decode_blocked=None if own or codes is not None else plan.k_decode_blocked.data_ptr(),
-            k_codes_blocked=None if codes is None else codes.data_ptr(),
-            k_scale_HD=None if scale is None else scale.data_ptr(),
-            v_decode_HRD=plan.v_decode_HRD.data_ptr(),
-            v_mean_HD=plan.v_mean_HD.data_ptr(),
-            rope_frequency_F=None if plan.frequency_F is None else plan.frequency_F.data_ptr(),
-            rope_amplitude=plan.amplitude,
-            query_starts=starts_run.data_ptr(),
-            seq_lens=lengths_run.data_ptr(),
-            stored_lens=stored_run.data_ptr(),
-            exact_rows=rows.data_ptr(),
-            exact_starts=exact_R[start:].data_ptr(),
-            num_requests=stop - start,
-            num_heads=query_THD.shape[1],
-            num_kv_heads=plan.k_mean_HD.shape[0],
-            head_dim=plan.k_mean_HD.shape[1],
-            softmax_scale=softmax_scale,
-            split_tokens=split_tokens,
-            threads=torch.get_num_threads(),
-            level=library.level(),
-        )
-        library.check(compiled.kvc_shared_attend(ctypes.byref(args)))
+        if not kernel_R[start]:
+            numbers = (k_run, v_run, starts_run.tolist(), lengths_run.tolist(), stored_run.tolist(), exact)
+            shared_reference.attend(*(output_THD, query_THD, *layer, *numbers, softmax_scale))
+        elif on_device is not None:
+            own, most = slice(int(starts_run[0]), int(starts_run[-1])), int(queries_R[start:stop].max())
+            batch = _on(query_THD.device, k_run, v_run, starts_run - starts_run[0], lengths_run, stored_run, exact)
+            arguments = (output_THD[own], query_THD[own], *layer, *batch, softmax_scale)
+            cuda_shared.attend(on_device, *arguments, most)
+        else:
+            assert compiled is not None
+            batch = _on("cpu", k_run, v_run, starts_run, lengths_run, stored_run, exact)
+            arguments = (output_THD, query_THD, *layer, *batch, softmax_scale)
+            shared_host.attend(compiled, *arguments, split_tokens)
+
+
+def _on(
+    device: torch.device | str,
+    k_tables: Sequence[Tensor],
+    v_tables: Sequence[Tensor],
+    query_starts: Numbers,
+    seq_lens: Numbers,
+    stored_lens: Numbers,
+    exact_rows: Numbers,
+) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor, Tensor, Tensor]:
+    """A batch's numbers as kernels read them, on a device."""
+    return (
+        [int32_rows(table_RN, device) for table_RN in k_tables],
+        [int32_rows(table_RN, device) for table_RN in v_tables],
+        int32_rows(query_starts, device),
+        int32_rows(seq_lens, device),
+        int32_rows(stored_lens, device),
+        int32_rows(exact_rows, device),
+    )
 
 
 def _runs(flags: list[bool]) -> list[tuple[int, int]]:
@@ -164,36 +166,7 @@ def _runs(flags: list[bool]) -> list[tuple[int, int]]:
 
 
 def _on_host(records_NHSX: Tensor) -> bool:
-    _, _, block_size, token_bytes = records_NHSX.shape
-    assert records_NHSX.dtype == torch.uint8
-    assert records_NHSX.stride()[1:] == (block_size * token_bytes, token_bytes, 1) or records_NHSX.shape[1] == 1
     return records_NHSX.device.type == "cpu"
-
-
-def _records_struct(records_NHSX: Tensor, side: interface.Side, table_RN: Tensor | None = None) -> interface.Records:
-    blocks, records, block_size, token_bytes = records_NHSX.shape
-    return interface.Records(
-        data=records_NHSX.data_ptr(),
-        num_blocks=blocks,
-        block_stride=records_NHSX.stride(0),
-        block_size=block_size,
-        records=records,
-        token_bytes=token_bytes,
-        side=side,
-        block_table=None if table_RN is None else table_RN.data_ptr(),
-        block_table_stride=0 if table_RN is None else _row_stride(table_RN),
-    )
-
-
-def _row_stride(table_RN: Tensor) -> int:
-    return table_RN.stride(0) if table_RN.shape[0] > 1 else table_RN.shape[1]
-
-
-def _records_array(
-    records: Sequence[Tensor], tables: Sequence[Tensor], side: interface.Side
-) -> ctypes.Array[interface.Records]:
-    structs = [_records_struct(found, side, table) for found, table in zip(records, tables, strict=True)]
-    return (interface.Records * len(structs))(*structs)
 
 
 @torch.library.custom_op("kvcompress::store_records", mutates_args=("records",))

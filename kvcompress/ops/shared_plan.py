@@ -6,7 +6,7 @@ A codec (`codec.shared.SharedCodec`) is seen through protocols here, because thi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kvcompress.codec.layout import SideLayout
 from kvcompress.codec.spec import Band, SideSpec
-from kvcompress.ops import interface
+from kvcompress.ops import cuda_keys, interface
 from kvcompress.ops.plan import merged_bands, side_struct, step
 
 
@@ -68,7 +68,11 @@ class SharedPlan:
     def of(cls, codec: SharedTensors) -> SharedPlan:
         tensors = (codec.k.mean_HD, codec.k.decode_HRD, codec.v.mean_HD, codec.v.decode_HRD)
         rotation = (None, None) if codec.rope is None else (codec.rope.frequency_F, codec.rope.amplitude_1)
-        return cls(codec.k.spec, codec.v.spec, *(tensor.float().contiguous() for tensor in tensors), *rotation)
+        plan = cls(codec.k.spec, codec.v.spec, *(tensor.float().contiguous() for tensor in tensors), *rotation)
+        if plan.k_mean_HD.device.type == "cuda" and cuda_keys.covers(plan.k_mean_HD.shape[1]):
+            # Now, because the first call may be one that a CUDA graph captures.
+            _ = plan.k_absorb_HDP if plan.frequency_F is None else plan.k_fragments
+        return plan
 
     @property
     def stripes(self) -> int:
@@ -133,14 +137,24 @@ class SharedPlan:
     def _k_decode_HPD(self) -> Tensor:
         """decode_HRD by position; positions that pad a band to whole words have zeros."""
         assert self.frequency_F is not None
-        stripes = self.k_decode_HRD.shape[1] // self.k_spec.rank
-        decode_HWRD = self.k_decode_HRD.unflatten(1, (stripes, self.k_spec.rank))
-        parts, start = [], 0
-        for bits, width in merged_bands(self.k_spec):
-            part_HWRD = decode_HWRD[:, :, start : start + width] * step(bits)
-            parts.append(torch.nn.functional.pad(part_HWRD, (0, 0, 0, _padded(bits, width) - width)))
-            start += width
-        return torch.cat(parts, dim=2).flatten(1, 2).contiguous()
+        return by_position(self.k_decode_HRD, self.k_spec, _padded)
+
+    @cached_property
+    def k_fragments(self) -> cuda_keys.SharedKeys:
+        """Shared keys' decoder as the CUDA kernels read it."""
+        assert self.frequency_F is not None
+        assert self.amplitude_1 is not None
+        return cuda_keys.shared_keys(
+            by_position(self.k_decode_HRD, self.k_spec, cuda_keys.padded),
+            self.k_mean_HD,
+            self.frequency_F,
+            self.amplitude_1,
+        )
+
+    @cached_property
+    def k_absorb_HDP(self) -> Tensor:
+        """What absorbs a query of keys of the layer's own, steps multiplied in, by position of the CUDA kernels."""
+        return by_position(self.k_decode_HRD, self.k_spec, cuda_keys.padded).mT.contiguous()
 
     @cached_property
     def _position_tops(self) -> Tensor:
@@ -181,6 +195,18 @@ def spec_of(numbers: Sequence[int]) -> SideSpec:
     """Inverse of `spec_numbers`."""
     flat = numbers[2:]
     return SideSpec(tuple(Band(*pair) for pair in zip(flat[::2], flat[1::2], strict=True)), numbers[0])
+
+
+def by_position(decode_HRD: Tensor, spec: SideSpec, padded: Callable[[int, int], int]) -> Tensor:
+    """A decoder with steps folded in; every band of a stripe has `padded(bits, width)` positions, zeros at its end."""
+    stripes = decode_HRD.shape[1] // spec.rank
+    decode_HWRD = decode_HRD.unflatten(1, (stripes, spec.rank))
+    parts, start = [], 0
+    for bits, width in merged_bands(spec):
+        part_HWRD = decode_HWRD[:, :, start : start + width] * step(bits)
+        parts.append(torch.nn.functional.pad(part_HWRD, (0, 0, 0, padded(bits, width) - width)))
+        start += width
+    return torch.cat(parts, dim=2).flatten(1, 2).contiguous()
 
 
 def _padded(bits: int, width: int) -> int:

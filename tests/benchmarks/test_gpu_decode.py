@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import check, latents, profile, sweep
-from kvcompress.ops import cuda, cuda_latent
+from benchmarks.gpu import check, latents, profile, shared, sweep
+from kvcompress.ops import cuda, cuda_latent, cuda_shared
 from tests.ops import emulated
 
 ROOT = Path(__file__).parents[2]
@@ -50,7 +50,7 @@ def test_metrics_of_ncu() -> None:
 def on_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels by emulation, tensors on the CPU."""
     emulated.count_as_gpu(monkeypatch)
-    for module in (check, latents, sweep):
+    for module in (check, latents, shared, sweep):
         monkeypatch.setattr(module, "DEVICE", "cpu")
 
 
@@ -123,3 +123,33 @@ def test_measuring_latents(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     latents.print_rows(rows, 1e12)
     # 2 * 64 * 1152 bytes in 2 us at 1e12 bytes per second; 2 * 16 * 64 * 2 * 1088 products' halves.
     assert "latents                              2.0         7.4       2.2        1.00x" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("on_device")
+def test_checks_of_shared_latents_fail_on_wrong_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = cuda_shared.attend
+
+    def wrong(library: ctypes.CDLL, output_THD: Tensor, *args: Any) -> None:
+        right(library, output_THD, *args)
+        output_THD *= 1.02
+
+    monkeypatch.setattr(cuda_shared, "attend", wrong)
+    every = shared.checks
+    monkeypatch.setattr(check, "checks", lambda small: (item for item in every(small) if "attention" in item[0]))
+    assert len(check.failures(small=True)) == 2
+
+
+@pytest.mark.usefixtures("on_device")
+def test_measuring_shared_latents(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every step once, in the place of its time."""
+    monkeypatch.setattr(shared, "COLD_BYTES", 1)
+
+    def once(step: Callable[[int], None], copies: int) -> list[float]:
+        step(0)
+        return [2.0]
+
+    monkeypatch.setattr(shared, "microseconds", once)
+    row = shared.measure("4", 64, 1)
+    shared.print_row(row, 1e12)
+    # 4 * 64 * (50 + 74) bytes in 2 us at 1e12 bytes per second; 2 * 64 * 384 * 1024 products.
+    assert "2.0 us, 1.6 % of read, 25.2 TFLOP/s; store 2.0 us" in capsys.readouterr().out

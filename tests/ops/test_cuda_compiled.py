@@ -27,7 +27,10 @@ INSTANCES = {
     f"decode {k} and {v} bits" if k != "0" else "decode bands": (int(k), int(v))
     for k, v in re.findall(r"X\((\d+), (\d+)\)", (ROOT / "csrc" / "cuda" / "instances.h").read_text())
 }
-SOURCES = ["api", "encode", *INSTANCES]
+SOURCES = ["api", "encode", "shared", "store", *INSTANCES]
+WITHOUT_FUSED_ADDS = ("encode", "store")
+MOST_REGISTERS = {"shared": 240, "store": 255}
+"""Keys that layers share fill a multiprocessor with one block of eight warps, wide latents with two of four."""
 
 LOOP = {
     "decode 4 and 4 bits": {"sm_80": 1000, "sm_90": 910},
@@ -82,7 +85,7 @@ def compile_source(nvcc: str, source: str, directory: Path) -> Compiled:
     flags = ["-std=c++17", "-Xptxas", "-v", "-Icsrc/include", "-Werror", "all-warnings"]
     for architecture in ARCHITECTURES:
         flags += ["-gencode", f"arch={architecture.replace('sm', 'compute')},code={architecture}"]
-    if source == "encode":
+    if source in WITHOUT_FUSED_ADDS:
         flags.append("-fmad=false")
     if source in INSTANCES:
         flags += [f"-DKVC_K_BITS={INSTANCES[source][0]}", f"-DKVC_V_BITS={INSTANCES[source][1]}"]
@@ -110,11 +113,12 @@ def reports(text: str) -> list[Kernel]:
 def test_registers_and_spills(compiled: Compiled) -> None:
     assert {kernel.architecture for kernel in compiled.kernels} == set(ARCHITECTURES)
     wide = min(INSTANCES.get(compiled.source, (0, 0))) >= 8
+    most = MOST_REGISTERS.get(compiled.source, WIDE_REGISTERS if wide else REGISTERS)
     for kernel in compiled.kernels:
         assert kernel.spilled == 0, kernel
         assert kernel.stack == 0, kernel
         long = re.search(r"6decodeI.*ELi16ELb", kernel.name)
-        assert kernel.registers <= (LONG_REGISTERS if long else WIDE_REGISTERS if wide else REGISTERS), kernel
+        assert kernel.registers <= (LONG_REGISTERS if long else most), kernel
 
 
 @pytest.mark.parametrize("compiled", INSTANCES, indirect=True, scope="module")
@@ -141,8 +145,40 @@ def test_instructions_per_chunk(compiled: Compiled) -> None:
         assert loop["HMMA"] == 68, (key, loop)
 
 
+@pytest.mark.parametrize("compiled", ["shared"], indirect=True, scope="module")
+def test_loops_of_shared_latents(compiled: Compiled) -> None:
+    """The innermost loops around tensor cores hold all widths' instructions, of which a tile runs one width's."""
+    limits = {
+        "score_sharedILi64E": {"sm_80": 280, "sm_90": 240},
+        "score_sharedILi128E": {"sm_80": 340, "sm_90": 265},
+        "score_sharedILi256E": {"sm_80": 200, "sm_90": 190},
+        "mix_shared": {"sm_80": 620, "sm_90": 600},
+        "score_own": {"sm_80": 350, "sm_90": 260},
+    }
+    found = listings(compiled.objects, "score_|mix_")
+    assert len(found) == len(ARCHITECTURES) * len(limits)
+    for (architecture, name), listing in found.items():
+        loop = min((loop for loop in loops_of(listing) if loop["HMMA"] >= 16), key=lambda loop: loop.total())
+        most = next(most for part, most in limits.items() if part in name)
+        assert loop.total() <= most[architecture], (architecture, name, loop.total(), loop)
+        for slow in ("I2F", "I2FP"):
+            assert not loop[slow], (name, slow, loop)
+        whole = max(loops_of(listing), key=lambda loop: loop.total())
+        assert whole["LDGSTS"], (name, whole)
+        for slow in ("LDL", "STL"):
+            assert not whole[slow], (name, slow, whole)
+
+
 def main_loops(objects: Path, kernel: str = "decode") -> dict[tuple[str, str], Counter[str]]:
     """Instructions of every such kernel's loop over chunks: the backward branch around most products."""
+    return {
+        key: max(loops_of(listing), key=lambda loop: loop["HMMA"], default=Counter())
+        for key, listing in listings(objects, kernel).items()
+    }
+
+
+def listings(objects: Path, kernels: str) -> dict[tuple[str, str], str]:
+    """What the disassembler says of every kernel whose name has the pattern in it, by architecture and name."""
     cuobjdump = disassembler()
     if cuobjdump is None:
         pytest.skip("no cuobjdump (pip install nvidia-cuda-cuobjdump), so instructions cannot be looked at")
@@ -150,23 +186,23 @@ def main_loops(objects: Path, kernel: str = "decode") -> dict[tuple[str, str], C
     env = os.environ | {"PATH": f"{Path(cuobjdump).parent}{os.pathsep}{os.environ['PATH']}"}
     command = [cuobjdump, "--dump-sass", str(objects)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
-    loops: dict[tuple[str, str], Counter[str]] = {}
+    found: dict[tuple[str, str], str] = {}
     architecture = ""
     for part in re.split(r"(?=code for sm_|Function : )", done.stdout):
         if head := re.match(r"code for (sm_\d+)", part):
             architecture = head[1]
-        if (name := re.match(r"Function : (\S+)", part)) and kernel in name[1]:
-            loops[architecture, name[1]] = main_loop(part)
-    return loops
+        if (name := re.match(r"Function : (\S+)", part)) and re.search(kernels, name[1]):
+            found[architecture, name[1]] = part
+    return found
 
 
-def main_loop(listing: str) -> Counter[str]:
+def loops_of(listing: str) -> list[Counter[str]]:
+    """Instructions between every backward branch and where it leads."""
     lines = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", listing)]
     names = [(at, re.sub(r"^@!?U?P\w+ ", "", text).split()[0].split(".")[0]) for at, text in lines]
-    best: Counter[str] = Counter()
+    found = []
     for at, text in lines:
         target = re.search(r"\bBRA\S*\s.*?(0x[0-9a-f]+)", text)
         if target and int(target[1], 16) < at:
-            body = Counter(name for place, name in names if int(target[1], 16) <= place <= at)
-            best = max(best, body, key=lambda loop: loop["HMMA"])
-    return best
+            found.append(Counter(name for place, name in names if int(target[1], 16) <= place <= at))
+    return found

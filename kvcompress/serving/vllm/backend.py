@@ -9,7 +9,7 @@ This is the form for the CPU, and for a GPU wherever there is no kernel; `device
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -86,6 +86,8 @@ class CompressedMetadata(compat.AttentionMetadata):  # type: ignore[misc]
     block_table: Tensor
     query_starts: Tensor
     seq_lens: Tensor
+    derived: dict[Any, Any] = field(init=False, repr=False, compare=False, default_factory=dict)
+    """What layers make of it, made by the first that needs it."""
 
     @property
     def parts(self) -> Sequence[Part]:

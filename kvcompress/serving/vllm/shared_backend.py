@@ -22,7 +22,8 @@ from kvcompress.codec.layer import SideCodec
 from kvcompress.codec.shared import SharedCodec
 from kvcompress.codec.shared_pages import SharedLayout
 from kvcompress.codec.shared_spec import SharedSpec
-from kvcompress.ops import shared
+from kvcompress.ops import cuda, cuda_shared, shared
+from kvcompress.ops.attention import int32_rows
 from kvcompress.ops.reference import SCORE_BYTES
 from kvcompress.ops.shared_plan import SharedPlan
 from kvcompress.serving.vllm import compat
@@ -89,6 +90,10 @@ class SharedAttentionImpl(CompressedAttentionImpl):
         self._shared_plan = SharedPlan.of(codec)
         self._workspace_bytes = workspace_bytes(codec.spec, self.num_heads, longest)
 
+    def _workspace(self, output: Tensor) -> int:
+        kernels = cuda_shared.workspace_bytes(self._shared_plan, output.shape[0], self.num_heads, output.device)
+        return max(self._workspace_bytes, kernels)
+
     def _run(
         self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, batch: CompressedMetadata, output: Tensor
     ) -> None:
@@ -97,7 +102,8 @@ class SharedAttentionImpl(CompressedAttentionImpl):
         Arguments as in the per-head backend; `kv_cache` is `uint8 [blocks, 1, tokens per block, bytes per token]`.
         """
         slots_T = batch.slot_mapping[: key.shape[0]]
-        self._add({"k": key, "v": value}, _positions(batch).to(key.device))
+        step = Step.of(batch, slots_T, kv_cache)
+        self._add({"k": key, "v": value}, step.positions_T)
         places = range(self.group.size)
         pages = [self._records(place) for place in places]
         tables = [self._table(place) for place in places]
@@ -106,7 +112,6 @@ class SharedAttentionImpl(CompressedAttentionImpl):
             k_places = [self.place]
             latent_THR = self.codec.k.latent(key)
             shared.store(pages[self.place]["k"], self.codec.k.spec, latent_THR, self.codec.k.weight_HR, slots_T)
-        stored_lens, exact_rows = step_tokens(batch, slots_T, kv_cache.shape[2])
         shared.attend(
             output,
             query,
@@ -117,11 +122,12 @@ class SharedAttentionImpl(CompressedAttentionImpl):
             [page["v"] for page in pages],
             [tables[place] for place in k_places],
             tables,
-            batch.query_starts,
-            batch.seq_lens,
-            stored_lens,
-            exact_rows,
+            step.query_starts,
+            step.seq_lens,
+            step.stored_lens,
+            step.exact_rows,
             self.scale,
+            max_query_len=step.max_query_len,
         )
         if self.place == self.group.size - 1:
             self._store(pages, key.shape[0])
@@ -147,6 +153,36 @@ class SharedAttentionImpl(CompressedAttentionImpl):
         cache = self.group.layers[place].kv_cache
         layout, pages_NX = self.group.page_layout(place, cache), cache.view(cache.shape[0], -1)
         return {"k": layout.k.view(pages_NX), "v": layout.v.view(pages_NX)}
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step's numbers as `ops.shared.attend` takes them, the same in all layers that have their metadata in common."""
+
+    positions_T: Tensor
+    query_starts: Tensor
+    seq_lens: Tensor
+    stored_lens: Tensor
+    exact_rows: Tensor
+    max_query_len: int
+
+    @classmethod
+    def of(cls, batch: CompressedMetadata, slots_T: Tensor, kv_cache: Tensor) -> Step:
+        """Made once; where kernels read numbers on the device, they are brought there once."""
+        found: Step | None = batch.derived.get(cls)
+        if found is None:
+            most = int(batch.query_starts.diff().max()) if len(batch.seq_lens) else 0
+            stored_lens, exact_rows = step_tokens(batch, slots_T, kv_cache.shape[2])
+            device = kv_cache.device if most <= cuda.MOST_QUERIES else torch.device("cpu")
+            found = batch.derived[cls] = cls(
+                positions_T=_positions(batch).to(kv_cache.device),
+                query_starts=int32_rows(batch.query_starts, device),
+                seq_lens=int32_rows(batch.seq_lens, device),
+                stored_lens=int32_rows(stored_lens, device),
+                exact_rows=int32_rows(exact_rows, device),
+                max_query_len=most,
+            )
+        return found
 
 
 def step_tokens(batch: CompressedMetadata, slots_T: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
