@@ -10,7 +10,7 @@ set(CMAKE_CUDA_EXTENSIONS OFF)
 set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
 set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
 
-add_library(kvcompress_cuda SHARED csrc/cuda/api.cu csrc/cuda/encode.cu)
+add_library(kvcompress_cuda SHARED csrc/cuda/api.cu csrc/cuda/encode.cu csrc/cuda/blocks.cu)
 set_source_files_properties(csrc/cuda/encode.cu PROPERTIES COMPILE_OPTIONS -fmad=false)
 target_include_directories(kvcompress_cuda PRIVATE csrc/include)
 

@@ -40,7 +40,7 @@ def build() -> Path:
     sources = ROOT / "csrc" / "cuda"
     target, encode = BUILD / "libkvcompress_cuda.so", BUILD / "encode.o"
     _run([nvcc, *flags, "-fmad=false", "-c", str(sources / "encode.cu"), "-o", str(encode)])
-    rest = [str(sources / "api.cu"), str(sources / "decode.cu"), str(encode)]
+    rest = [str(sources / "api.cu"), str(sources / "decode.cu"), str(sources / "blocks.cu"), str(encode)]
     _run([nvcc, *flags, "-shared", *rest, "-o", str(target)])
     return target
 

@@ -109,15 +109,7 @@ KVC_KERNEL(kMaxThreads) decode(KVC_ARGUMENT(AttendArgs) args) {
     const Side &k = args.pages.k, &v = args.pages.v;
 
     Rows rows{};
-    const int request = block_z();
-    rows.head = block_y() / args.row_tiles;
-    rows.first_token = args.query_starts[request];
-    rows.queries = args.query_starts[request + 1] - rows.first_token;
-    rows.length = args.seq_lens[request];
-    rows.first = block_y() % args.row_tiles * kRows;
-    rows.count = rows.queries * args.group - rows.first;
-    if (rows.count <= 0) return;
-    if (rows.count > kRows) rows.count = kRows;
+    if (!find_rows(args, rows)) return;
     const int first_visible = rows.visible(args, 0), last_visible = rows.visible(args, rows.count - 1);
     const int chunks = (last_visible + kChunk - 1) / kChunk, share = (chunks + grid_x() - 1) / grid_x();
     const int begin = block_x() * share, end = begin + share < chunks ? begin + share : chunks;
@@ -128,7 +120,7 @@ KVC_KERNEL(kMaxThreads) decode(KVC_ARGUMENT(AttendArgs) args) {
         return;
     }
 
-    const int32_t* table = args.table + request * args.table_stride;
+    const int32_t* table = args.table + block_z() * args.table_stride;
     const int page_mask = (1 << args.pages.page_shift) - 1;
     uint8_t* stages = shared + args.stages_at;
     Pipeline pipeline(stages + warp * kStages * args.pages.chunk_bytes, reinterpret_cast<uint64_t*>(shared) + warp * kStages,

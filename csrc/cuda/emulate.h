@@ -283,6 +283,9 @@ uint32_t bytes_of(uint32_t a, uint32_t b) {
 inline float half_to_float(uint16_t half) { return emulate::half_value(half, 0); }
 inline uint16_t float_to_half(float x) { return emulate::nearest_half(x); }
 inline uint32_t halves_of(float low, float high) { return float_to_half(low) | static_cast<uint32_t>(float_to_half(high)) << 16; }
+inline uint32_t halves_times(uint32_t a, uint32_t b) {
+    return halves_of(emulate::half_value(a, 0) * emulate::half_value(b, 0), emulate::half_value(a, 1) * emulate::half_value(b, 1));
+}
 inline float exp2_of(float x) { return exp2f(x); }
 inline float log2_of(float x) { return log2f(x); }
 

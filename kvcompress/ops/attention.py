@@ -52,8 +52,7 @@ def decode_attention(
     """
     on_device = cuda.library_for(pages_NHX, layout, plan, query_THD, output_THD)
     if on_device is not None and max_query_len is None:
-        on_host = not isinstance(query_starts, Tensor) or query_starts.device.type == "cpu"
-        max_query_len = _longest(host_list(query_starts)) if on_host else query_THD.shape[0]
+        max_query_len = most_queries(query_starts, query_THD.shape[0])
     if on_device is not None and max_query_len is not None and max_query_len <= cuda.MOST_QUERIES:
         table_RN, starts_R, lengths_R = (
             int32_rows(numbers, query_THD.device) for numbers in (block_table_RN, query_starts, seq_lens)
@@ -122,8 +121,11 @@ def host_list(numbers: Tensor | Sequence[int]) -> Sequence[int]:
     return numbers.tolist() if isinstance(numbers, Tensor) else numbers
 
 
-def _longest(starts: Sequence[int]) -> int:
-    return max((stop - start for start, stop in itertools.pairwise(starts)), default=0)
+def most_queries(query_starts: Tensor | Sequence[int], tokens: int) -> int:
+    """The most queries of a request; where only the device knows, all tokens could be one request's."""
+    if isinstance(query_starts, Tensor) and query_starts.device.type != "cpu":
+        return tokens
+    return max((stop - start for start, stop in itertools.pairwise(host_list(query_starts))), default=0)
 
 
 @torch.library.custom_op("kvcompress::decode_attention", mutates_args=())

@@ -119,7 +119,7 @@ def attend_latents(
     if splits is None:
         tiles = -(-longest * heads // (kv_heads * ROWS))
         context = block_table_RN.shape[1] * layout.block_size
-        splits = choose_splits(requests * kv_heads * tiles, context, _multiprocessors(absorbed_THR.device))
+        splits = choose_splits(requests * kv_heads * tiles, context, multiprocessors(absorbed_THR.device))
     partial = splits * tokens * heads * (plan.v.spec.rank + 1) if splits > 1 else 0
     workspace = absorbed_THR.new_empty(partial)
     args = cuda_library.AttendArgs(
@@ -138,7 +138,7 @@ def attend_latents(
         num_heads=heads,
         splits=splits,
         softmax_scale=softmax_scale,
-        stream=_stream(absorbed_THR.device),
+        stream=stream(absorbed_THR.device),
     )
     cuda_library.check(library, library.kvc_cuda_attend(ctypes.byref(args)))
     return mixed_THR, lse_TH
@@ -166,7 +166,7 @@ def append(
         slots=None if slots_T is None else slots_T.data_ptr(),
         blocks=None if blocks_N is None else blocks_N.data_ptr(),
         num_tokens=keys_THD.shape[0],
-        stream=_stream(keys_THD.device),
+        stream=stream(keys_THD.device),
         **_encode_tensors("k", plan.k),
         **_encode_tensors("v", plan.v),
     )
@@ -194,7 +194,7 @@ def gather(
         dtype=DTYPES[dtype],
         block_table=block_table_N.data_ptr(),
         num_tokens=length,
-        stream=_stream(pages_NHX.device),
+        stream=stream(pages_NHX.device),
     )
     cuda_library.check(library, library.kvc_cuda_gather(ctypes.byref(args)))
     return k_THR, v_THR
@@ -216,9 +216,11 @@ def _encode_tensors(name: str, side: SidePlan) -> dict[str, int]:
 
 
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; where kernels are emulated, one."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def _stream(device: torch.device) -> int:
+def stream(device: torch.device) -> int:
+    """Torch's current one on the device, as the C interface takes it."""
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from kvcompress.ops import interface, library
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 MAX_RANK = 128
 BITS = (16, 8, 4, 2)
 

@@ -23,7 +23,7 @@ from kvcompress.ops import cuda, cuda_library
 from tests.ops.cases import Cache, starts
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("api.cu", "encode.cu", "decode.cu")
+SOURCES = ("api.cu", "encode.cu", "decode.cu", "blocks.cu")
 COPIES = {"sm_80": 0, "sm_90": 1}
 
 
@@ -34,7 +34,7 @@ def library(copies: str) -> ctypes.CDLL | None:
     if compiler is None:
         return None
     flags = ["-std=c++17", "-O1", "-fPIC", "-shared", f"-DKVC_BULK_COPIES={COPIES[copies]}", "-I", "csrc/include"]
-    files = sorted((ROOT / "csrc" / "cuda").iterdir())
+    files = [file for folder in ("cuda", "include/kvcompress") for file in sorted((ROOT / "csrc" / folder).iterdir())]
     digest = sha256(b"".join(file.read_bytes() for file in files) + " ".join([compiler, *flags]).encode()).hexdigest()
     path = Path(tempfile.gettempdir(), f"kvcompress-emulated-{os.getuid()}", f"{digest[:24]}.so")
     if not path.is_file():

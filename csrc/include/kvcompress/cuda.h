@@ -11,7 +11,7 @@ extern "C" {
 #endif
 
 // Raised whenever a struct below or the meaning of an argument changes.
-#define KVC_CUDA_ABI_VERSION 1
+#define KVC_CUDA_ABI_VERSION 2
 
 typedef struct {
     kvc_pages pages;
