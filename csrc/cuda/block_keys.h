@@ -3,7 +3,7 @@
 //   u . D    a code c of a channel stands for c scale + zero. The tensor core multiplies OFFSET + c, halves made of
 //            codes by logic operations, with u scale, rounded to halves; the share of OFFSET and of the middle code is
 //            subtracted with the same rounded factors, and the share of zero + middle scale comes from exact products;
-//   (u B) A  first w = u B, sixteen sums per row, then one product of depth 16;
+//   (u B) A  first w = u B, a few sums per row, then one product;
 //   u . S    see block_sparse.h.
 #pragma once
 
@@ -36,33 +36,28 @@ KVC_DEVICE void project_queries(const BlockSide& side, const uint8_t* part, int 
         const int channel = kColumn * column + 16 * step;
         if (channel >= side.rank) break;
         const uint16_t* at = factors + (channel + 2 * t) * r + g;
-        const uint32_t a0 = g < r ? two_halves(at, r) : 0, a2 = g < r ? two_halves(at + 8 * r, r) : 0;
-        const uint32_t a1 = g + 8 < r ? two_halves(at + 8, r) : 0, a3 = g + 8 < r ? two_halves(at + 8 * r + 8, r) : 0;
+        const uint32_t low = g < r ? two_halves(at, r) : 0, high = g < r ? two_halves(at + 8 * r, r) : 0;
         const uint2 u = plain_query[32 * (4 * column + step) + lane];
-        mma(w, a0, a1, a2, a3, {u.x, u.y});
+        mma(w, low, 0, high, 0, {u.x, u.y});
     }
 }
 
 // Factors 2 t and 2 t + 1 of a token or channel; 0 where there are none.
-KVC_DEVICE uint32_t factor_pair(const uint16_t* factors, int first, int count) {
-    const uint32_t low = first < count ? factors[first] : 0, high = first + 1 < count ? factors[first + 1] : 0;
-    return low | high << 16;
+KVC_DEVICE uint32_t factor_pair(const uint16_t* factors, int t, int count) {
+    return 2 * t < count ? reinterpret_cast<const uint32_t*>(factors)[t] : 0;
 }
 
 // s += A w. B's entries may be as large as a half's, u's are below 1: w / 256 is in a half's range whatever they are. A's
 // columns have length 1, so that 256 A is.
 KVC_DEVICE void add_low_rank_scores(const BlockSide& side, const uint8_t* part, const float (&w)[4], int lane, float (&s)[4][4]) {
     const int g = lane / 4, t = lane % 4, r = side.low_rank;
-    const float down = 1 / 256.f;
-    const uint32_t b[2] = {transpose(halves_of(w[0] * down, w[1] * down)), transpose(halves_of(w[2] * down, w[3] * down))};
+    const uint32_t b[2] = {transpose(halves_of(w[0] / 256, w[1] / 256)), 0};
     const uint32_t up = halves_of(256, 256);
     const auto* factors = reinterpret_cast<const uint16_t*>(part + side.token_offset);
     KVC_UNROLL
     for (int f = 0; f < 4; ++f) {
         const uint16_t* at = factors + (16 * f + token_of(g)) * r;
-        const uint32_t a0 = factor_pair(at, 2 * t, r), a1 = factor_pair(at + 8 * r, 2 * t, r);
-        const uint32_t a2 = factor_pair(at, 2 * t + 8, r), a3 = factor_pair(at + 8 * r, 2 * t + 8, r);
-        mma(s[f], halves_times(a0, up), halves_times(a1, up), halves_times(a2, up), halves_times(a3, up), b);
+        mma(s[f], halves_times(factor_pair(at, t, r), up), halves_times(factor_pair(at + 8 * r, t, r), up), 0, 0, b);
     }
 }
 
@@ -93,9 +88,11 @@ KVC_DEVICE void score_block(const BlockSide& side, const uint8_t* part, const ui
         const float start0 = share[0] + middle(BITS) * share[2] + offset[0], start1 = share[1] + middle(BITS) * share[3] + offset[1];
         KVC_UNROLL
         for (int f = 0; f < 4; ++f) {
-            uint32_t words[2][BITS / 2] = {}, first[kPairs], second[kPairs];
+            // Past the last channel this reads other codes or numbers, which then count nothing.
+            uint32_t words[2][BITS / 2], first[kPairs], second[kPairs];
             const uint8_t* codes = part + (16 * f + token_of(g)) * row_bytes + channel * BITS / 8;
-            if (there) load_words<BITS>(codes, words[0]), load_words<BITS>(codes + 8 * row_bytes, words[1]);
+            load_words<BITS>(codes, words[0]);
+            load_words<BITS>(codes + 8 * row_bytes, words[1]);
             unpack_words<BITS>(words[0], first);
             unpack_words<BITS>(words[1], second);
             s[f][0] += start0, s[f][1] += start1, s[f][2] += start0, s[f][3] += start1;

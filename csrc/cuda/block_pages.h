@@ -13,7 +13,7 @@ namespace kvcompress::cuda {
 
 constexpr int kColumn = 64;        // channels
 constexpr int kMaxColumns = 2;
-constexpr int kMaxLowRank = 16;
+constexpr int kMaxLowRank = 8;     // even: factors are loaded in pairs
 
 // Keys or values; offsets are within the side's own part of a record.
 struct BlockSide {
@@ -37,6 +37,7 @@ struct BlockArgs {
 KVC_BOTH int columns_of(int rank) { return (rank + kColumn - 1) / kColumn; }
 
 KVC_BOTH int token_of(int x) { return x / 2 + 4 * (x % 2); }
+constexpr int kApart = token_of(1) - token_of(0);  // rows of a page between the tokens of a pair
 KVC_BOTH int row_of(int token) { return 2 * (token % 4) + token / 4; }
 
 // Channels of the two entries of a pair, among the sixteen that a lane holds of a token's keys.

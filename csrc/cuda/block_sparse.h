@@ -22,11 +22,12 @@ KVC_DEVICE int scratch_place(int token, int channel) {
     return ((f * 4 + tile) * 32 + lane) * 8 + 2 * word + e;
 }
 
+// Lanes take outliers by pairs, of which there are whole numbers. What a lane notes only the same lane reads again.
 class Sparse {
    public:
     // `scratch` is the warp's own: zeros, then room for the places of the outliers.
     KVC_DEVICE Sparse(uint8_t* scratch, int lane)
-        : matrix_(reinterpret_cast<uint16_t*>(scratch)), places_(matrix_ + kScratchEntries), lane_(lane) {}
+        : matrix_(reinterpret_cast<uint16_t*>(scratch)), places_(reinterpret_cast<uint32_t*>(matrix_ + kScratchEntries) + lane), lane_(lane) {}
 
     // Called once, before all else.
     KVC_DEVICE void clear_all() {
@@ -34,27 +35,27 @@ class Sparse {
         for (int i = lane_; i < kScratchEntries / 8; i += 32) reinterpret_cast<uint4*>(matrix_)[i] = uint4{0, 0, 0, 0};
     }
 
-    // A block's outliers. What a lane notes here only the same lane reads again.
+    // A block's outliers.
     template <bool KEYS>
     KVC_DEVICE void read(const BlockSide& side, const uint8_t* part) {
-        values_ = reinterpret_cast<const uint16_t*>(part + side.value_offset);
-        const auto* places = reinterpret_cast<const uint16_t*>(part + side.place_offset);
-        count_ = side.outliers;
-        const uint32_t last = static_cast<uint32_t>(kChunk * side.rank - 1);
+        values_ = reinterpret_cast<const uint32_t*>(part + side.value_offset) + lane_;
+        const auto* places = reinterpret_cast<const uint32_t*>(part + side.place_offset) + lane_;
+        pairs_ = side.outliers / 2 - lane_;
+        const auto last = static_cast<uint32_t>(kChunk * side.rank - 1);
         KVC_ROLLED
-        for (int n = lane_; n < count_; n += 32) {
-            // A damaged page may name a place that is not there.
-            const uint32_t place = places[n] < last ? places[n] : last;
-            const auto token = static_cast<int>(static_cast<uint64_t>(place) * side.reciprocal >> 32);
-            const int channel = static_cast<int>(place) - token * side.rank;
-            places_[n] = static_cast<uint16_t>(channel / kColumn << kScratchBits | scratch_place<KEYS>(token, channel % kColumn));
+        for (int n = 0; n < pairs_; n += 32) {
+            const uint32_t pair = places[n];
+            places_[n] = note<KEYS>(side, last, pair & 0xffff) | note<KEYS>(side, last, pair >> 16) << 16;
         }
     }
 
     KVC_DEVICE void put(int column) {
         KVC_ROLLED
-        for (int n = lane_; n < count_; n += 32)
-            if (places_[n] >> kScratchBits == column) matrix_[places_[n] % kScratchEntries] = values_[n];
+        for (int n = 0; n < pairs_; n += 32) {
+            const uint32_t pair = places_[n], value = values_[n];
+            set(column, pair & 0xffff, static_cast<uint16_t>(value));
+            set(column, pair >> 16, static_cast<uint16_t>(value >> 16));
+        }
         sync_warp();  // all are there before any lane loads
     }
 
@@ -64,15 +65,33 @@ class Sparse {
     KVC_DEVICE void take(int column) {
         sync_warp();  // all lanes have loaded
         KVC_ROLLED
-        for (int n = lane_; n < count_; n += 32)
-            if (places_[n] >> kScratchBits == column) matrix_[places_[n] % kScratchEntries] = 0;
+        for (int n = 0; n < pairs_; n += 32) {
+            const uint32_t pair = places_[n];
+            set(column, pair & 0xffff, 0);
+            set(column, pair >> 16, 0);
+        }
         sync_warp();  // all are gone before another column's come
     }
 
    private:
-    uint16_t *matrix_, *places_;
-    const uint16_t* values_ = nullptr;
-    int lane_, count_ = 0;
+    // The column and the place in it, of an outlier's place in the block.
+    template <bool KEYS>
+    KVC_DEVICE uint32_t note(const BlockSide& side, uint32_t last, uint32_t place) const {
+        if (place > last) place = last;  // a damaged page may name a place that is not there
+        const auto token = static_cast<int>(static_cast<uint64_t>(place) * side.reciprocal >> 32);
+        const int channel = static_cast<int>(place) - token * side.rank;
+        return static_cast<uint32_t>(channel / kColumn << kScratchBits | scratch_place<KEYS>(token, channel % kColumn));
+    }
+
+    KVC_DEVICE void set(int column, uint32_t noted, uint16_t value) {
+        const uint32_t place = noted ^ static_cast<uint32_t>(column) << kScratchBits;
+        if (place < kScratchEntries) matrix_[place] = value;
+    }
+
+    uint16_t* matrix_;
+    uint32_t* places_;
+    const uint32_t* values_ = nullptr;
+    int lane_, pairs_ = 0;
 };
 
 }  // namespace kvcompress::cuda

@@ -23,20 +23,18 @@ KVC_DEVICE void load_token_pairs(const uint8_t* one, const uint8_t* other, uint3
     unpack_words<BITS>(words, pair);
 }
 
-// A^T p as a second operand of depth 16.
-KVC_DEVICE void project_weights(const BlockSide& side, const uint8_t* part, const uint32_t (&p)[4][2], int lane, uint32_t (&low)[2]) {
+// A^T p as a second operand, whose depth is factors.
+KVC_DEVICE uint32_t project_weights(const BlockSide& side, const uint8_t* part, const uint32_t (&p)[4][2], int lane) {
     const int g = lane / 4, t = lane % 4, r = side.low_rank;
     const auto* factors = reinterpret_cast<const uint16_t*>(part + side.token_offset);
     float sums[4] = {};
     KVC_UNROLL
     for (int f = 0; f < 4; ++f) {
-        const uint16_t* at = factors + (16 * f + token_of(2 * t)) * r + g;
-        const int apart = (token_of(1) - token_of(0)) * r;
-        const uint32_t a0 = g < r ? two_halves(at, apart) : 0, a2 = g < r ? two_halves(at + 8 * r, apart) : 0;
-        const uint32_t a1 = g + 8 < r ? two_halves(at + 8, apart) : 0, a3 = g + 8 < r ? two_halves(at + 8 * r + 8, apart) : 0;
-        mma(sums, a0, a1, a2, a3, p[f]);
+        const uint16_t* at = factors + (16 * f + t) * r + g;
+        const uint32_t low = g < r ? two_halves(at, kApart * r) : 0, high = g < r ? two_halves(at + 8 * r, kApart * r) : 0;
+        mma(sums, low, 0, high, 0, p[f]);
     }
-    low[0] = transpose(halves_of(sums[0], sums[1])), low[1] = transpose(halves_of(sums[2], sums[3]));
+    return transpose(halves_of(sums[0], sums[1]));
 }
 
 // The weights of tokens 16 f + ... as the second operand: o[column][n] grows by the mix of channels 64 column + 8 g + 2 n
@@ -45,15 +43,12 @@ template <int BITS>
 KVC_DEVICE void mix_block(const BlockSide& side, const uint8_t* part, const uint32_t (&p)[4][2], Sparse& sparse, int lane, float decay0,
                           float decay1, float (&o)[kMaxColumns][4][4]) {
     const int g = lane / 4, t = lane % 4, row_bytes = side.rank * BITS / 8;
-    const int apart = token_of(1) - token_of(0);
-    uint32_t low[2] = {};
-    if (side.low_rank) project_weights(side, part, p, lane, low);
+    const uint32_t low[2] = {side.low_rank ? project_weights(side, part, p, lane) : 0, 0};
     if (side.outliers) sparse.read<false>(side, part);
     KVC_UNROLL
     for (int column = 0; column < kMaxColumns; ++column) {
         if (kColumn * column >= side.rank) break;
         const int channel = kColumn * column + 8 * g;  // the lane's first
-        const bool there = channel < side.rank;
         const int group = side.groups == 1 ? 0 : column;
         const auto* scales = reinterpret_cast<const uint16_t*>(part + side.scale_offset) + group;
         const auto* zeros = reinterpret_cast<const uint16_t*>(part + side.zero_offset) + group;
@@ -63,8 +58,8 @@ KVC_DEVICE void mix_block(const BlockSide& side, const uint8_t* part, const uint
         KVC_UNROLL
         for (int f = 0; f < 4; ++f) {
             const int at = (16 * f + t) * side.groups, later = at + 8 * side.groups;
-            const uint32_t scale0 = two_halves(scales + at, apart * side.groups), scale1 = two_halves(scales + later, apart * side.groups);
-            const uint32_t zero0 = two_halves(zeros + at, apart * side.groups), zero1 = two_halves(zeros + later, apart * side.groups);
+            const uint32_t scale0 = two_halves(scales + at, kApart * side.groups), scale1 = two_halves(scales + later, kApart * side.groups);
+            const uint32_t zero0 = two_halves(zeros + at, kApart * side.groups), zero1 = two_halves(zeros + later, kApart * side.groups);
             mma(share, zero0, scale0, zero1, scale1, p[f]);
             folded[f][0] = halves_times(p[f][0], scale0), folded[f][1] = halves_times(p[f][1], scale1);
             mma(total, ones, ones, ones, ones, folded[f]);
@@ -79,23 +74,21 @@ KVC_DEVICE void mix_block(const BlockSide& side, const uint8_t* part, const uint
         }
         KVC_UNROLL
         for (int f = 0; f < 4; ++f) {
-            uint32_t first[kPairs] = {}, second[kPairs] = {};
+            // Past the last channel this reads something else, for sums that nobody reads.
+            uint32_t first[kPairs], second[kPairs];
             const uint8_t* codes = part + (16 * f + t) * row_bytes + channel * BITS / 8;
-            if (there) {
-                load_token_pairs<BITS>(codes, codes + apart * row_bytes, first);
-                load_token_pairs<BITS>(codes + 8 * row_bytes, codes + (8 + apart) * row_bytes, second);
-            }
+            load_token_pairs<BITS>(codes, codes + kApart * row_bytes, first);
+            load_token_pairs<BITS>(codes + 8 * row_bytes, codes + (8 + kApart) * row_bytes, second);
             KVC_UNROLL
             for (int n = 0; n < 4; ++n) mma(sum[n], first[2 * n], first[2 * n + 1], second[2 * n], second[2 * n + 1], folded[f]);
         }
         if (side.low_rank) {
             const auto* factors = reinterpret_cast<const uint16_t*>(part + side.channel_offset);
-            const int r = there ? side.low_rank : 0;
+            const int r = channel < side.rank ? side.low_rank : 0;
             KVC_UNROLL
             for (int n = 0; n < 4; ++n) {
                 const uint16_t* at = factors + (channel + 2 * n) * side.low_rank;
-                mma(sum[n], factor_pair(at, 2 * t, r), factor_pair(at + side.low_rank, 2 * t, r), factor_pair(at, 2 * t + 8, r),
-                    factor_pair(at + side.low_rank, 2 * t + 8, r), low);
+                mma(sum[n], factor_pair(at, t, r), factor_pair(at + side.low_rank, t, r), 0, 0, low);
             }
         }
         if (side.outliers) {

@@ -13,7 +13,7 @@ namespace {
 
 bool make_side(const kvc_block_side& from, bool keys, BlockSide& side) {
     if (from.rank <= 0 || from.rank > kMaxColumns * kColumn || from.rank % 16) return false;
-    if (from.low_rank < 0 || from.low_rank > kMaxLowRank || from.outliers < 0 || from.outliers > kChunk * from.rank || from.outliers % 8)
+    if (from.low_rank < 0 || from.low_rank > kMaxLowRank || from.low_rank % 2 || from.outliers < 0 || from.outliers > kChunk * from.rank || from.outliers % 8)
         return false;
     if (keys ? from.group < kChunk : from.group < from.rank && (from.group <= 0 || from.group % kColumn)) return false;
     side.rank = from.rank, side.low_rank = from.low_rank, side.outliers = from.outliers;

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvcompress.ops import block_reference, cuda, cuda_blocks, interface, library
 from kvcompress.ops.attention import SPLIT_TOKENS, host_list, int32_rows, most_queries
-from kvcompress.ops.block_plan import BlockPlan
+from kvcompress.ops.block_plan import BlockPlan, rings_struct
 from kvcompress.ops.plan import rows_covered, rows_struct
 
 
@@ -102,10 +102,8 @@ def attend(
         )
         return
     spec = plan.spec
-    places, head_dim = rings_NHXPD.shape[3:]
     assert pages_NHMB.dtype == torch.uint8
     assert pages_NHMB.stride()[2:] == (spec.record_bytes, 1), pages_NHMB.stride()
-    assert rings_NHXPD.stride()[2:] == (places * head_dim, head_dim, 1), rings_NHXPD.stride()
     assert lse_TH is None or (lse_TH.dtype == torch.float32 and lse_TH.is_contiguous())
     # A column of an engine's block table is one way to say which rings: its numbers are not side by side.
     numbers = (ring_R, query_starts, seq_lens)
@@ -115,12 +113,9 @@ def attend(
     assert rings_R.shape[0] == requests
     table_RN = int32_rows(block_table_RN)
     assert table_RN.shape[0] >= requests
-    ring = rows_struct(rings_NHXPD)
     args = interface.BlockAttendArgs(
         pages=plan.pages_struct(pages_NHMB),
-        rings=interface.Rings(
-            ring.data, rings_NHXPD.shape[0], rings_NHXPD.stride(0), rings_NHXPD.stride(1), places, ring.dtype
-        ),
+        rings=rings_struct(rings_NHXPD),
         query=rows_struct(query_THD),
         keys=rows_struct(keys_THD),
         values=rows_struct(values_THD),

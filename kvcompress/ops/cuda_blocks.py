@@ -1,7 +1,7 @@
 """The CUDA kernels for the form `blocks` on torch tensors (csrc/include/kvcompress/cuda_blocks.h).
 
-As for pages of single tokens (`ops.cuda`), queries are absorbed and outputs expanded by torch, and nothing here waits for
-the device or reads from it. Pages hold the same bytes as for the CPU.
+As for pages of single tokens (`ops.cuda`), queries are absorbed and outputs expanded by torch, and nothing here waits
+for the device or reads from it. Pages hold the same bytes as for the CPU.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from torch import Tensor
 from kvcompress.codec.gear_spec import BlockSide
 from kvcompress.codec.layout import CHUNK_TOKENS
 from kvcompress.ops import cuda, cuda_library, interface
-from kvcompress.ops.block_plan import BlockPlan
+from kvcompress.ops.block_plan import BlockPlan, rings_struct
 from kvcompress.ops.plan import DTYPES, rows_struct
 
-MAX_LOW_RANK = 16
+MAX_LOW_RANK = 8
 MAX_HEAD_DIM = 256
 BITS = ((8, 8), (4, 4), (4, 2), (2, 2))
 """Widths of keys and values."""
@@ -92,9 +92,7 @@ class KeepArgs(ctypes.Structure):
     )
 
 
-def library_for(
-    pages_NHMB: Tensor, plan: BlockPlan, rings_NHXPD: Tensor, *rows_THD: Tensor
-) -> ctypes.CDLL | None:
+def library_for(pages_NHMB: Tensor, plan: BlockPlan, rings_NHXPD: Tensor, *rows_THD: Tensor) -> ctypes.CDLL | None:
     """The kernels, if these tensors are on a GPU and the kernels cover them."""
     if pages_NHMB.device.type != "cuda" or not covered(plan, pages_NHMB.shape[2]):
         return None
@@ -103,12 +101,19 @@ def library_for(
     return cuda_library.load() if all(rows.stride(-1) == 1 for rows in rows_THD) else None
 
 
+def keeping_library_for(rings_NHXPD: Tensor, *rows_THD: Tensor) -> ctypes.CDLL | None:
+    """The kernels, if rings and rows are on a GPU; they take any shape."""
+    known = all(rows.dtype in DTYPES and rows.device.type == "cuda" for rows in (rings_NHXPD, *rows_THD))
+    return cuda_library.load() if known and all(rows.stride(-1) == 1 for rows in rows_THD) else None
+
+
 def covered(plan: BlockPlan, per_page: int) -> bool:
     """Whether there is a kernel for this layer, with so many blocks in a page."""
     spec = plan.spec
     sides = (spec.k, spec.v)
     known = all(side.rank <= cuda_library.MAX_RANK and side.rank % 16 == 0 for side in sides)
-    known = known and all(side.low_rank <= MAX_LOW_RANK for side in sides) and (spec.k.bits, spec.v.bits) in BITS
+    known = known and all(side.low_rank <= MAX_LOW_RANK and side.low_rank % 2 == 0 for side in sides)
+    known = known and (spec.k.bits, spec.v.bits) in BITS
     heads = spec.head_dim <= MAX_HEAD_DIM and spec.head_dim % 8 == 0
     pages = spec.block == CHUNK_TOKENS and per_page & (per_page - 1) == 0
     return known and heads and pages and _groups_known(spec.k, spec.v)
@@ -261,7 +266,7 @@ def keep(
     query_starts: Tensor,
     seq_lens: Tensor,
 ) -> None:
-    """`ops.block_rings.keep` with everything on the device; numbers are int32."""
+    """`ops.block_store.keep` with everything on the device; numbers are int32."""
     args = KeepArgs(
         rings=rings_struct(rings_NHXPD),
         keys=rows_struct(keys_THD),
@@ -276,14 +281,6 @@ def keep(
         stream=cuda.stream(keys_THD.device),
     )
     cuda_library.check(library, library.kvc_cuda_keep(ctypes.byref(args)))
-
-
-def rings_struct(rings_NHXPD: Tensor) -> interface.Rings:
-    """The C description of rings, here and on a CPU."""
-    places, head_dim = rings_NHXPD.shape[3:]
-    assert rings_NHXPD.stride()[2:] == (places * head_dim, head_dim, 1), rings_NHXPD.stride()
-    numbers = (rings_NHXPD.shape[0], rings_NHXPD.stride(0), rings_NHXPD.stride(1), places, DTYPES[rings_NHXPD.dtype])
-    return interface.Rings(rings_NHXPD.data_ptr(), *numbers)
 
 
 def _aligned(rows_THD: Tensor) -> Tensor:
