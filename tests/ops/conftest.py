@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from kvcompress.ops import library
+from tests.ops import emulated
 
 
 @pytest.fixture(autouse=True)
@@ -39,3 +41,12 @@ def compiled() -> None:
 @pytest.fixture
 def without_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "load", lambda: None)
+
+
+@pytest.fixture(params=emulated.COPIES)
+def kernels(request: pytest.FixtureRequest) -> ctypes.CDLL:
+    """The CUDA kernels by emulation, with each way of copying."""
+    found = emulated.library(request.param)
+    if found is None:
+        pytest.skip("no C++ compiler to emulate the CUDA kernels with")
+    return found

@@ -19,14 +19,6 @@ from tests.ops.cases import POISON, Cache, bands, exact, fill, random_cache, ran
 from tests.ops.cuda_sides import MIXED_K, MIXED_V, SIDES, bar
 
 
-@pytest.fixture(params=emulated.COPIES)
-def kernels(request: pytest.FixtureRequest) -> ctypes.CDLL:
-    found = emulated.library(request.param)
-    if found is None:
-        pytest.skip("no C++ compiler to emulate the CUDA kernels with")
-    return found
-
-
 def random_query(tokens: int, heads: int, head_dim: int) -> Tensor:
     return torch.randn(tokens, heads, head_dim, generator=torch.Generator().manual_seed(9))
 
