@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from benchmarks.gpu import blocks
 from kvcompress.codec import fragment
 from kvcompress.codec.layout import FRAGMENT, PageLayout
 from kvcompress.codec.spec import SideSpec
@@ -47,6 +48,7 @@ def checks(small: bool) -> Iterator[tuple[str, Check]]:
     yield "graph replayed with other lengths: 4 bits", lambda: graph(bands((4, 128)), bands((4, 128)), small)
     yield "graph replayed with other lengths: bands", lambda: graph(MIXED_K, MIXED_V, small)
     yield "the same twice, and with other splits", repeated
+    yield from blocks.checks(small)
 
 
 def _title(side: SideSpec) -> str:

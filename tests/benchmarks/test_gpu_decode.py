@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import check, profile, sweep
+from benchmarks.gpu import blocks, check, profile, sweep
 from kvcompress.codec.layout import PageLayout
-from kvcompress.ops import cuda
+from kvcompress.ops import cuda, cuda_blocks
+from kvcompress.ops.block_plan import BlockPlan
 from kvcompress.ops.plan import LayerPlan
 from tests.ops import emulated
 
@@ -56,9 +57,14 @@ def on_device(monkeypatch: pytest.MonkeyPatch) -> None:
     def library_for(pages_NHX: Tensor, layout: PageLayout, plan: LayerPlan, *rows: Tensor) -> ctypes.CDLL | None:
         return found if cuda.covered(layout, plan) else None
 
+    def library_for_blocks(pages_NHMB: Tensor, plan: BlockPlan, *rows: Tensor) -> ctypes.CDLL | None:
+        return found if cuda_blocks.covered(plan, pages_NHMB.shape[2]) else None
+
     monkeypatch.setattr(cuda, "library_for", library_for)
-    monkeypatch.setattr(check, "DEVICE", "cpu")
-    monkeypatch.setattr(sweep, "DEVICE", "cpu")
+    monkeypatch.setattr(cuda_blocks, "library_for", library_for_blocks)
+    monkeypatch.setattr(cuda_blocks, "keeping_library_for", lambda *rows: found)
+    for module in (blocks, check, sweep):
+        monkeypatch.setattr(module, "DEVICE", "cpu")
 
 
 @pytest.mark.usefixtures("on_device")
@@ -100,3 +106,25 @@ def test_steps_of_the_sweep(monkeypatch: pytest.MonkeyPatch, instance: str) -> N
     assert mixed_THR.isfinite().all()
     sweep.kernel_step(cache, 1)(0)
     sweep.whole_step(cache, 1)(0)
+
+
+@pytest.mark.usefixtures("on_device")
+def test_checks_of_blocks_fail_on_wrong_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = cuda_blocks.attend_blocks
+    monkeypatch.setattr(cuda_blocks, "attend_blocks", lambda *args: tuple(1.02 * x for x in right(*args)))
+    [(_, attention), (_, stored), *_] = blocks.checks(small=True)
+    for check_of_blocks in (attention, stored):
+        with pytest.raises(AssertionError):
+            check_of_blocks()
+
+
+@pytest.mark.usefixtures("on_device")
+def test_steps_of_the_sweep_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "COLD_BYTES", 1)
+    for instance in ("gear 4", "gear 2 without outliers"):
+        cache = blocks.Cache(instance, 192, 1)
+        assert cache.bytes == cache.pages[0].numel()
+        latents = cache.plan.codec.open(cache.pages[0][:, :, 0])
+        assert all(1 < float(latent.abs().mean()) < 20 for latent in latents)
+        blocks.kernel_step(cache, 1)(0)
+        blocks.whole_step(cache, 1)(0)
