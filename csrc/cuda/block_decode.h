@@ -3,7 +3,6 @@
 #pragma once
 
 #include "block_values.h"
-#include "softmax.h"
 
 namespace kvcompress::cuda {
 
@@ -79,7 +78,7 @@ KVC_KERNEL(kMaxThreads) decode_blocks(KVC_ARGUMENT(BlockArgs) args) {
     Sparse sparse(shared + args.scratch_at + warp * args.scratch_bytes, lane);
     if (args.k.outliers || args.v.outliers) sparse.clear_all();
     prepare_block_rows<K_BITS>(args, rows, shared);
-    sync_block();  // queries are there
+    sync_block();  // queries and zeros are there
 
     const auto* plain_query = reinterpret_cast<const uint2*>(shared + attend.query_at);
     const auto* code_query = reinterpret_cast<const uint2*>(shared + args.code_query_at);

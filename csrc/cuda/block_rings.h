@@ -62,18 +62,23 @@ KVC_DEVICE void load_eight(const void* rows, int64_t at, int dtype, float (&x)[8
     }
 }
 
-// Where a request's token at `position` is: in its ring, or among the step's own.
-KVC_DEVICE const void* exact_row(const NewestArgs& args, const Rows& rows, int ring, int position, bool keys, int64_t& at) {
-    const int before = rows.length - rows.queries;
-    if (position < before) {
+// Where numbers of one token and head begin.
+struct ExactRow {
+    const void* data;
+    int64_t at;  // in entries
+    int dtype;
+};
+
+// A request's token: in its ring, or among the step's own.
+KVC_DEVICE ExactRow exact_row(const NewestArgs& args, const Rows& rows, int ring, int position, bool keys) {
+    const int own = position - (rows.length - rows.queries);
+    if (own < 0) {
         const Rings& rings = args.rings;
         const int place = position % rings.places + (keys ? 0 : rings.places);
-        at = ring * rings.ring_stride + rows.head * rings.head_stride + static_cast<int64_t>(place) * args.head_dim;
-        return rings.data;
+        return {rings.data, ring * rings.ring_stride + rows.head * rings.head_stride + static_cast<int64_t>(place) * args.head_dim, rings.dtype};
     }
-    const TokenRows& own = keys ? args.keys : args.values;
-    at = (rows.first_token + position - before) * own.token_stride + rows.head * own.head_stride;
-    return own.data;
+    const TokenRows& step = keys ? args.keys : args.values;
+    return {step.data, (rows.first_token + own) * step.token_stride + rows.head * step.head_stride, step.dtype};
 }
 
 // A block takes eight rows, as in decode.h. Shared memory: keys and values of the tokens, queries, weights, and what the
@@ -93,11 +98,9 @@ KVC_KERNEL(kMaxThreads) attend_newest(KVC_ARGUMENT(NewestArgs) args) {
 
     for (int i = thread_index(); i < 2 * count * (head_dim / 8); i += num_threads()) {
         const int d = i % (head_dim / 8) * 8, token = i / (head_dim / 8) % count, side = i / (head_dim / 8) / count;
-        int64_t at;
-        const void* data = exact_row(args, rows, ring, first + token, side == 0, at);
-        const bool own = first + token >= rows.length - rows.queries;
+        const ExactRow from = exact_row(args, rows, ring, first + token, side == 0);
         float x[8];
-        load_eight(data, at + d, own ? (side == 0 ? args.keys.dtype : args.values.dtype) : args.rings.dtype, x);
+        load_eight(from.data, from.at + d, from.dtype, x);
         float* to = (side == 0 ? keys : values) + token * width + d;
         KVC_UNROLL
         for (int n = 0; n < 8; ++n) to[n] = x[n];

@@ -47,6 +47,7 @@ class Sparse {
             const uint32_t pair = places[n];
             places_[n] = note<KEYS>(side, last, pair & 0xffff) | note<KEYS>(side, last, pair >> 16) << 16;
         }
+        sync_warp();  // lanes with fewer have waited: products want all at once
     }
 
     KVC_DEVICE void put(int column) {
