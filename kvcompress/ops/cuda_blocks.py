@@ -108,7 +108,11 @@ def keeping_library_for(rings_NHXPD: Tensor, *rows_THD: Tensor) -> ctypes.CDLL |
 
 
 def covered(plan: BlockPlan, per_page: int) -> bool:
-    """Whether there is a kernel for this layer, with so many blocks in a page."""
+    """Whether there is a kernel for this layer, with so many blocks in a page.
+
+    Blocks are of 64 tokens that share their keys' scales, ranks multiples of 16, residuals of even rank, and values
+    change their scale between columns of 64 channels or not at all.
+    """
     spec = plan.spec
     sides = (spec.k, spec.v)
     known = all(side.rank <= cuda_library.MAX_RANK and side.rank % 16 == 0 for side in sides)
