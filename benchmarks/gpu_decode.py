@@ -38,7 +38,7 @@ def main() -> None:
         )
         sys.exit(2)
     # Not before: what they import needs a GPU to be of use.
-    from benchmarks.gpu import build, check, latents, profile, shared, sweep, timing
+    from benchmarks.gpu import blocks, build, check, latents, profile, shared, sweep, timing
 
     begin = time.monotonic()
 
@@ -76,16 +76,12 @@ def main() -> None:
     result["skipped"] = []
     for context in sweep.CONTEXTS:
         for batch in sweep.BATCHES:
-            for instance in [None, *sweep.INSTANCES]:
+            for instance in [None, *sweep.INSTANCES, *blocks.INSTANCES]:
                 if left() < sum(SECONDS_FOR_TOOLS.values()) + 15:
                     result["skipped"].append([instance, context, batch])
                     continue
                 try:
-                    rows += (
-                        sweep.baselines(context, batch)
-                        if instance is None
-                        else [sweep.measure(instance, context, batch)]
-                    )
+                    rows += measured(instance, context, batch)
                 except torch.OutOfMemoryError:
                     result["skipped"].append([instance, context, batch])
                 torch.cuda.empty_cache()
@@ -130,6 +126,15 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(path)
+
+
+def measured(instance: str | None, context: int, batch: int) -> list[dict[str, Any]]:
+    """Rows of one of our methods, or of what it is compared with."""
+    from benchmarks.gpu import blocks, sweep
+
+    if instance is None:
+        return sweep.baselines(context, batch)
+    return [(blocks if instance in blocks.INSTANCES else sweep).measure(instance, context, batch)]
 
 
 def print_rows(rows: list[dict[str, Any]], context: int, batch: int, read: float) -> None:

@@ -10,7 +10,11 @@ set(CMAKE_CUDA_EXTENSIONS OFF)
 set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
 set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
 
-add_library(kvcompress_cuda SHARED csrc/cuda/api.cu csrc/cuda/encode.cu csrc/cuda/latent.cu csrc/cuda/shared.cu csrc/cuda/store.cu)
+add_library(kvcompress_cuda SHARED)
+foreach(source IN ITEMS api blocks encode latent shared store)
+  target_sources(kvcompress_cuda PRIVATE csrc/cuda/${source}.cu)
+endforeach()
+# Their bytes are the reference's.
 set_source_files_properties(csrc/cuda/encode.cu csrc/cuda/store.cu PROPERTIES COMPILE_OPTIONS -fmad=false)
 target_include_directories(kvcompress_cuda PRIVATE csrc/include)
 

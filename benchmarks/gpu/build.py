@@ -42,7 +42,7 @@ def build() -> Path:
     for name in ("encode", "store"):  # whose bytes are the reference's
         objects.append(str(BUILD / f"{name}.o"))
         _run([nvcc, *flags, "-fmad=false", "-c", str(sources / f"{name}.cu"), "-o", objects[-1]])
-    rest = [str(sources / f"{name}.cu") for name in ("api", "decode", "latent", "shared")]
+    rest = [str(sources / f"{name}.cu") for name in ("api", "blocks", "decode", "latent", "shared")]
     _run([nvcc, *flags, "-shared", *rest, *objects, "-o", str(target)])
     return target
 

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import latents, shared
+from benchmarks.gpu import blocks, latents, shared
+from benchmarks.gpu.graphs import capture
 from kvcompress.codec import fragment
 from kvcompress.codec.layout import FRAGMENT, PageLayout
 from kvcompress.codec.spec import SideSpec
@@ -50,6 +51,7 @@ def checks(small: bool) -> Iterator[tuple[str, Check]]:
     yield "the same twice, and with other splits", repeated
     yield from latents.checks(small)
     yield from shared.checks(small)
+    yield from blocks.checks(small)
     from benchmarks.gpu import steps  # which needs this module
 
     yield "a layer's steps in a graph, tokens and padding included", lambda: steps.decoding(small)
@@ -149,7 +151,7 @@ def graph(k: SideSpec, v: SideSpec, small: bool) -> None:
         batch = (table_RN, starts_R, lengths_R)
         decode_attention(output_THD, query_THD, *layer, *batch, head_dim**-0.5, lse_TH, max_query_len=1)
 
-    replay = capture(step)
+    replay = capture(step, DEVICE)
     for lengths, order in (([longest, longest], [0, 1]), ([1, 200], [1, 0]), ([64, longest - 1], [0, 1])):
         lengths_R.copy_(torch.tensor(lengths))
         table_RN.copy_(cache.block_table_RN[order])
@@ -157,27 +159,6 @@ def graph(k: SideSpec, v: SideSpec, small: bool) -> None:
         replay()
         replayed = Cache(cache.codec, cache.plan, cache.layout, cache.pages_NHX, table_RN, lengths)
         close(replayed, (output_THD, lse_TH), query_THD, [1, 1])
-
-
-def capture(step: Check) -> Check:
-    """A graph of what a step launches, to be replayed; the step itself where there are no graphs, in the emulation."""
-    if DEVICE == "cpu":
-        step()
-        return step
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())  # which fills what the step reads
-    with torch.cuda.stream(side):
-        step()
-    side.synchronize()
-    captured = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(captured):
-        step()
-
-    def replay() -> None:
-        captured.replay()
-        torch.cuda.synchronize()
-
-    return replay
 
 
 def repeated() -> None:

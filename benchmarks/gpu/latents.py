@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.gpu.graphs import capture
 from benchmarks.gpu.sweep import BLOCK_SIZE, COLD_BYTES, Step
 from benchmarks.gpu.timing import microseconds
 from kvcompress.ops import cuda_latent, latent
@@ -83,20 +84,13 @@ def graph(longest: int) -> None:
     def step() -> None:
         latent.attend(output_THR, query_THC, cache.pages_NSC, table_RN, starts_R, lengths_R, 0.1, max_query_len=1)
 
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        step()
-    side.synchronize()
-    captured = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(captured):
-        step()
+    replay = capture(step, DEVICE)
     keys = cache.keys
     for lengths, order in (([longest, longest], [0, 1]), ([1, 200], [1, 0]), ([64, longest - 1], [0, 1])):
         lengths_R.copy_(torch.tensor(lengths))
         table_RN.copy_(cache.block_table_RN[order])
         output_THR.fill_(torch.nan)
-        captured.replay()
-        torch.cuda.synchronize()
+        replay()
         cache.seq_lens = lengths
         cache.keys = [keys[one][:length] for one, length in zip(order, lengths, strict=True)]
         close(cache, output_THR, query_THC, [1, 1])

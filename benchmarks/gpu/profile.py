@@ -1,4 +1,4 @@
-"""NVIDIA's own tools on the kernels: compute-sanitizer on a small case, Nsight Compute (ncu) on four kernels.
+"""NVIDIA's own tools on the kernels: compute-sanitizer on a small case, Nsight Compute (ncu) on a few kernels.
 
 `python -m benchmarks.gpu.profile INSTANCE` runs one instance a few times, for ncu to look at.
 """
@@ -12,7 +12,7 @@ import subprocess
 import sys
 from typing import Any
 
-KERNELS = ("16", "4", "2", "bands 3.5/2.75")
+KERNELS = ("16", "4", "2", "bands 3.5/2.75", "gear 4", "gear 2")
 METRICS = (
     "gpu__time_duration.sum",
     "dram__bytes_read.sum",
@@ -100,10 +100,11 @@ def _find(tool: str) -> str | None:
 def main() -> None:
     import torch
 
-    from benchmarks.gpu.sweep import Cache, kernel_step
+    from benchmarks.gpu import blocks, sweep
 
-    cache = Cache(sys.argv[1], 32768, 8)
-    step = kernel_step(cache, 8)
+    instance = sys.argv[1]
+    module = blocks if instance in blocks.INSTANCES else sweep
+    step = module.kernel_step(module.Cache(instance, 32768, 8), 8)
     for _ in range(4):
         step(0)
     torch.cuda.synchronize()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.graphs import capture
 from benchmarks.gpu.sweep import BLOCK_SIZE, COLD_BYTES, HEAD_DIM, HEADS, KV_HEADS, Step
 from benchmarks.gpu.timing import microseconds
 from kvcompress.codec.rope import Rope
@@ -100,20 +101,13 @@ def graph(share: str, small: bool) -> None:
         numbers = (starts_R, lengths_R, stored_R, rows)
         shared.attend(output_THD, query, keys, values, plan, *rest[:4], *numbers, rest[8], max_query_len=1)
 
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        step()
-    side.synchronize()
-    captured = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(captured):
-        step()
+    replay = capture(step, DEVICE)
     # Keys of the layer's own are attended as stored, so a request's newest token is where it was: the length stays.
     for lengths in ([longest, longest], [2, 200], [64, longest - 1]) if share == "kv" else ([longest, longest],):
         lengths_R.copy_(torch.tensor(lengths))
         stored_R.copy_(torch.tensor(lengths) - 1)
         output_THD.fill_(torch.nan)
-        captured.replay()
-        torch.cuda.synchronize()
+        replay()
         decoded = [
             tuple(torch.cat([side[: length - 1], side[-1:]]) for side in sides)
             for length, sides in zip(lengths, group.decoded, strict=True)

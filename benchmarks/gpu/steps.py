@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from benchmarks.gpu import check
+from benchmarks.gpu.graphs import capture
 from kvcompress.ops.append import append
 from kvcompress.ops.attention import decode_attention
 from kvcompress.ops.gather import gather_decode
@@ -35,7 +36,7 @@ def decoding(small: bool) -> None:
         batch = (table_RN, starts_R, lengths_R)
         decode_attention(output_THD, query_THD, *layer, *batch, 0.125, lse_TH, max_query_len=1)
 
-    replay = check.capture(step)
+    replay = capture(step, check.DEVICE)
     assert torch.equal(cache.pages_NHX, stored_NHX), "tokens without a slot were stored"
     starts_R[4] = 3
     table_RN[:3] = cache.block_table_RN

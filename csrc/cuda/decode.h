@@ -19,6 +19,7 @@
 #include "outliers.h"
 #include "pipeline.h"
 #include "rows.h"
+#include "softmax.h"
 
 namespace kvcompress::cuda {
 
@@ -109,15 +110,7 @@ KVC_KERNEL(kMaxThreads) decode(KVC_ARGUMENT(AttendArgs) args) {
     const Side &k = args.pages.k, &v = args.pages.v;
 
     Rows rows{};
-    const int request = block_z();
-    rows.head = block_y() / args.row_tiles;
-    rows.first_token = args.query_starts[request];
-    rows.queries = args.query_starts[request + 1] - rows.first_token;
-    rows.length = args.seq_lens[request];
-    rows.first = block_y() % args.row_tiles * kRows;
-    rows.count = rows.queries * args.group - rows.first;
-    if (rows.count <= 0) return;
-    if (rows.count > kRows) rows.count = kRows;
+    if (!find_rows(args, rows)) return;
     const int first_visible = rows.visible(args, 0), last_visible = rows.visible(args, rows.count - 1);
     const int chunks = (last_visible + kChunk - 1) / kChunk, share = (chunks + grid_x() - 1) / grid_x();
     const int begin = block_x() * share, end = begin + share < chunks ? begin + share : chunks;
@@ -128,7 +121,7 @@ KVC_KERNEL(kMaxThreads) decode(KVC_ARGUMENT(AttendArgs) args) {
         return;
     }
 
-    const int32_t* table = args.table + request * args.table_stride;
+    const int32_t* table = args.table + block_z() * args.table_stride;
     const int page_mask = (1 << args.pages.page_shift) - 1;
     uint8_t* stages = shared + args.stages_at;
     Pipeline pipeline(stages + warp * kStages * args.pages.chunk_bytes, reinterpret_cast<uint64_t*>(shared) + warp * kStages,
@@ -149,7 +142,7 @@ KVC_KERNEL(kMaxThreads) decode(KVC_ARGUMENT(AttendArgs) args) {
     const auto* exact_query = reinterpret_cast<const float2*>(shared + args.exact_query_at);
     const float2 factor = reinterpret_cast<const float2*>(shared + args.factor_at)[t];
     const int visible0 = rows.visible(args, 2 * t), visible1 = rows.visible(args, 2 * t + 1);
-    float largest0 = kLowest, largest1 = kLowest, sum0 = 0, sum1 = 0;
+    RunningSoftmax softmax;
     float o[TILES][4];
     KVC_UNROLL
     for (int tile = 0; tile < TILES; ++tile) o[tile][0] = o[tile][1] = o[tile][2] = o[tile][3] = 0;
@@ -195,30 +188,10 @@ KVC_KERNEL(kMaxThreads) decode(KVC_ARGUMENT(AttendArgs) args) {
             }
         }
 
-        // Running softmax.
-        float top0 = largest0, top1 = largest1;
-        KVC_UNROLL
-        for (int f = 0; f < 4; ++f) {
-            top0 = fmaxf(top0, fmaxf(s[f][0], s[f][2]));
-            top1 = fmaxf(top1, fmaxf(s[f][1], s[f][3]));
-        }
-        KVC_UNROLL
-        for (int lanes = 4; lanes < 32; lanes *= 2) {
-            top0 = fmaxf(top0, shuffle_xor(top0, lanes));
-            top1 = fmaxf(top1, shuffle_xor(top1, lanes));
-        }
-        const float decay0 = exp2_of((largest0 - top0) * factor.x), decay1 = exp2_of((largest1 - top1) * factor.y);
-        largest0 = top0, largest1 = top1;
-        sum0 *= decay0, sum1 *= decay1;
-        const float shift0 = top0 * factor.x, shift1 = top1 * factor.y;
-        KVC_UNROLL
-        for (int f = 0; f < 4; ++f) {
-            s[f][0] = exp2_of(s[f][0] * factor.x - shift0), s[f][2] = exp2_of(s[f][2] * factor.x - shift0);
-            s[f][1] = exp2_of(s[f][1] * factor.y - shift1), s[f][3] = exp2_of(s[f][3] * factor.y - shift1);
-            sum0 += s[f][0] + s[f][2], sum1 += s[f][1] + s[f][3];
-        }
+        float decay[2];
+        softmax.take(s, factor, decay);
 
-        if (OUTLIERS && v.outliers) add_exact_values(v, record, rows.length - here, lane, s, decay0, decay1, exact_sums);
+        if (OUTLIERS && v.outliers) add_exact_values(v, record, rows.length - here, lane, s, decay[0], decay[1], exact_sums);
 
         // Weights of values, tokens to the depth of the second operand.
         uint32_t weights[4][2];
@@ -263,16 +236,15 @@ KVC_KERNEL(kMaxThreads) decode(KVC_ARGUMENT(AttendArgs) args) {
                     for (int i = 0; i < 4; ++i) sum[i] = bits.value == 16 ? 0 : offsets[kKind][i];
                     KVC_UNROLL
                     for (int f = 0; f < 4; ++f) mma(sum, low[2 * f], high[2 * f], low[2 * f + 1], high[2 * f + 1], weights[f]);
-                    o[tile][0] = o[tile][0] * decay0 + sum[0], o[tile][1] = o[tile][1] * decay1 + sum[1];
-                    o[tile][2] = o[tile][2] * decay0 + sum[2], o[tile][3] = o[tile][3] * decay1 + sum[3];
+                    o[tile][0] = o[tile][0] * decay[0] + sum[0], o[tile][1] = o[tile][1] * decay[1] + sum[1];
+                    o[tile][2] = o[tile][2] * decay[0] + sum[2], o[tile][3] = o[tile][3] * decay[1] + sum[3];
                 });
 
         pipeline.release();
         pipeline.request(later < end ? chunk_at(args.pages, later_block, later & page_mask, rows.head) : nullptr);
     }
 
-    KVC_UNROLL
-    for (int lanes = 4; lanes < 32; lanes *= 2) sum0 += shuffle_xor(sum0, lanes), sum1 += shuffle_xor(sum1, lanes);
+    softmax.finish();
     sync_block();  // sums go where chunks were
     auto* sums = reinterpret_cast<float*>(stages);
     KVC_UNROLL
@@ -286,7 +258,7 @@ KVC_KERNEL(kMaxThreads) decode(KVC_ARGUMENT(AttendArgs) args) {
         }
     if (g == 0) {
         float* own = sums + warps * kRows * v.rank + 2 * (warp * kRows + 2 * t);
-        own[0] = largest0, own[1] = sum0, own[2] = largest1, own[3] = sum1;
+        own[0] = softmax.largest[0], own[1] = softmax.sum[0], own[2] = softmax.largest[1], own[3] = softmax.sum[1];
     }
     sync_block();
     const auto* exact = reinterpret_cast<const float*>(shared + args.exact_sum_at);

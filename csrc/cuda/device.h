@@ -74,6 +74,12 @@ KVC_DEVICE uint32_t fma_halves(uint32_t a, uint32_t b, uint32_t c) {
     return result;
 }
 
+// Both halves of a times those of b.
+KVC_DEVICE uint32_t halves_times(uint32_t a, uint32_t b) {
+    const __half2 product = __hmul2(reinterpret_cast<const __half2&>(a), reinterpret_cast<const __half2&>(b));
+    return reinterpret_cast<const uint32_t&>(product);
+}
+
 KVC_DEVICE float exp2_of(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -316,6 +316,9 @@ inline uint32_t fma_halves(uint32_t a, uint32_t b, uint32_t c) {
     }
     return halves_of(x[0], x[1]);
 }
+inline uint32_t halves_times(uint32_t a, uint32_t b) {
+    return halves_of(emulate::half_value(a, 0) * emulate::half_value(b, 0), emulate::half_value(a, 1) * emulate::half_value(b, 1));
+}
 inline float exp2_of(float x) { return exp2f(x); }
 inline float log2_of(float x) { return log2f(x); }
 // As far off as the device's may be.

@@ -10,18 +10,6 @@ namespace kvcompress::cuda {
 constexpr int kEncodeThreads = 128;
 constexpr float kSmallestGain = 0x1p-14f, kHalfMax = 65504.f;
 
-KVC_DEVICE float load_entry(const TokenRows& rows, int64_t token, int head, int d) {
-    const int64_t at = token * rows.token_stride + head * rows.head_stride + d;
-    if (rows.dtype == kFloat32) return static_cast<const float*>(rows.data)[at];
-    const uint16_t bits = static_cast<const uint16_t*>(rows.data)[at];
-    if (rows.dtype == kFloat16) return half_to_float(bits);
-    union {
-        uint32_t bits;
-        float number;
-    } wide{static_cast<uint32_t>(bits) << 16};
-    return wide.number;
-}
-
 KVC_DEVICE float sum_lanes(float x) {
     KVC_UNROLL
     for (int lanes = 16; lanes; lanes /= 2) x += shuffle_xor(x, lanes);

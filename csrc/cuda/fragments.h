@@ -25,27 +25,19 @@ KVC_BOTH float pair_offset(int pair) {
 // The code that stands for zero.
 KVC_BOTH float middle(int bits) { return bits == 16 ? 0.f : static_cast<float>((1 << bits) - 1) / 2; }
 
-// A lane's share of a unit, eight pairs of halves.
+// Eight pairs of codes in a lane's words, as halves.
 template <int BITS>
-KVC_DEVICE void unpack(const uint8_t* unit, int lane, uint32_t (&pair)[kPairs]) {
+KVC_DEVICE void unpack_words(const uint32_t (&words)[BITS / 2], uint32_t (&pair)[kPairs]) {
     if constexpr (BITS == 16) {
         KVC_UNROLL
-        for (int piece = 0; piece < 2; ++piece) {
-            const auto* words = reinterpret_cast<const uint4*>(unit) + 32 * piece;
-            const uint4 w = words[lane];
-            pair[4 * piece] = w.x, pair[4 * piece + 1] = w.y, pair[4 * piece + 2] = w.z, pair[4 * piece + 3] = w.w;
-        }
+        for (int i = 0; i < kPairs; ++i) pair[i] = words[i];
     } else if constexpr (BITS == 8) {
-        const uint4 w = reinterpret_cast<const uint4*>(unit)[lane];
-        const uint32_t words[4] = {w.x, w.y, w.z, w.w};
         KVC_UNROLL
         for (int i = 0; i < 4; ++i) {
             pair[2 * i] = bytes_of<0x4240>(words[i], 0x64u);
             pair[2 * i + 1] = bytes_of<0x4341>(words[i], 0x64u);
         }
     } else if constexpr (BITS == 4) {
-        const uint2 w = reinterpret_cast<const uint2*>(unit)[lane];
-        const uint32_t words[2] = {w.x, w.y};
         KVC_UNROLL
         for (int i = 0; i < 2; ++i) {
             // Codes at bits 2 and 6 of each half.
@@ -57,7 +49,7 @@ KVC_DEVICE void unpack(const uint8_t* unit, int lane, uint32_t (&pair)[kPairs]) 
         }
     } else {
         static_assert(BITS == 2);
-        const uint32_t word = reinterpret_cast<const uint32_t*>(unit)[lane];
+        const uint32_t word = words[0];
         // Codes at bits 4, 6 and 8 of each half: lower ones would have larger offsets, and sums less exact.
         const uint32_t low = word << 4, middle = word >> 2, high = word >> 8;
         pair[0] = mask_or<0x00300030, 0x54005400>(low);
@@ -69,6 +61,38 @@ KVC_DEVICE void unpack(const uint8_t* unit, int lane, uint32_t (&pair)[kPairs]) 
         pair[6] = mask_or<0x00300030, 0x54005400>(high);
         pair[7] = mask_or<0x00c000c0, 0x4c004c00>(high);
     }
+}
+
+// The words at a place of one load: 4, 8 or 16 bytes.
+template <int BITS>
+KVC_DEVICE void load_words(const uint8_t* at, uint32_t (&words)[BITS / 2]) {
+    if constexpr (BITS == 8) {
+        const uint4 w = *reinterpret_cast<const uint4*>(at);
+        words[0] = w.x, words[1] = w.y, words[2] = w.z, words[3] = w.w;
+    } else if constexpr (BITS == 4) {
+        const uint2 w = *reinterpret_cast<const uint2*>(at);
+        words[0] = w.x, words[1] = w.y;
+    } else {
+        static_assert(BITS == 2);
+        words[0] = *reinterpret_cast<const uint32_t*>(at);
+    }
+}
+
+// A lane's share of a unit, eight pairs of halves.
+template <int BITS>
+KVC_DEVICE void unpack(const uint8_t* unit, int lane, uint32_t (&pair)[kPairs]) {
+    uint32_t words[BITS / 2];
+    if constexpr (BITS == 16) {
+        KVC_UNROLL
+        for (int piece = 0; piece < 2; ++piece) {
+            const auto* quads = reinterpret_cast<const uint4*>(unit) + 32 * piece;
+            const uint4 w = quads[lane];
+            words[4 * piece] = w.x, words[4 * piece + 1] = w.y, words[4 * piece + 2] = w.z, words[4 * piece + 3] = w.w;
+        }
+    } else {
+        load_words<BITS>(unit + 2 * BITS * lane, words);
+    }
+    unpack_words<BITS>(words, pair);
 }
 
 // Entry of token 16 f + 8 i + g among a chunk's gains, outliers and channel numbers.

@@ -5,22 +5,6 @@
 
 namespace kvcompress::cuda {
 
-KVC_DEVICE void store_entry(void* rows, int dtype, int64_t at, float x) {
-    if (dtype == kFloat32) {
-        static_cast<float*>(rows)[at] = x;
-    } else if (dtype == kFloat16) {
-        static_cast<uint16_t*>(rows)[at] = float_to_half(x);
-    } else {
-        union {
-            float number;
-            uint32_t bits;
-        } wide{x};
-        // Nearest, ties to even; NaN stays NaN.
-        const uint32_t rounded = wide.bits + 0x7fff + (wide.bits >> 16 & 1);
-        static_cast<uint16_t*>(rows)[at] = static_cast<uint16_t>((x != x ? wide.bits | 0x400000 : rounded) >> 16);
-    }
-}
-
 // A block per chunk, head and side.
 KVC_KERNEL(kEncodeThreads) gather(KVC_ARGUMENT(GatherArgs) args) {
     const int head = block_y();

@@ -22,13 +22,16 @@ class Pipeline {
     }
 
     // Ask for the next chunk in the order of `wait`; null keeps the count where there are no more.
-    KVC_DEVICE void request(const uint8_t* chunk) {
+    KVC_DEVICE void request(const uint8_t* chunk) { request(chunk, chunk_bytes_); }
+
+    // The same for one that is smaller than its place.
+    KVC_DEVICE void request(const uint8_t* chunk, int bytes) {
         uint8_t* to = memory_ + asked_ * chunk_bytes_;
 #if KVC_BULK_COPIES
-        if (chunk && lane_ == 0) copy_bulk(to, chunk, chunk_bytes_, barriers_ + asked_);
+        if (chunk && lane_ == 0) copy_bulk(to, chunk, bytes, barriers_ + asked_);
 #else
         if (chunk)
-            for (int at = 16 * lane_; at < chunk_bytes_; at += 512) copy_16_bytes(to + at, chunk + at);
+            for (int at = 16 * lane_; at < bytes; at += 512) copy_16_bytes(to + at, chunk + at);
         commit_copies();
 #endif
         asked_ = asked_ + 1 == kStages ? 0 : asked_ + 1;

@@ -40,6 +40,19 @@ struct Rows {
     }
 };
 
+// The rows of this block of threads; false if there are none.
+KVC_DEVICE bool find_rows(const AttendArgs& args, Rows& rows) {
+    const int request = block_z();
+    rows.head = block_y() / args.row_tiles;
+    rows.first_token = args.query_starts[request];
+    rows.queries = args.query_starts[request + 1] - rows.first_token;
+    rows.length = args.seq_lens[request];
+    rows.first = block_y() % args.row_tiles * kRows;
+    rows.count = rows.queries * args.group - rows.first;
+    if (rows.count > kRows) rows.count = kRows;
+    return rows.count > 0;
+}
+
 // Rows as halves in the order of the second operand, accumulators' beginnings, factors, and float32 rows for outliers.
 template <bool OUTLIERS>
 KVC_DEVICE void prepare_rows(const AttendArgs& args, const Rows& rows, uint8_t* shared) {

@@ -96,7 +96,9 @@ def _largest(numbers_NHE: Tensor, count: int) -> Tensor:
     above, equal = numbers_NHE > least_NH1, numbers_NHE == least_NH1
     room_NH1 = count - above.sum(-1, keepdim=True)
     chosen = above | (equal & (equal.cumsum(-1) <= room_NH1))
-    return chosen.nonzero()[:, -1].view(*numbers_NHE.shape[:-1], count)
+    # As many as are known here: counting them would wait for a GPU.
+    found = torch.nonzero_static(chosen, size=count * numbers_NHE.shape[:-1].numel())
+    return found[:, -1].view(*numbers_NHE.shape[:-1], count)
 
 
 def _quantize(unit_NHSR: Tensor, outlier_NHSR: Tensor, side: BlockSide) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvcompress.codec.gear_spec import Axis, BlockSide, BlockSpec
 from kvcompress.ops import interface
+from kvcompress.ops.plan import DTYPES
 
 if TYPE_CHECKING:
     from kvcompress.codec.gear import BlockCodec
@@ -92,6 +93,14 @@ class BlockPlan:
             spec = BlockSide(along=_AXES[values.pop("along")], **values)
             sides.append(BlockSideCodec(spec, *tensors[index * _TENSORS : (index + 1) * _TENSORS]))
         return cls(BlockCodec(*sides))
+
+
+def rings_struct(rings_NHXPD: Tensor) -> interface.Rings:
+    """The C description of rings."""
+    places, head_dim = rings_NHXPD.shape[3:]
+    assert rings_NHXPD.stride()[2:] == (places * head_dim, head_dim, 1), rings_NHXPD.stride()
+    numbers = (rings_NHXPD.shape[0], rings_NHXPD.stride(0), rings_NHXPD.stride(1), places, DTYPES[rings_NHXPD.dtype])
+    return interface.Rings(rings_NHXPD.data_ptr(), *numbers)
 
 
 def _side_struct(side: BlockSide, start: int) -> interface.BlockSide:

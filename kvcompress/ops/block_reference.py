@@ -15,19 +15,19 @@ if TYPE_CHECKING:
 
 
 def newest(
-    places_HXPD: Tensor, key_THD: Tensor, value_THD: Tensor, length: int, block: int
+    rings_NHXPD: Tensor, ring_1: Tensor, key_THD: Tensor, value_THD: Tensor, length: int, block: int
 ) -> tuple[tuple[Tensor, Tensor], int]:
     """A request's keys and values from the start of the block that was open before this step, and that start.
 
     Args:
-        places_HXPD: the request's ring.
+        ring_1: the request's ring, a number that is not read here.
         key_THD, value_THD: the step's own.
         length: of the request, the step's tokens included.
     """
     before = length - key_THD.shape[0]
     start = before // block * block
-    place = torch.arange(start, before, device=key_THD.device) % places_HXPD.shape[2]
-    old_keys, old_values = places_HXPD[:, :, place].transpose(0, 2).unbind(1)
+    place = torch.arange(start, before, device=key_THD.device) % rings_NHXPD.shape[3]
+    old_keys, old_values = rings_NHXPD[ring_1.long(), :, :, place].unbind(2)
     return (torch.cat([old_keys, key_THD]), torch.cat([old_values, value_THD])), start
 
 
@@ -57,9 +57,9 @@ def attend(
         blocks = torch.arange(length // spec.block, device=pages_NHMB.device)
         page = block_table_RN[request].long()[blocks // per_page]
         latents_THR = codec.open(pages_NHMB[page, :, blocks % per_page])
-        exact_THD, exact_start = newest(
-            rings_NHXPD[ring_R[request]], keys_THD[start:stop], values_THD[start:stop], length, spec.block
-        )
+        ring_1 = torch.tensor([ring_R[request]], device=pages_NHMB.device)
+        tokens = (keys_THD[start:stop], values_THD[start:stop])
+        exact_THD, exact_start = newest(rings_NHXPD, ring_1, *tokens, length, spec.block)
         rows = latents_THR[0].shape[0] + exact_THD[0].shape[0]
         step = max(1, reference.SCORE_BYTES // (4 * query_THD.shape[1] * rows))
         for first in range(start, stop, step):

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvcompress.ops import block_reference, interface, library
-from kvcompress.ops.attention import SPLIT_TOKENS, host_list, int32_rows
-from kvcompress.ops.block_plan import BlockPlan
+from kvcompress.ops import block_reference, cuda, cuda_blocks, interface, library
+from kvcompress.ops.attention import SPLIT_TOKENS, host_list, int32_rows, most_queries
+from kvcompress.ops.block_plan import BlockPlan, rings_struct
 from kvcompress.ops.plan import rows_covered, rows_struct
 
 
@@ -29,6 +29,7 @@ def attend(
     softmax_scale: float,
     lse_TH: Tensor | None = None,
     split_tokens: int = SPLIT_TOKENS,
+    max_query_len: int | None = None,
 ) -> None:
     """Causal attention of every request's newest tokens; `codec.gear` says what each of them sees.
 
@@ -46,11 +47,40 @@ def attend(
         seq_lens: tokens of each request, its queries' own included `[requests]`.
         softmax_scale: usually head_dim ** -0.5.
         lse_TH: if given, receives each row's log of the sum of exponentials, float32 `[tokens, query heads]`.
-        split_tokens: tokens one thread attends at a time, rounded up to whole blocks.
+        split_tokens: tokens one thread attends at a time, rounded up to whole blocks; of no effect on a GPU.
+        max_query_len: the most queries of a request, for a GPU: its kernels read lengths on the device, and start
+            enough threads for any lengths. More than a few are a prefill, which torch attends on decoded blocks.
 
     Raises:
-        ValueError: a request has more queries than tokens, or a page or ring lies outside the cache.
+        ValueError: a request has more queries than tokens, or a page or ring lies outside the cache; neither is looked
+            for on a GPU.
     """
+    rows = (query_THD, output_THD, keys_THD, values_THD)
+    on_device = cuda_blocks.library_for(pages_NHMB, plan, rings_NHXPD, *rows)
+    if on_device is not None and max_query_len is None:
+        max_query_len = most_queries(query_starts, query_THD.shape[0])
+    if on_device is not None and max_query_len is not None and max_query_len <= cuda.MOST_QUERIES:
+        ring_R, block_table_RN, starts, lengths = (
+            int32_rows(each, query_THD.device) for each in (ring_R, block_table_RN, query_starts, seq_lens)
+        )
+        cuda_blocks.attend(
+            on_device,
+            output_THD,
+            query_THD,
+            keys_THD,
+            values_THD,
+            pages_NHMB,
+            rings_NHXPD,
+            ring_R,
+            plan,
+            block_table_RN,
+            starts,
+            lengths,
+            softmax_scale,
+            lse_TH,
+            max_query_len,
+        )
+        return
     covered = plan.covered() and pages_NHMB.device.type == "cpu"
     covered = covered and rows_covered(query_THD, output_THD, keys_THD, values_THD, rings_NHXPD)
     compiled = library.load() if covered else None
@@ -72,10 +102,8 @@ def attend(
         )
         return
     spec = plan.spec
-    places, head_dim = rings_NHXPD.shape[3:]
     assert pages_NHMB.dtype == torch.uint8
     assert pages_NHMB.stride()[2:] == (spec.record_bytes, 1), pages_NHMB.stride()
-    assert rings_NHXPD.stride()[2:] == (places * head_dim, head_dim, 1), rings_NHXPD.stride()
     assert lse_TH is None or (lse_TH.dtype == torch.float32 and lse_TH.is_contiguous())
     # A column of an engine's block table is one way to say which rings: its numbers are not side by side.
     numbers = (ring_R, query_starts, seq_lens)
@@ -85,12 +113,9 @@ def attend(
     assert rings_R.shape[0] == requests
     table_RN = int32_rows(block_table_RN)
     assert table_RN.shape[0] >= requests
-    ring = rows_struct(rings_NHXPD)
     args = interface.BlockAttendArgs(
         pages=plan.pages_struct(pages_NHMB),
-        rings=interface.Rings(
-            ring.data, rings_NHXPD.shape[0], rings_NHXPD.stride(0), rings_NHXPD.stride(1), places, ring.dtype
-        ),
+        rings=rings_struct(rings_NHXPD),
         query=rows_struct(query_THD),
         keys=rows_struct(keys_THD),
         values=rows_struct(values_THD),

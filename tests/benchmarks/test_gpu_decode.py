@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import check, latents, profile, shared, sweep
-from kvcompress.ops import cuda, cuda_latent, cuda_shared
+from benchmarks.gpu import blocks, check, latents, profile, shared, sweep
+from kvcompress.ops import cuda, cuda_blocks, cuda_latent, cuda_shared
 from tests.ops import emulated
 
 ROOT = Path(__file__).parents[2]
@@ -50,7 +50,7 @@ def test_metrics_of_ncu() -> None:
 def on_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels by emulation, tensors on the CPU."""
     emulated.count_as_gpu(monkeypatch)
-    for module in (check, latents, shared, sweep):
+    for module in (blocks, check, latents, shared, sweep):
         monkeypatch.setattr(module, "DEVICE", "cpu")
 
 
@@ -102,9 +102,8 @@ def test_checks_of_latents_fail_on_wrong_results(monkeypatch: pytest.MonkeyPatch
         output_THR *= 1.02
 
     monkeypatch.setattr(cuda_latent, "attend", wrong)
-    every = latents.checks
-    monkeypatch.setattr(check, "checks", lambda small: (item for item in every(small) if "graph" not in item[0]))
-    assert len(check.failures(small=True)) == 3
+    monkeypatch.setattr(check, "checks", latents.checks)
+    assert len(check.failures(small=True)) == 4
 
 
 @pytest.mark.usefixtures("on_device")
@@ -153,3 +152,25 @@ def test_measuring_shared_latents(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     shared.print_row(row, 1e12)
     # 4 * 64 * (50 + 74) bytes in 2 us at 1e12 bytes per second; 2 * 64 * 384 * 1024 products.
     assert "2.0 us, 1.6 % of read, 25.2 TFLOP/s; store 2.0 us" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("on_device")
+def test_checks_of_blocks_fail_on_wrong_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = cuda_blocks.attend_blocks
+    monkeypatch.setattr(cuda_blocks, "attend_blocks", lambda *args: tuple(1.02 * x for x in right(*args)))
+    [(_, attention), (_, stored), *_] = blocks.checks(small=True)
+    for check_of_blocks in (attention, stored):
+        with pytest.raises(AssertionError):
+            check_of_blocks()
+
+
+@pytest.mark.usefixtures("on_device")
+def test_steps_of_the_sweep_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "COLD_BYTES", 1)
+    for instance in ("gear 4", "gear 2 without outliers"):
+        cache = blocks.Cache(instance, 192, 1)
+        assert cache.bytes == cache.pages[0].numel()
+        latents = cache.plan.codec.open(cache.pages[0][:, :, 0])
+        assert all(1 < float(latent.abs().mean()) < 20 for latent in latents)
+        blocks.kernel_step(cache, 1)(0)
+        blocks.whole_step(cache, 1)(0)

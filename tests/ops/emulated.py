@@ -24,7 +24,7 @@ from kvcompress.ops import cuda, cuda_library
 from tests.ops.cases import Cache, starts
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("api.cu", "encode.cu", "decode.cu", "latent.cu", "shared.cu", "store.cu")
+SOURCES = ("api.cu", "blocks.cu", "decode.cu", "encode.cu", "latent.cu", "shared.cu", "store.cu")
 COPIES = {"sm_80": 0, "sm_90": 1}
 
 

@@ -14,9 +14,8 @@ from torch import Tensor
 from kvcompress.codec.forms import CacheCodec
 from kvcompress.codec.gear import BlockCodec
 from kvcompress.codec.gear_spec import BlockSpec
-from kvcompress.ops import blocks, reference
+from kvcompress.ops import block_store, blocks, reference
 from kvcompress.ops.block_plan import BlockPlan
-from kvcompress.ops.block_reference import newest
 from kvcompress.serving.vllm import compat, limits
 from kvcompress.serving.vllm.backend import (
     CompressedAttentionBackend,
@@ -105,7 +104,8 @@ class BlockAttentionImpl(CompressedAttentionImpl):
         rings_NHXPD = ring.sides_NHXPD
         ring_R = compat.layer_metadata(ring.name).block_table[: batch.seq_lens.shape[0], 0]
         # All blocks before any attention: a prompt may begin with blocks that another request of this step completes.
-        self._seal(plan.codec, key, value, pages_NHMB, rings_NHXPD, ring_R, batch)
+        numbers = (batch.query_starts, batch.seq_lens)
+        block_store.seal(pages_NHMB, rings_NHXPD, ring_R, plan, key, value, batch.block_table, *numbers)
         blocks.attend(
             output,
             query,
@@ -116,48 +116,7 @@ class BlockAttentionImpl(CompressedAttentionImpl):
             ring_R,
             plan,
             batch.block_table,
-            batch.query_starts,
-            batch.seq_lens,
+            *numbers,
             self.scale,
         )
-        # Last: these tokens take the places of older ones that attention still reads.
-        self._keep(rings_NHXPD, ring_R, key, value, batch)
-
-    def _seal(
-        self,
-        codec: BlockCodec,
-        key_THD: Tensor,
-        value_THD: Tensor,
-        pages_NHMB: Tensor,
-        rings_NHXPD: Tensor,
-        ring_R: Tensor,
-        batch: CompressedMetadata,
-    ) -> None:
-        """Compress every block that is complete by the step's end and was not before it."""
-        block, per_page = codec.spec.block, pages_NHMB.shape[2]
-        starts, lengths = batch.query_starts.tolist(), batch.seq_lens.tolist()
-        for request, length in enumerate(lengths):
-            tokens = slice(starts[request], starts[request + 1])
-            first = (length - (tokens.stop - tokens.start)) // block
-            number = torch.arange(first, length // block, device=pages_NHMB.device)
-            if not number.shape[0]:
-                continue
-            exact_THD, _ = newest(rings_NHXPD[ring_R[request]], key_THD[tokens], value_THD[tokens], length, block)
-            page = batch.block_table[request].long()[number // per_page]
-            keys_THD, values_THD = (side[: number.shape[0] * block] for side in exact_THD)
-            pages_NHMB[page, :, number % per_page] = codec.seal(keys_THD, values_THD)
-
-    def _keep(
-        self, rings_NHXPD: Tensor, ring_R: Tensor, key_THD: Tensor, value_THD: Tensor, batch: CompressedMetadata
-    ) -> None:
-        """Put each request's last tokens, as many as fit, into its ring."""
-        device, places = key_THD.device, rings_NHXPD.shape[3]
-        count_R = batch.query_starts.diff()
-        request_T = torch.repeat_interleave(count_R)
-        # Tokens of the request after each one, itself included.
-        left_T = batch.query_starts[1:][request_T] - torch.arange(key_THD.shape[0])
-        place_T = (batch.seq_lens[request_T] - left_T) % places
-        kept_T = (left_T <= places).nonzero().flatten().to(device)
-        ring_T, place_T = ring_R[request_T.to(device)].long()[kept_T], place_T.to(device)[kept_T]
-        rings_NHXPD[ring_T, :, 0, place_T] = key_THD[kept_T]
-        rings_NHXPD[ring_T, :, 1, place_T] = value_THD[kept_T]
+        block_store.keep(rings_NHXPD, ring_R, key, value, *numbers)
