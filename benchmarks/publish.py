@@ -115,15 +115,25 @@ def kernels(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def compress(results: dict[str, Any]) -> str:
+    lines = ["| model | recipe | weights, MB | seconds | peak memory, MB |", "| --- | --- |" + " ---: |" * 3]
+    for row in results["rows"]:
+        weights_mb, peak_mb = (f"{row[name] / 1e6:,.0f}" for name in ("weights_bytes", "peak_bytes"))
+        lines.append(f"| {row['model']} | {row['recipe']} | {weights_mb} | {row['seconds']:.0f} | {peak_mb} |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "demo": demo,
     "methods": methods,
     "weights": weights,
     "slope": slope,
     "slope-llama-8b-layer": slope,
+    "slope-llama-8b-layer-32k": slope,
     "cpu-decode": kernels,
     "cpu-decode-blocks": kernels,
     "cpu-decode-latents": kernels,
+    "compress": compress,
 }
 
 

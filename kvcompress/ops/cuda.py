@@ -12,6 +12,7 @@ import functools
 import torch
 from torch import Tensor
 
+from kvcompress.codec.gear_spec import BlockSpec
 from kvcompress.codec.layout import CHUNK_TOKENS, FRAGMENT, PageLayout
 from kvcompress.codec.spec import LayerSpec, SideSpec
 from kvcompress.ops import cuda_library, interface
@@ -121,7 +122,7 @@ def attend(
         lse_TH.copy_(found_TH + softmax_scale * mean_THG.flatten(1))
 
 
-def workspace_bytes(spec: LayerSpec, tokens: int, num_heads: int, device: torch.device) -> int:
+def workspace_bytes(spec: LayerSpec | BlockSpec, tokens: int, num_heads: int, device: torch.device) -> int:
     """Bytes that `attend` takes at most beside its arguments, for steps of so many query tokens."""
     # Queries in float32 and the output, before and after its mean; absorbed queries and mixed latents, once more in the
     # order that a product wants; splits, of which there are no more than rows keep the device busy (`choose_splits`).

@@ -71,14 +71,17 @@ def covers_append(pages_NSC: Tensor, key_TC: Tensor) -> bool:
 def covers_attention(library: ctypes.CDLL, output_THR: Tensor, query_THC: Tensor, pages_NSC: Tensor) -> bool:
     """Whether there is a kernel for these shapes and strides: tensor cores take 16-bit numbers, copies 16 bytes."""
     tensors = (pages_NSC, query_THC, output_THR)
-    if pages_NSC.dtype not in (torch.bfloat16, torch.float16):
-        return False
     if any((x.dtype, x.device, x.stride(2)) != (pages_NSC.dtype, pages_NSC.device, 1) for x in tensors):
         return False
     on_16_bytes = pages_NSC.data_ptr() % 16 == 0 and pages_NSC.stride(0) % 8 == 0 and pages_NSC.stride(1) % 8 == 0
     on_4_bytes = query_THC.data_ptr() % 4 == 0 and query_THC.stride(0) % 2 == 0 and query_THC.stride(1) % 2 == 0
-    channels = pages_NSC.shape[2]
-    return on_16_bytes and on_4_bytes and channels % 16 == 0 and channels <= most_channels(library)
+    return on_16_bytes and on_4_bytes and covers(library, pages_NSC.shape[2], pages_NSC.dtype)
+
+
+def covers(library: ctypes.CDLL, channels: int, dtype: torch.dtype) -> bool:
+    """Whether there is a kernel for such latents."""
+    sixteen_bits = dtype in (torch.bfloat16, torch.float16)
+    return sixteen_bits and channels % 16 == 0 and channels <= most_channels(library)
 
 
 @functools.cache
@@ -130,9 +133,7 @@ def attend(
     if splits is None:
         context = block_table_RN.shape[1] * pages_NSC.shape[1]
         splits = choose_splits(requests, max_query_len * heads, context, cuda.multiprocessors(pages_NSC.device))
-    padded_rank = -(-rank // 16) * 16
-    # A split's sums of every row, and their weight.
-    partial = splits * tokens * heads * (padded_rank + 1) if splits > 1 else 0
+    partial = _partial(splits, tokens * heads, rank)
     workspace = torch.empty(partial, device=pages_NSC.device)
     args = AttendArgs(
         pages=latent_pages_struct(pages_NSC),
@@ -153,6 +154,30 @@ def attend(
         stream=cuda.stream(pages_NSC.device),
     )
     cuda_library.check(library, library.kvc_cuda_latent_attend(ctypes.byref(args)))
+
+
+@functools.cache
+def workspace_bytes(tokens: int, heads: int, rank: int, longest: int, device: torch.device) -> int:
+    """Bytes that `attend` takes at most beside its arguments, in steps of so many query tokens.
+
+    Of one request, or of one each of up to a thousand requests: between the two there are more rows and fewer splits.
+    """
+    multiprocessors = cuda.multiprocessors(device)
+    prompts = (
+        (queries, choose_splits(1, queries * heads, longest, multiprocessors)) for queries in range(1, tokens + 1, 8)
+    )
+    decoding = (
+        (requests, choose_splits(requests, heads, longest, multiprocessors))
+        for requests in range(1, min(tokens, 1024) + 1)
+    )
+    most = max(_partial(splits, queries * heads, rank) for queries, splits in (*prompts, *decoding))
+    return most * torch.float32.itemsize
+
+
+def _partial(splits: int, rows: int, rank: int) -> int:
+    """Numbers that splits leave to be merged: of every row its sums, and their weight."""
+    padded_rank = -(-rank // 16) * 16
+    return splits * rows * (padded_rank + 1) if splits > 1 else 0
 
 
 @functools.lru_cache(maxsize=4096)

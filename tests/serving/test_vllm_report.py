@@ -1,6 +1,14 @@
 from __future__ import annotations
 
-from kvcompress.serving.vllm.report import LayerReport, describe, describe_attention, describe_capacity
+from kvcompress.serving.vllm.report import (
+    KERNELS,
+    KERNELS_ALONE,
+    TORCH,
+    LayerReport,
+    describe,
+    describe_attention,
+    describe_capacity,
+)
 
 
 def test_sizes_and_reasons_are_given_for_runs_of_layers() -> None:
@@ -28,7 +36,7 @@ def test_capacity_is_set_against_that_without_a_codec() -> None:
 
 
 def test_layers_that_torch_code_attends_on_a_gpu_are_named() -> None:
-    assert describe_attention({0: True, 1: True}) == "attention by layer: 0-1: CUDA kernels"
-    assert describe_attention({0: True, 1: True, 3: False, 4: False}) == (
-        "attention by layer: 0-1: CUDA kernels, 3-4: torch code, which is slower and in no full CUDA graph"
+    assert describe_attention({0: KERNELS, 1: KERNELS}) == "attention by layer: 0-1: CUDA kernels"
+    assert describe_attention({0: KERNELS, 1: KERNELS_ALONE, 3: TORCH, 4: TORCH}) == (
+        "attention by layer: 0: CUDA kernels, 1: CUDA kernels outside of full graphs, 3-4: torch code (slower)"
     )

@@ -8,12 +8,17 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from kvcompress.codec.layout import PageLayout
 from kvcompress.codec.spec import LayerSpec
 from tests import tiny
+from tests.ops import emulated
+from tests.ops.block_cases import random_codec
+from tests.ops.cuda_block_sides import cuda_sides
 
 pytest.importorskip("vllm")
 
@@ -21,6 +26,8 @@ from kvcompress.serving.vllm import compat, register
 from kvcompress.serving.vllm.backend import CompressedAttentionBackend
 from kvcompress.serving.vllm.cache_spec import cache_spec
 from kvcompress.serving.vllm.device_backend import DeviceAttentionBackend
+from kvcompress.serving.vllm.gear_backend import BlockAttentionImpl
+from kvcompress.serving.vllm.latent_backend import DeviceLatentBackend, LatentAttentionBackend
 from kvcompress.serving.vllm.quantization import KVCompressConfig
 from kvcompress.serving.vllm.report import LayerReport
 from kvcompress.serving.vllm.served import Served
@@ -163,19 +170,41 @@ def test_a_local_folder_is_used_as_it_is(model: Path) -> None:
     assert checkpoint_directory(config) == model
 
 
-@pytest.mark.parametrize(("kernels", "kind"), [([True, True], "info"), ([True, False], "warning")])
+@pytest.mark.parametrize(
+    ("backends", "kind", "told"),
+    [
+        ([DeviceAttentionBackend, DeviceLatentBackend], "info", "0-1: CUDA kernels"),
+        ([DeviceAttentionBackend, CompressedAttentionBackend], "warning", "0: CUDA kernels, 1: torch code (slower)"),
+        ([LatentAttentionBackend], "warning", "0: torch code (slower)"),
+    ],
+)
 def test_an_operator_of_a_gpu_is_told_which_layers_its_kernels_attend(
-    kernels: list[bool], kind: str, monkeypatch: pytest.MonkeyPatch
+    backends: list[Any], kind: str, told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[tuple[str, str]] = []
     logger = {name: lambda text, line, name=name: said.append((name, line)) for name in ("info", "warning")}
     monkeypatch.setattr(compat, "logger", SimpleNamespace(**logger))
     monkeypatch.setattr(compat, "is_cpu", lambda: False)
     monkeypatch.setattr(compat, "tensor_parallel", lambda: (0, 1))
-    begun = Startup(SimpleNamespace(model_config=SimpleNamespace(dtype="torch.bfloat16")), [])
-    for index, on_device in enumerate(kernels):
-        layer = SimpleNamespace(attn_backend=DeviceAttentionBackend if on_device else CompressedAttentionBackend)
+    model = SimpleNamespace(dtype="torch.bfloat16", max_model_len=64)
+    monkeypatch.setattr(compat, "get_current_vllm_config", lambda: SimpleNamespace(model_config=model))
+    begun = Startup(SimpleNamespace(model_config=model), [])
+    for index, backend in enumerate(backends):
+        layer = SimpleNamespace(attn_backend=backend, impl=backend.get_impl_cls()(4, 32, 1.0, 1))
         begun.served[index] = Served(index, layer, None)
         begun._layers[index] = LayerReport(100, 400)
     begun.report()
-    assert [name for name, line in said if "attention by layer" in line] == [kind]
+    assert [found for found in said if "attention by layer" in found[1]] == [(kind, f"attention by layer: {told}")]
+
+
+def test_layers_of_blocks_say_whether_kernels_attend(monkeypatch: pytest.MonkeyPatch) -> None:
+    impls = []
+    for specs in (cuda_sides(64, 4), cuda_sides(64, 4, low_rank=10)):
+        impl = BlockAttentionImpl(4, 64, 1.0, 2)
+        impl.use_codec(random_codec(2, 64, specs), longest=64)
+        impls.append(impl)
+    assert [impl.on_kernels for impl in impls] == [False, False]
+    emulated.count_as_gpu(monkeypatch)
+    assert [impl.on_kernels for impl in impls] == [True, False]
+    # The rows of queries and of their answers, at least.
+    assert impls[0]._workspace(torch.empty(100_000, 4, 64)) > 100_000 * 4 * 64 * 4 * 2

@@ -23,6 +23,9 @@ def register() -> None:
     compat.register_backend(compat.DEVICE_BACKEND_NAME, "kvcompress.serving.vllm.device_backend.DeviceAttentionBackend")
     compat.register_backend(compat.SHARED_BACKEND_NAME, "kvcompress.serving.vllm.shared_backend.SharedAttentionBackend")
     compat.register_backend(compat.LATENT_BACKEND_NAME, "kvcompress.serving.vllm.latent_backend.LatentAttentionBackend")
+    compat.register_backend(
+        compat.DEVICE_LATENT_BACKEND_NAME, "kvcompress.serving.vllm.latent_backend.DeviceLatentBackend"
+    )
     compat.extend_worker()
     metrics.register()
     modeling.register()

@@ -29,9 +29,6 @@ from kvcompress.serving.vllm import compat
 class CompressedAttentionBackend(compat.AttentionBackend):  # type: ignore[misc]
     """Names the parts. vLLM's own selector never chooses it; a layer with a codec brings it along."""
 
-    on_device: ClassVar[bool] = False
-    """Whether the CUDA kernels attend."""
-
     forward_includes_kv_cache_update = True
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
     supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto"]
@@ -169,6 +166,11 @@ class CompressedAttentionImpl(compat.AttentionImpl):  # type: ignore[misc]
         self._plan: LayerPlan | None = None
         self._layout: PageLayout | None = None
         self._workspace_bytes = 0
+
+    @property
+    def on_kernels(self) -> bool:
+        """Whether the CUDA kernels attend."""
+        return False
 
     def use_codec(self, codec: Any, longest: int) -> None:
         """Set the codec of this rank's KV heads, on the layer's device, for requests of up to `longest` tokens."""

@@ -98,6 +98,7 @@ from vllm.v1.worker.worker_base import WorkerWrapperBase  # noqa: E402
 __all__ = [
     "BACKEND_NAME",
     "DEVICE_BACKEND_NAME",
+    "DEVICE_LATENT_BACKEND_NAME",
     "LATENT_BACKEND_NAME",
     "QUANTIZATION_METHODS",
     "SET_ON_CONFIGS",
@@ -164,8 +165,10 @@ __all__ = [
 _OWN_NAMES = hasattr(AttentionBackendEnum, "register")
 """From 0.32 on a plug-in's backends have names; before, all of everybody's have one."""
 
-BACKEND_NAME, DEVICE_BACKEND_NAME, SHARED_BACKEND_NAME, LATENT_BACKEND_NAME = (
-    ("KVCOMPRESS", "KVCOMPRESS_CUDA", "KVCOMPRESS_SHARED", "KVCOMPRESS_LATENT") if _OWN_NAMES else ("CUSTOM",) * 4
+BACKEND_NAME, DEVICE_BACKEND_NAME, SHARED_BACKEND_NAME, LATENT_BACKEND_NAME, DEVICE_LATENT_BACKEND_NAME = (
+    ("KVCOMPRESS", "KVCOMPRESS_CUDA", "KVCOMPRESS_SHARED", "KVCOMPRESS_LATENT", "KVCOMPRESS_LATENT_CUDA")
+    if _OWN_NAMES
+    else ("CUSTOM",) * 5
 )
 
 SET_ON_CONFIGS = ("packed_modules_mapping", "use_deep_gemm")

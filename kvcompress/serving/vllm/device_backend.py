@@ -51,8 +51,6 @@ class DeviceAttentionBackend(CompressedAttentionBackend):
     implementation and block sizes; `Part` has what its operations need.
     """
 
-    on_device = True
-
     @staticmethod
     def get_name() -> str:
         return compat.DEVICE_BACKEND_NAME
@@ -153,6 +151,7 @@ class DeviceAttentionImpl(CompressedAttentionImpl):
     """Attention of one layer, by the codec it is given."""
 
     order = FRAGMENT
+    on_kernels = True
     _longest = 0
 
     def use_codec(self, codec: Any, longest: int) -> None:

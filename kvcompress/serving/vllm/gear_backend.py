@@ -14,7 +14,7 @@ from torch import Tensor
 from kvcompress.codec.forms import CacheCodec
 from kvcompress.codec.gear import BlockCodec
 from kvcompress.codec.gear_spec import BlockSpec
-from kvcompress.ops import block_store, blocks, reference
+from kvcompress.ops import block_store, blocks, cuda, cuda_blocks, reference
 from kvcompress.ops.block_plan import BlockPlan
 from kvcompress.serving.vllm import compat, limits
 from kvcompress.serving.vllm.backend import (
@@ -90,6 +90,18 @@ class BlockAttentionImpl(CompressedAttentionImpl):
         scores = max(reference.SCORE_BYTES, self.num_heads * longest * torch.float32.itemsize)
         # Codes, values of codes, residuals and latents live side by side; so do scores, masked ones and probabilities.
         self._workspace_bytes = 4 * latents + 3 * scores
+
+    @property
+    def on_kernels(self) -> bool:
+        plan = self._block_plan
+        assert plan is not None
+        return cuda.kernels(plan.k_mean_HD.device) is not None and cuda_blocks.covered(plan, per_page=1)
+
+    def _workspace(self, output: Tensor) -> int:
+        plan = self._block_plan
+        assert plan is not None
+        kernels = cuda.workspace_bytes(plan.spec, output.shape[0], self.num_heads, output.device)
+        return max(self._workspace_bytes, kernels)
 
     def _run(
         self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, batch: CompressedMetadata, output: Tensor

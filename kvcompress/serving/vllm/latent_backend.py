@@ -1,23 +1,37 @@
 """The attention backend of multi-head latent attention: every token's [latent | rotary key] stored once, per layer.
 
 To vLLM it is attention with one KV head whose values take no room: they are the first channels of the keys.
+
+Pages are the same everywhere; where the CUDA kernels attend, a step's numbers stay on the device, as in
+`device_backend`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvcompress.ops import latent
+from kvcompress.ops import cuda, cuda_latent, latent
 from kvcompress.serving.vllm import compat
 from kvcompress.serving.vllm.backend import (
     CompressedAttentionBackend,
     CompressedAttentionImpl,
     CompressedMetadata,
+    CompressedMetadataBuilder,
+    Part,
 )
+from kvcompress.serving.vllm.device_backend import DeviceMetadataBuilder
+
+
+def backend_for(channels: int, dtype: torch.dtype, config: compat.VllmConfig) -> type[LatentAttentionBackend]:
+    """The backend of a layer with such latents."""
+    library = cuda.kernels(compat.device(config))
+    on_device = library is not None and cuda_latent.covers(library, channels, dtype)
+    return DeviceLatentBackend if on_device else LatentAttentionBackend
 
 
 class LatentAttentionBackend(CompressedAttentionBackend):
@@ -34,6 +48,22 @@ class LatentAttentionBackend(CompressedAttentionBackend):
     @classmethod
     def customize_spec(cls, spec: compat.AttentionSpec) -> compat.AttentionSpec:
         return replace(spec, head_size_v=0, max_tp_shards=1)
+
+
+class DeviceLatentBackend(LatentAttentionBackend):
+    """Names the parts where the CUDA kernels attend. Pages are alike, but engines are told apart by names."""
+
+    @staticmethod
+    def get_name() -> str:
+        return compat.DEVICE_LATENT_BACKEND_NAME
+
+    @staticmethod
+    def get_impl_cls() -> type[Any]:
+        return DeviceLatentImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[CompressedMetadataBuilder]:
+        return DeviceMetadataBuilder
 
 
 class LatentAttentionImpl(CompressedAttentionImpl):
@@ -62,15 +92,41 @@ class LatentAttentionImpl(CompressedAttentionImpl):
         pages_NSC = kv_cache[:, 0]
         assert pages_NSC.shape[2] == self.head_size, "the cache must hold the latent once"
         latent.append(pages_NSC, key[:, 0], batch.slot_mapping[: key.shape[0]])
-        latent.attend(
-            output,
-            query,
-            pages_NSC,
-            batch.block_table,
-            batch.query_starts,
-            batch.seq_lens,
-            self.scale,
-        )
+        for part in batch.parts:
+            latent.attend(
+                output[part.tokens],
+                query[part.tokens],
+                pages_NSC,
+                batch.block_table[part.requests],
+                *self._numbers(batch, part),
+                self.scale,
+                max_query_len=part.max_query_len,
+            )
+
+    def _numbers(self, batch: CompressedMetadata, part: Part) -> tuple[Tensor | Sequence[int], Tensor | Sequence[int]]:
+        """Where the part's queries start, and its requests' lengths."""
+        return part.query_starts, part.seq_lens
+
+
+class DeviceLatentImpl(LatentAttentionImpl):
+    """Attention of one layer by the CUDA kernels."""
+
+    on_kernels = True
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._longest = int(compat.get_current_vllm_config().model_config.max_model_len)
+
+    def _numbers(self, batch: CompressedMetadata, part: Part) -> tuple[Tensor | Sequence[int], Tensor | Sequence[int]]:
+        if isinstance(part.query_starts, Tensor):
+            return part.query_starts, part.seq_lens
+        # A prompt's are on the host, for forms that decode its pages; here kernels attend it, too.
+        requests = part.requests
+        starts_R = batch.query_starts[requests.start : requests.stop + 1] - part.tokens.start
+        return starts_R, batch.seq_lens[requests]
+
+    def _workspace(self, output: Tensor) -> int:
+        return cuda_latent.workspace_bytes(*output.shape, self._longest, output.device)
 
 
 def rotary(positions_T: Tensor, frequencies_F: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kvcompress.serving.vllm import compat
 from kvcompress.serving.vllm.compat_llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
-from kvcompress.serving.vllm.latent_backend import LatentAttentionBackend, rotary
+from kvcompress.serving.vllm.latent_backend import backend_for, rotary
 from kvcompress.serving.vllm.quantization import KVCompressConfig
 from kvcompress.serving.vllm.startup import heads_of_rank
 
@@ -71,7 +71,7 @@ class LatentAttention(nn.Module):
             cache_config=cache_config,
             quant_config=quant_config,
             prefix=f"{prefix}.attn",
-            attn_backend=LatentAttentionBackend,
+            attn_backend=backend_for(width, torch.get_default_dtype(), compat.get_current_vllm_config()),
             head_size_v=self.rank,
         )
 

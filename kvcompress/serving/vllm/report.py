@@ -34,11 +34,13 @@ def describe(layers: Mapping[int, LayerReport], dtype: str) -> str:
     return f"{line}; uncompressed layers: {reasons}" if reasons else line
 
 
-def describe_attention(on_device: Mapping[int, bool]) -> str:
-    """One line for the log of a GPU: which layers the CUDA kernels attend."""
-    kinds = {index: "CUDA kernels" if kernels else "torch code" for index, kernels in on_device.items()}
-    line = f"attention by layer: {_by_value(kinds)}"
-    return line if all(on_device.values()) else f"{line}, which is slower and in no full CUDA graph"
+KERNELS, KERNELS_ALONE, TORCH = "CUDA kernels", "CUDA kernels outside of full graphs", "torch code (slower)"
+"""What attends a layer on a GPU."""
+
+
+def describe_attention(layers: Mapping[int, str]) -> str:
+    """One line for the log of a GPU."""
+    return f"attention by layer: {_by_value(dict(layers))}"
 
 
 def totals(layers: Mapping[int, LayerReport]) -> tuple[int, int]:

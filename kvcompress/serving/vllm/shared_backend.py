@@ -90,6 +90,11 @@ class SharedAttentionImpl(CompressedAttentionImpl):
         self._shared_plan = SharedPlan.of(codec)
         self._workspace_bytes = workspace_bytes(codec.spec, self.num_heads, longest)
 
+    @property
+    def on_kernels(self) -> bool:
+        device = self._shared_plan.k_mean_HD.device
+        return cuda.kernels(device) is not None and cuda_shared.covered(self._shared_plan)
+
     def _workspace(self, output: Tensor) -> int:
         kernels = cuda_shared.workspace_bytes(self._shared_plan, output.shape[0], self.num_heads, output.device)
         return max(self._workspace_bytes, kernels)

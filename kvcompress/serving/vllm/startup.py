@@ -24,7 +24,16 @@ from kvcompress.codec.spec import CodecSpec
 from kvcompress.serving.loading import CANARY, canary_is_asked_for, load_codec, load_statement
 from kvcompress.serving.vllm import canary, compat, limits
 from kvcompress.serving.vllm.metrics import Numbers
-from kvcompress.serving.vllm.report import LayerReport, describe, describe_attention, describe_capacity, totals
+from kvcompress.serving.vllm.report import (
+    KERNELS,
+    KERNELS_ALONE,
+    TORCH,
+    LayerReport,
+    describe,
+    describe_attention,
+    describe_capacity,
+    totals,
+)
 from kvcompress.serving.vllm.sentinel import Sentinel
 from kvcompress.serving.vllm.served import Served
 from kvcompress.serving.vllm.shared_backend import LayerGroup
@@ -97,7 +106,7 @@ class Startup:
         self.served[index] = Served(index, layer, codec, stated)
 
     def note_uncompressed(self, index: int, layer: Any) -> None:
-        if layer.attn_backend.get_name() == compat.LATENT_BACKEND_NAME:
+        if layer.attn_backend.get_name() in (compat.LATENT_BACKEND_NAME, compat.DEVICE_LATENT_BACKEND_NAME):
             self.served[index] = Served(index, layer, None)
             config = self.vllm_config.model_config.hf_text_config
             start, stop = self._heads(config.num_key_value_heads)
@@ -117,9 +126,9 @@ class Startup:
             where = f" on tensor-parallel rank {rank} of {size}" if size > 1 else ""
             compat.logger.info("kvcompress: %s", describe(self._layers, dtype) + where)
             if not compat.is_cpu():
-                on_device = {index: served.layer.attn_backend.on_device for index, served in self.served.items()}
-                tell = compat.logger.info if all(on_device.values()) else compat.logger.warning
-                tell("kvcompress: %s", describe_attention(on_device))
+                attended = {index: _attended_by(served.layer) for index, served in self.served.items()}
+                tell = compat.logger.warning if TORCH in attended.values() else compat.logger.info
+                tell("kvcompress: %s", describe_attention(attended))
 
     def caches_ready(self, runner: Any, cache_config: Any) -> None:
         """Last checks and numbers, in a worker whose weights and caches are there.
@@ -180,3 +189,11 @@ def check_files(directory: Path) -> None:
     require_verified(report, directory)
     weights = f"weights not hashed, as {SKIP_VERIFY}=1 asks" if skip_weights else "weights included"
     compat.logger.info("kvcompress: %s agrees with its manifest in %d hashes, %s", directory, report.checked, weights)
+
+
+def _attended_by(layer: Any) -> str:
+    """What attends a layer on a GPU, in the report's words."""
+    if not layer.impl.on_kernels:
+        return TORCH
+    builder = layer.attn_backend.get_builder_cls()
+    return KERNELS_ALONE if builder._cudagraph_support is compat.AttentionCGSupport.NEVER else KERNELS
