@@ -1,6 +1,7 @@
 // The C interface: checks, what kernels need to know of a side, choice of instance and of shared memory.
 #include "kvcompress/cuda.h"
 
+#include "arena.h"
 #include "combine.h"
 #include "instances.h"
 #include "tokens.h"
@@ -67,21 +68,16 @@ int start_any(const LaunchShape& shape, bool outliers, const AttendArgs& args) {
 // Where things are in shared memory, for this many warps; its size.
 int64_t lay_out(AttendArgs& args, bool outliers, int warps) {
     const Side &k = args.pages.k, &v = args.pages.v;
-    int64_t at = 0;
-    const auto take = [&](int64_t bytes) {
-        const int64_t start = at;
-        at = (at + bytes + 127) / 128 * 128;
-        return static_cast<int>(start);
-    };
-    take(8 * kStages * kMaxThreads / 32);  // barriers
-    args.query_at = take(256 * k.num_tiles);
-    args.start_at = take(4 * kPairs * kRows);
-    args.factor_at = take(4 * kRows);
-    args.exact_query_at = take(outliers && k.outliers ? 4 * kRows * k.rank : 0);
-    args.exact_sum_at = take(outliers && v.outliers ? 4 * kRows * v.rank * warps : 0);
+    Arena arena;
+    arena.take(8 * kStages * kMaxThreads / 32);  // barriers
+    args.query_at = arena.take(256 * k.num_tiles);
+    args.start_at = arena.take(4 * kPairs * kRows);
+    args.factor_at = arena.take(4 * kRows);
+    args.exact_query_at = arena.take(outliers && k.outliers ? 4 * kRows * k.rank : 0);
+    args.exact_sum_at = arena.take(outliers && v.outliers ? 4 * kRows * v.rank * warps : 0);
     const int64_t ring = static_cast<int64_t>(kStages) * args.pages.chunk_bytes, merge = 4 * kRows * (v.rank + 2);
-    args.stages_at = take(warps * (ring > merge ? ring : merge));
-    return at;
+    args.stages_at = arena.take(warps * (ring > merge ? ring : merge));
+    return arena.used;
 }
 
 // As many warps as there is room for; 0 for none.

@@ -23,23 +23,17 @@ KVC_DEVICE void prepare_block_rows(const BlockArgs& args, const Rows& rows, uint
             if (used) largest = fmaxf(largest, fabsf(query[channel]));
         KVC_UNROLL
         for (int lanes = 16; lanes; lanes /= 2) largest = fmaxf(largest, shuffle_xor(largest, lanes));
-        union {
-            float number;
-            uint32_t bits;
-        } scale{largest};
-        int up = -1 - (static_cast<int>(scale.bits >> 23) - 127);
-        up = up > 100 ? 100 : up < -100 ? -100 : up;
-        scale.bits = static_cast<uint32_t>(127 + up) << 23;
+        const int up = up_to_top(largest, -1);
+        const float scale = power_of_two(up);
         for (int i = lane; i < kColumn * columns_of(rank); i += 32) {
             const int step = i / 16, t = i / 4 % 4, pair = i / 2 % 2, e = i % 2;
             const int at = ((step * 32 + 4 * row + t) * 2 + pair) * 2 + e;
             const int channel = 16 * step + 8 * pair + 2 * t + e;
             const int code = kColumn * (step / 4) + 16 * t + code_channel<BITS>(2 * (step % 4) + pair, e);
-            plain[at] = float_to_half(used && channel < rank ? query[channel] * scale.number : 0);
-            coded[at] = float_to_half(used && code < rank ? query[code] * scale.number : 0);
+            plain[at] = float_to_half(used && channel < rank ? query[channel] * scale : 0);
+            coded[at] = float_to_half(used && code < rank ? query[code] * scale : 0);
         }
-        scale.bits = static_cast<uint32_t>(127 - up) << 23;
-        if (lane == 0) factor[row] = attend.softmax_scale * kLog2E * scale.number;
+        if (lane == 0) factor[row] = attend.softmax_scale * kLog2E * power_of_two(-up);
     }
 }
 

@@ -2,6 +2,7 @@
 // keys and of values, attention on newer tokens, and their rings.
 #include "kvcompress/cuda_blocks.h"
 
+#include "arena.h"
 #include "block_decode.h"
 #include "block_rings.h"
 #include "combine.h"
@@ -45,22 +46,17 @@ bool make_args(const kvc_block_pages& from, BlockArgs& args) {
 }
 
 int64_t lay_out(BlockArgs& args, int warps) {
-    int64_t at = 0;
-    const auto take = [&](int64_t bytes) {
-        const int64_t start = at;
-        at = (at + bytes + 127) / 128 * 128;
-        return static_cast<int>(start);
-    };
+    Arena arena;
     const int outliers = args.k.outliers > args.v.outliers ? args.k.outliers : args.v.outliers;
-    take(8 * kStages * kMaxThreads / 32);  // barriers
-    args.attend.query_at = take(16 * kColumn * columns_of(args.k.rank));
-    args.code_query_at = take(16 * kColumn * columns_of(args.k.rank));
-    args.attend.factor_at = take(4 * kRows);
+    arena.take(8 * kStages * kMaxThreads / 32);  // barriers
+    args.attend.query_at = arena.take(16 * kColumn * columns_of(args.k.rank));
+    args.code_query_at = arena.take(16 * kColumn * columns_of(args.k.rank));
+    args.attend.factor_at = arena.take(4 * kRows);
     args.scratch_bytes = outliers ? 2 * (kScratchEntries + outliers) : 0;
-    args.scratch_at = take(static_cast<int64_t>(warps) * args.scratch_bytes);
+    args.scratch_at = arena.take(static_cast<int64_t>(warps) * args.scratch_bytes);
     const int64_t ring = static_cast<int64_t>(kStages) * args.stage_bytes, merge = 4 * kRows * (args.v.rank + 2);
-    args.attend.stages_at = take(warps * (ring > merge ? ring : merge));
-    return at;
+    args.attend.stages_at = arena.take(warps * (ring > merge ? ring : merge));
+    return arena.used;
 }
 
 // What a kernel of either kind knows of the batch.

@@ -107,13 +107,14 @@ KVC_DEVICE float power_of_two(int n) {
     return power.number;
 }
 
-// The power of two that brings x to 2^14 ... 2^15: half a half's range is left, and small numbers keep their digits.
-KVC_DEVICE int up_to_top(float x) {
+// The power of two that brings x to 2^top ... 2^(top + 1). With 14, half a half's range is left, and small numbers keep
+// their digits.
+KVC_DEVICE int up_to_top(float x, int top = 14) {
     union {
         float number;
         uint32_t bits;
     } whole{x};
-    const int up = 14 - (static_cast<int>(whole.bits >> 23) - 127);
+    const int up = top - (static_cast<int>(whole.bits >> 23) - 127);
     return up > 100 ? 100 : up < -100 ? -100 : up;
 }
 

@@ -3,6 +3,7 @@
 
 #include <type_traits>
 
+#include "arena.h"
 #include "latent_append.h"
 #include "latent_attend.h"
 #include "latent_merge.h"
@@ -27,20 +28,15 @@ bool known_shape(const kvc_latent_pages& pages) {
 template <int ROWS, int TOKENS, bool WIDE>
 int64_t lay_out(LatentArgs& args, int stages) {
     using Shape = LatentShape<ROWS, TOKENS>;
-    int64_t at = 0;
-    const auto take = [&](int64_t bytes) {
-        const int64_t start = at;
-        at = (at + bytes + 127) / 128 * 128;
-        return static_cast<int>(start);
-    };
+    Arena arena;
     args.stages = stages;
-    take(8 * stages);  // barriers
-    args.state_at = take(12 * ROWS);
-    args.weight_at = take(ROWS * Shape::kWeightPitch);
-    args.score_at = take(4 * Shape::kParts * ROWS * Shape::kScorePitch);
-    args.query_at = take(WIDE ? ROWS * (args.token_bytes + kTokenPadding) : 0);
-    args.tile_at = take(stages * static_cast<int64_t>(Tiles<TOKENS>::bytes(args.token_bytes)));
-    return at;
+    arena.take(8 * stages);  // barriers
+    args.state_at = arena.take(12 * ROWS);
+    args.weight_at = arena.take(ROWS * Shape::kWeightPitch);
+    args.score_at = arena.take(4 * Shape::kParts * ROWS * Shape::kScorePitch);
+    args.query_at = arena.take(WIDE ? ROWS * (args.token_bytes + kTokenPadding) : 0);
+    args.tile_at = arena.take(stages * static_cast<int64_t>(Tiles<TOKENS>::bytes(args.token_bytes)));
+    return arena.used;
 }
 
 // As many tiles ahead as there is room for, with two blocks on a multiprocessor if the kernel is for two; 0: no room.

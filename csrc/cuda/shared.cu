@@ -1,4 +1,5 @@
 // Attention of layers that share a latent: the C interface, choice of instance and of shared memory.
+#include "arena.h"
 #include "combine.h"
 #include "make_record.h"
 #include "own_scores.h"
@@ -7,17 +8,6 @@
 
 namespace kvcompress::cuda {
 namespace {
-
-// Parts of shared memory, one after the other.
-struct Arena {
-    int64_t used = 0;
-
-    int take(int64_t bytes) {
-        const int64_t start = used;
-        used = (start + bytes + 127) / 128 * 128;
-        return static_cast<int>(start);
-    }
-};
 
 struct Problem {
     const kvc_cuda_shared_attend_args* from;
