@@ -1,9 +1,9 @@
 """The CUDA kernels on this machine's GPU: build, correctness, ceilings, sweep, profile. `make gpu` runs it.
 
-    python -m benchmarks.gpu_decode [--minutes 8.5] [--note "..."]
+    python -m benchmarks.gpu_decode [--minutes 8.5] [--forms heads blocks latents shared] [--note "..."]
 
-Writes benchmarks/results/DATE-GPU-gpu-decode.json and prints a table. Exit code 0: all done; 1: a kernel computes
-something else than the torch code (nothing is timed then); 2: no GPU, or no compiler for it.
+Writes benchmarks/results/DATE-GPU-gpu-decode.json (named after the forms if not all are run) and prints a table. Exit code 0: all done; 1: a kernel computes
+something else than the torch code (its form of cache is named and not timed); 2: no GPU, or no compiler for it.
 """
 
 from __future__ import annotations
@@ -17,18 +17,23 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+FORMS = ("heads", "blocks", "latents", "shared")
+SECONDS_FOR_ONE = 10.0
 SECONDS_FOR_TOOLS = {"sanitizer": 80.0, "ncu": 90.0}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=8.5, help="when to stop measuring")
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS), help="forms of cache to run")
     parser.add_argument("--note", default="", help="what else the machine was doing")
     args = parser.parse_args()
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] < 8:
@@ -38,7 +43,7 @@ def main() -> None:
         )
         sys.exit(2)
     # Not before: what they import needs a GPU to be of use.
-    from benchmarks.gpu import blocks, build, check, latents, profile, shared, sweep, timing
+    from benchmarks.gpu import build, profile, sweep, timing
 
     begin = time.monotonic()
 
@@ -63,52 +68,40 @@ def main() -> None:
         "block_size": sweep.BLOCK_SIZE,
     }
     say("correctness")
-    failed = check.failures()
-    for name, text in failed.items():
-        print(f"failed: {name}: {text}")
-    if failed:
-        sys.exit(1)
+    failed = result["failed"] = {}
+    for form in args.forms:
+        if told := complaint(form):
+            failed[form] = told
+            print(f"{form}:\n{told}")
+    forms = [form for form in args.forms if form not in failed]
     say("memory")
     ceilings = result["ceilings"] = timing.ceilings()
     torch.cuda.empty_cache()
-    say("sweep")
     rows = result["rows"] = []
     result["skipped"] = []
-    for context in sweep.CONTEXTS:
-        for batch in sweep.BATCHES:
-            for instance in [None, *sweep.INSTANCES, *blocks.INSTANCES]:
-                if left() < sum(SECONDS_FOR_TOOLS.values()) + 15:
-                    result["skipped"].append([instance, context, batch])
+    tools = sum(SECONDS_FOR_TOOLS.values())
+
+    def share(form: str) -> float:
+        """Seconds of those left that a form may take, the same for every form that is still to be timed."""
+        return max(0.0, left() - tools) / (len(forms) - forms.index(form))
+
+    for form in forms:
+        say(f"sweep of {form}")
+        until = time.monotonic() + share(form)
+        for context, batch in itertools.product(sweep.CONTEXTS, sweep.BATCHES):
+            for name, measure in measures(form):
+                if time.monotonic() > until - SECONDS_FOR_ONE:
+                    result["skipped"].append([form, name, context, batch])
                     continue
                 try:
-                    rows += measured(instance, context, batch)
+                    rows += [{"form": form} | row for row in measure(context, batch)]
                 except torch.OutOfMemoryError:
-                    result["skipped"].append([instance, context, batch])
+                    result["skipped"].append([form, name, context, batch])
                 torch.cuda.empty_cache()
-            print_rows(rows, context, batch, ceilings["read_bytes_per_s"])
-    say("MLA latents")
-    result["latents"] = []
-    for heads, context, batch in itertools.product(latents.HEADS, sweep.CONTEXTS, sweep.BATCHES):
-        if left() < sum(SECONDS_FOR_TOOLS.values()) + 10:
-            result["skipped"].append(["latents", heads, context, batch])
-            continue
-        found = latents.measure(heads, context, batch)
-        latents.print_rows(found, ceilings["read_bytes_per_s"])
-        result["latents"] += found
-    say("latents that layers share")
-    result["shared"] = []
-    for context, batch, instance in itertools.product(sweep.CONTEXTS, sweep.BATCHES, shared.INSTANCES):
-        if left() < sum(SECONDS_FOR_TOOLS.values()) + 10:
-            result["skipped"].append([f"shared {instance}", context, batch])
-            continue
-        try:
-            result["shared"].append(shared.measure(instance, context, batch))
-            shared.print_row(result["shared"][-1], ceilings["read_bytes_per_s"])
-        except torch.OutOfMemoryError:
-            result["skipped"].append([f"shared {instance}", context, batch])
-        torch.cuda.empty_cache()
+            here = [row for row in rows if (row["context"], row["batch"]) == (context, batch)]
+            show(form, here, ceilings["read_bytes_per_s"])
     say("encoding")
-    result["encoding"] = sweep.encoding()
+    result["encoding"] = sweep.encoding() if "heads" in forms else []
     for row in result["encoding"]:
         print(f"  {row['what']} {row['tokens']} tokens, {row['method']}: {row['median_us']:.1f} us")
     say("compute-sanitizer")
@@ -122,28 +115,62 @@ def main() -> None:
     for instance, found in result["ncu"].items():
         print(f"  {instance}: {found}")
     result["seconds"] = time.monotonic() - begin
-    path = RESULTS / f"{datetime.date.today()}-{slug(result['machine']['gpu'])}-gpu-decode.json"
+    part = "" if set(forms) == set(FORMS) else "-" + "-".join(forms)
+    path = RESULTS / f"{datetime.date.today()}-{slug(result['machine']['gpu'])}-gpu-decode{part}.json"
     RESULTS.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(path)
+    sys.exit(bool(failed))
 
 
-def measured(instance: str | None, context: int, batch: int) -> list[dict[str, Any]]:
-    """Rows of one of our methods, or of what it is compared with."""
-    from benchmarks.gpu import blocks, sweep
+def complaint(form: str) -> str:
+    """What the form's checks say that failed; nothing if none did. In a process of its own: a kernel that fails may
+    take the device's context with it."""
+    command = [sys.executable, "-m", "benchmarks.gpu.check", "--form", form]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return (done.stdout + done.stderr)[-4000:] if done.returncode else ""
 
-    if instance is None:
-        return sweep.baselines(context, batch)
-    return [(blocks if instance in blocks.INSTANCES else sweep).measure(instance, context, batch)]
+
+def measures(form: str) -> list[tuple[str, Callable[[int, int], list[dict[str, Any]]]]]:
+    """What is timed of a form for every context and batch, by name."""
+    from benchmarks.gpu import blocks, latents, shared, sweep
+
+    if form == "latents":
+        return [(f"{heads} heads", partial(latents.measure, heads)) for heads in latents.HEADS]
+    module: Any = {"heads": sweep, "blocks": blocks, "shared": shared}[form]
+
+    def one(instance: str, context: int, batch: int) -> list[dict[str, Any]]:
+        return [module.measure(instance, context, batch)]
+
+    ours = [(instance, partial(one, instance)) for instance in module.INSTANCES]
+    return [("bf16", sweep.baselines), *ours] if form == "heads" else ours
 
 
-def print_rows(rows: list[dict[str, Any]], context: int, batch: int, read: float) -> None:
+def show(form: str, rows: list[dict[str, Any]], read: float) -> None:
+    """The rows of a form, of all those of one context and batch."""
+    from benchmarks.gpu import latents, shared
+
+    own = [row for row in rows if row["form"] == form]
+    if form == "shared":
+        for row in own:
+            shared.print_row(row, read)
+    elif form == "latents":
+        for _, of_heads in itertools.groupby(own, lambda row: row["heads"]):
+            latents.print_rows(list(of_heads), read)
+    elif own:
+        print_rows(own, [row for row in rows if row["form"] == "heads"], read)
+
+
+def print_rows(rows: list[dict[str, Any]], compared: list[dict[str, Any]], read: float) -> None:
     """One context and batch: time, share of the read bandwidth, speed-up over the best bf16 and over our 16 bits."""
-    chosen = [row for row in rows if (row["context"], row["batch"]) == (context, batch) and "whole_median_us" in row]
-    best = min((row["whole_median_us"] for row in chosen if "kernel_median_us" not in row), default=None)
-    own = next((row["whole_median_us"] for row in chosen if row["method"] == "16"), None)
+    timed = [row for row in compared if "whole_median_us" in row]
+    best = min((row["whole_median_us"] for row in timed if "kernel_median_us" not in row), default=None)
+    own = next((row["whole_median_us"] for row in timed if row["method"] == "16"), None)
+    context, batch = rows[0]["context"], rows[0]["batch"]
     print(f"context {context}, batch {batch}:   whole us   kernel us   % of read   over bf16   over own 16")
-    for row in chosen:
+    for row in rows:
+        if "whole_median_us" not in row:
+            continue
         whole, kernel = row["whole_median_us"], row.get("kernel_median_us", row["whole_median_us"])
         share = 100 * row["bytes"] / kernel * 1e6 / read
         ratios = [f"{base / whole:10.2f}x" if base else f"{'-':>11}" for base in (best, own)]

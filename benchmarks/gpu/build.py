@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -38,12 +40,18 @@ def build() -> Path:
         return BUILD / "libkvcompress_cuda.so"
     flags = ["-std=c++17", f"-arch=sm_{architecture}", "-Xcompiler", "-fPIC", "-I", str(ROOT / "csrc" / "include")]
     sources = ROOT / "csrc" / "cuda"
-    target, objects = BUILD / "libkvcompress_cuda.so", []
-    for name in ("encode", "store"):  # whose bytes are the reference's
-        objects.append(str(BUILD / f"{name}.o"))
-        _run([nvcc, *flags, "-fmad=false", "-c", str(sources / f"{name}.cu"), "-o", objects[-1]])
-    rest = [str(sources / f"{name}.cu") for name in ("api", "blocks", "decode", "latent", "shared")]
-    _run([nvcc, *flags, "-shared", *rest, *objects, "-o", str(target)])
+    parts = [("encode", ["-fmad=false"]), ("store", ["-fmad=false"])]  # whose bytes are the reference's
+    parts += [(name, []) for name in ("api", "blocks", "latent", "shared")]
+    instances = re.findall(r"X\((\d+), (\d+)\)", (sources / "instances.h").read_text())
+    parts += [("decode", [f"-DKVC_K_BITS={k}", f"-DKVC_V_BITS={v}"]) for k, v in instances]
+    target, objects = BUILD / "libkvcompress_cuda.so", [BUILD / f"{number}.o" for number in range(len(parts))]
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        commands = [
+            [nvcc, *flags, *own, "-c", str(sources / f"{name}.cu"), "-o", str(made)]
+            for (name, own), made in zip(parts, objects, strict=True)
+        ]
+        list(threads.map(_run, commands))
+    _run([nvcc, *flags, "-shared", *map(str, objects), "-o", str(target)])
     return target
 
 

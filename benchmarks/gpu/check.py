@@ -1,6 +1,7 @@
 """Whether the kernels compute on this GPU what the torch code computes: `python -m benchmarks.gpu.check [--small]`.
 
-`--small` is what compute-sanitizer can run in seconds. Exit code 1 and the names of what failed if anything did.
+`--small` is what compute-sanitizer can run in seconds, `--form` one form of cache alone. Exit code 1 and the names of
+what failed if anything did.
 """
 
 from __future__ import annotations
@@ -34,7 +35,13 @@ DEVICE = "cuda"
 
 
 def checks(small: bool) -> Iterator[tuple[str, Check]]:
-    """Every check by its name; each raises AssertionError."""
+    """Every check of every form, by its name; each raises AssertionError."""
+    for of_form in FORMS.values():
+        yield from of_form(small)
+
+
+def heads(small: bool) -> Iterator[tuple[str, Check]]:
+    """Those of pages of single tokens, a head at a time."""
     for name in golden.SIDES:
         yield f"golden bytes: {name}", lambda name=name: golden_bytes(name)  # type: ignore[misc]
     sides = [SIDES[3], SIDES[10], SIDES[18]] if small else SIDES
@@ -49,14 +56,20 @@ def checks(small: bool) -> Iterator[tuple[str, Check]]:
     yield "graph replayed with other lengths: 4 bits", lambda: graph(bands((4, 128)), bands((4, 128)), small)
     yield "graph replayed with other lengths: bands", lambda: graph(MIXED_K, MIXED_V, small)
     yield "the same twice, and with other splits", repeated
-    yield from latents.checks(small)
-    yield from shared.checks(small)
-    yield from blocks.checks(small)
     from benchmarks.gpu import steps  # which needs this module
 
     yield "a layer's steps in a graph, tokens and padding included", lambda: steps.decoding(small)
     for dtype in prefill.FUSED_DTYPES:
         yield f"a prompt in {dtype}", lambda dtype=dtype: steps.prompt(dtype, small)  # type: ignore[misc]
+
+
+FORMS: dict[str, Callable[[bool], Iterator[tuple[str, Check]]]] = {
+    "heads": heads,
+    "blocks": blocks.checks,
+    "latents": latents.checks,
+    "shared": shared.checks,
+}
+"""Forms of cache, by the module that times them (`heads`: `sweep`)."""
 
 
 def _title(side: SideSpec) -> str:
@@ -176,10 +189,10 @@ def repeated() -> None:
         assert relative_error(output_THD.cpu(), first[0].cpu().double()) < 5e-4, f"{splits} splits"
 
 
-def failures(small: bool = False) -> dict[str, str]:
-    """What failed, by name, and how."""
+def failures(small: bool = False, form: str | None = None) -> dict[str, str]:
+    """What failed, by name, and how; of one form, or of all."""
     found = {}
-    for name, check in checks(small):
+    for name, check in checks(small) if form is None else FORMS[form](small):
         try:
             check()
         except AssertionError as error:
@@ -190,7 +203,9 @@ def failures(small: bool = False) -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true")
-    found = failures(parser.parse_args().small)
+    parser.add_argument("--form", choices=FORMS)
+    options = parser.parse_args()
+    found = failures(options.small, options.form)
     for name, text in found.items():
         print(f"failed: {name}: {text}")
     sys.exit(bool(found))

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import gpu_decode
 from benchmarks.gpu import blocks, check, latents, profile, shared, sweep
 from kvcompress.ops import cuda, cuda_blocks, cuda_latent, cuda_shared
 from tests.ops import emulated
@@ -174,3 +175,33 @@ def test_steps_of_the_sweep_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         assert all(1 < float(latent.abs().mean()) < 20 for latent in latents)
         blocks.kernel_step(cache, 1)(0)
         blocks.whole_step(cache, 1)(0)
+
+
+@pytest.mark.usefixtures("on_device")
+@pytest.mark.parametrize("form", gpu_decode.FORMS)
+def test_every_form_is_measured_and_shown(
+    form: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its last method, every step once in the place of its time."""
+
+    def once(step: Callable[[int], None], copies: int) -> list[float]:
+        step(0)
+        return [2.0]
+
+    for module in (blocks, latents, shared, sweep):
+        monkeypatch.setattr(module, "COLD_BYTES", 1)
+        monkeypatch.setattr(module, "microseconds", once)
+    monkeypatch.setattr(blocks, "seal_microseconds", lambda cache, batch: 2.0)
+    assert check.FORMS.keys() == set(gpu_decode.FORMS)
+    name, measure = gpu_decode.measures(form)[-1]
+    rows = [{"form": form} | row for row in measure(64, 1)]
+    assert rows
+    gpu_decode.show(form, rows, 1e12)
+    shown = capsys.readouterr().out
+    assert (name if form != "latents" else "128 heads") in shown
+    assert "nan" not in shown
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: the checks would pass")
+def test_what_a_forms_checks_say_is_passed_on() -> None:
+    assert "CUDA" in gpu_decode.complaint("latents")
