@@ -2,8 +2,9 @@
 
     python -m benchmarks.gpu_decode [--minutes 8.5] [--forms heads blocks latents shared] [--note "..."]
 
-Writes benchmarks/results/DATE-GPU-gpu-decode.json (named after the forms if not all are run) and prints a table. Exit code 0: all done; 1: a kernel computes
-something else than the torch code (its form of cache is named and not timed); 2: no GPU, or no compiler for it.
+Writes benchmarks/results/DATE-GPU-gpu-decode.json, named after the forms if not all are run, and prints a table. Exit
+code 0: all done; 1: a kernel computes something else than the torch code (its form of cache is named and not timed);
+2: no GPU, or no compiler for it.
 """
 
 from __future__ import annotations

@@ -57,19 +57,18 @@ def test_both_engines_score_the_reference_model_alike(tmp_path: Path) -> None:
 @pytest.mark.e2e
 @pytest.mark.slow
 @pytest.mark.skipif(not REFERENCE.is_dir(), reason="the reference model is not in this checkout")
-@pytest.mark.parametrize("recipe", ["balanced", "gear"])
-def test_both_engines_answer_every_task_alike(recipe: str, tmp_path: Path) -> None:
+def test_both_engines_answer_every_task_alike(tmp_path: Path) -> None:
     """Every task there is, those from files on invented ones; samples that differ are decided by rounding."""
     compressed = make_checkpoints(
         str(REFERENCE),
-        [str(ROOT / "examples" / "recipes" / f"{recipe}.yaml")],
+        [str(ROOT / "examples" / "recipes" / "balanced.yaml")],
         tmp_path,
         lambda what, done, total: None,
     )
     sources = write_sources(tmp_path)
     (tmp_path / "longbench").mkdir()
-    write_longbench(tmp_path / "longbench", records=2)
-    suite = Suite(summary="", tasks=(*RULER, *TASKS), lengths=(2048,), samples=2)
+    write_longbench(tmp_path / "longbench", records=1)
+    suite = Suite(summary="", tasks=(*RULER, *TASKS), lengths=(2048,), samples=1)
     results, differences = compare_engines(
         compressed,
         out=tmp_path / "out",
@@ -81,9 +80,10 @@ def test_both_engines_answer_every_task_alike(recipe: str, tmp_path: Path) -> No
     )
     print(markdown(results, differences))
     assert not [item for item in differences if item.model == "reference-model" and abs(item.margins[0]) > TIE]
-    # Sixteen tries need not find what one of a hundred would.
+    # Of a hundred differences sixteen tries leave a few unexplained; here are few differences.
     unexplained = [item for item in differences if not item.explained]
-    assert len(unexplained) <= len(differences) / 10, markdown(results, unexplained)
+    assert len(unexplained) <= 1, markdown(results, unexplained)
+    assert len(differences) <= 0.1 * sum(row["n"] for row in results["vllm"]["tasks"])
     assert not results["vllm"]["skipped"]
     assert {row["task"] for row in results["vllm"]["tasks"]} == {*RULER, *TASKS}
 
