@@ -65,7 +65,7 @@ def test_both_engines_answer_every_task_alike(tmp_path: Path) -> None:
         tmp_path,
         lambda what, done, total: None,
     )
-    sources = write_sources(tmp_path)
+    sources = write_sources(tmp_path, sentences_each=1)  # so that questions on documents fit
     (tmp_path / "longbench").mkdir()
     write_longbench(tmp_path / "longbench", records=1)
     suite = Suite(summary="", tasks=(*RULER, *TASKS), lengths=(2048,), samples=1)
