@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.graphs import capture
-from benchmarks.gpu.sweep import COLD_BYTES, HEAD_DIM, HEADS, KV_HEADS, Step
-from benchmarks.gpu.timing import microseconds
+from benchmarks.gpu.sweep import COLD_BYTES, HEAD_DIM, HEADS, KV_HEADS, Step, timed
 from kvcompress.codec.gear import BlockCodec, BlockSideCodec
 from kvcompress.codec.gear_spec import BlockSide
 from kvcompress.codec.layout import CHUNK_TOKENS
@@ -231,20 +230,9 @@ def whole_step(cache: Cache, batch: int) -> Step:
 def measure(instance: str, context: int, batch: int) -> dict[str, Any]:
     """As `sweep.measure`; and how long a layer takes to compress a block of every request, which is not captured."""
     cache = Cache(instance, context, batch)
-    kernel = microseconds(kernel_step(cache, batch), cache.copies)
-    whole = microseconds(whole_step(cache, batch), cache.copies)
-    return {
-        "method": instance,
-        "context": context,
-        "batch": batch,
-        "bytes": cache.bytes,
-        "copies": cache.copies,
-        "kernel_us": kernel,
-        "whole_us": whole,
-        "kernel_median_us": statistics.median(kernel),
-        "whole_median_us": statistics.median(whole),
-        "seal_us": seal_microseconds(cache, batch),
-    }
+    row = {"method": instance, "context": context, "batch": batch, "bytes": cache.bytes, "copies": cache.copies}
+    row |= timed(kernel_step(cache, batch), whole_step(cache, batch), cache.copies)
+    return row | {"seal_us": seal_microseconds(cache, batch)}
 
 
 def seal_microseconds(cache: Cache, batch: int, repeats: int = 5) -> float:

@@ -115,19 +115,15 @@ def whole_step(cache: Cache, batch: int) -> Step:
 
 def measure(instance: str, context: int, batch: int) -> dict[str, Any]:
     cache = Cache(instance, context, batch)
-    kernel = microseconds(kernel_step(cache, batch), cache.copies)
-    whole = microseconds(whole_step(cache, batch), cache.copies)
-    return {
-        "method": instance,
-        "context": context,
-        "batch": batch,
-        "bytes": cache.bytes,
-        "copies": cache.copies,
-        "kernel_us": kernel,
-        "whole_us": whole,
-        "kernel_median_us": statistics.median(kernel),
-        "whole_median_us": statistics.median(whole),
-    }
+    row = {"method": instance, "context": context, "batch": batch, "bytes": cache.bytes, "copies": cache.copies}
+    return row | timed(kernel_step(cache, batch), whole_step(cache, batch), cache.copies)
+
+
+def timed(kernel: Step, whole: Step, copies: int) -> dict[str, Any]:
+    """A row's times: of the kernel, and of all from queries to outputs."""
+    times = {"kernel": microseconds(kernel, copies), "whole": microseconds(whole, copies)}
+    medians = {f"{name}_median_us": statistics.median(found) for name, found in times.items()}
+    return {f"{name}_us": found for name, found in times.items()} | medians
 
 
 def baselines(context: int, batch: int) -> list[dict[str, Any]]:
