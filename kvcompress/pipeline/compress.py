@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvcompress.calibration import corpus
+from kvcompress.calibration.device import check_device
 from kvcompress.checkpoint import json_file, writer
 from kvcompress.checkpoint.atomic import check_free_space
+from kvcompress.checkpoint.finite import check_finite
 from kvcompress.checkpoint.manifest import (
     MANIFEST_FILE,
     BytesPerToken,
@@ -30,6 +32,7 @@ from kvcompress.codec.spec import CodecSpec
 from kvcompress.geometry import ModelGeometry
 from kvcompress.methods.context import Context, Progress
 from kvcompress.methods.registry import basis_of
+from kvcompress.modeling.config import load_config
 from kvcompress.pipeline import plan as planning
 from kvcompress.pipeline import stages
 from kvcompress.pipeline.card import model_card
@@ -80,15 +83,20 @@ def compress(model: str, recipe: Recipe, out: str | Path, options: Options, prog
         ValueError: bad input (nothing is left behind), a full disk, or an unfinished run without `resume`.
     """
     remove_published_leftover(out)
+    check_device(options.device)
+    target = check_output(out, resume=options.resume, finished=options.resume)
     checkpoint = Checkpoint.open(model)
-    length = min(options.length, int(checkpoint.config.get("max_position_embeddings") or options.length))
-    plan = planning.make(checkpoint, recipe, model, calibration_tokens=options.samples * length)
+    plan = planning.make(checkpoint, recipe, model, calibration_tokens=options.samples * options.length)
+    length = min(options.length, plan.geometry.context)
+    load_config(checkpoint.path)
     sample = _sampler(checkpoint, plan, options)
     calibration = sample(options.samples, length)
     bundled = _sampler(checkpoint, plan, replace(options, calibration=corpus.BUILTIN, seed=0))
-    prompt = partial(_prompt, bundled, int(checkpoint.config["vocab_size"]))
+    prompt = partial(_prompt, bundled, plan.geometry.vocab_size)
+    check_finite(checkpoint, stages.bytes_progress(progress, "checking the base model", checkpoint.weights_bytes))
     progress("hashing the base model", 0, 1)
     parent = Parent.of(checkpoint, model)
+    progress("hashing the base model", 1, 1)
     record = Calibration(
         name=calibration.name,
         sha256=calibration.sha256,
@@ -101,13 +109,15 @@ def compress(model: str, recipe: Recipe, out: str | Path, options: Options, prog
     inputs = fingerprint(recipe.to_json(), options.seed, record, parent, versions)
     if options.resume and is_published(out, inputs):
         return plan
-    target = check_output(out, resume=options.resume)
+    check_output(out, resume=options.resume)
     check_free_space(target, _bytes_to_write(checkpoint, plan, options.samples * length))
     with distributed.leading(), WorkDir.open(target, inputs, resume=options.resume) as work:
         context = _context(plan, checkpoint, sample, calibration, options, work, progress)
         final = stages.run(recipe, checkpoint, lambda source, position: context(source, f"stage-{position}"))
         spec, tensors, layers, statement = _cache_codec(plan, context(final, "codec"), prompt)
-        digests = writer.copy_shards(final, work, progress=stages.bytes_progress(progress, final.weights_bytes))
+        digests = writer.copy_shards(
+            final, work, progress=stages.bytes_progress(progress, "writing weights", final.weights_bytes)
+        )
         digests |= writer.copy_side_files(final, work)
         digests |= writer.write_tensors(work, CODEC_FILE, tensors)
         if statement is not None:
@@ -190,11 +200,10 @@ def _sampler(checkpoint: Checkpoint, plan: Plan, options: Options) -> Sampler:
     except (OSError, ValueError) as error:
         reason = str(error).split("\n")[0]
         raise ValueError(f"{checkpoint.path} has no tokenizer that transformers can read ({reason})") from None
-    longest = plan.geometry.max_position_embeddings
+    longest = plan.geometry.context
 
     def sample(samples: int, length: int) -> corpus.Calibration:
-        vocabulary = int(checkpoint.config["vocab_size"])
-        size = min(length, longest)
+        size, vocabulary = min(length, longest), plan.geometry.vocab_size
         return corpus.build(options.calibration, tokenizer, samples, size, longest, options.seed, vocabulary)
 
     return sample

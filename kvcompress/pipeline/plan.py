@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from kvcompress.checkpoint.completeness import check_complete
 from kvcompress.checkpoint.quantized import check_base, scales_of
 from kvcompress.checkpoint.reader import Checkpoint, refuse_compressed
 from kvcompress.codec.spec import CacheSpec, CodecSpec
@@ -99,9 +100,10 @@ def make(
         ValueError: unsupported, already compressed or otherwise quantized model, or a recipe that does not fit it.
     """
     refuse_compressed(checkpoint)
+    base = ModelGeometry.from_config(checkpoint.config)
     if check_base(checkpoint):
         stages.refuse_quantized(recipe)
-    base = ModelGeometry.from_config(checkpoint.config)
+    check_complete(checkpoint)
     after = stages.outlines(recipe, stages.outline_of(checkpoint))
     geometry = ModelGeometry.from_config(after.config)
     if context < 1 or memory_bytes < 1:
@@ -116,7 +118,7 @@ def make(
         compressed_weights_bytes=after.weights_bytes,
         base_bytes_per_token=base.kv_bytes_per_token(),
         peak_rss_bytes=max(
-            _peak_rss(checkpoint, recipe, geometry, calibration_tokens), _training_rss(checkpoint, recipe)
+            _peak_rss(checkpoint, recipe, geometry, calibration_tokens), _training_rss(checkpoint, recipe, base)
         ),
         context=context,
         memory_bytes=memory_bytes,
@@ -198,15 +200,14 @@ def _peak_rss(checkpoint: Checkpoint, recipe: Recipe, geometry: ModelGeometry, c
     return _RUNTIME_BYTES + max(layers.values(), default=0) + hidden + fit
 
 
-def _training_rss(checkpoint: Checkpoint, recipe: Recipe) -> int:
+def _training_rss(checkpoint: Checkpoint, recipe: Recipe, geometry: ModelGeometry) -> int:
     """Runtime, whole models in float32, and activations: logits a few times over, and what a layer keeps."""
-    config = checkpoint.config
     parameters = sum(math.prod(info.shape) for info in checkpoint.tensors.values())
     peak = 0
     for stage in recipe.stages:
         if isinstance(stage, TrainedConfig):
             kept = _RECOMPUTED if stage.recompute else _KEPT
-            layers = kept * int(config["num_hidden_layers"]) * int(config["hidden_size"])
-            token = layers + _LOGITS * int(config["vocab_size"])
+            layers = kept * geometry.num_layers * geometry.hidden_size
+            token = layers + _LOGITS * geometry.vocab_size
             peak = max(peak, _RUNTIME_BYTES + 4 * (stage.whole_models * parameters + stage.tokens_at_a_time * token))
     return peak
