@@ -10,7 +10,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from kvcompress.checkpoint.completeness import HEAD, expected_tensors
+from kvcompress.checkpoint.completeness import expected_tensors
+from kvcompress.checkpoint.reader import HEAD
 from kvcompress.model_config import FAMILIES, SUPPORTED_ARCHITECTURES, DecoderConfig, completed, parse
 
 SMALL: dict[str, Any] = {

@@ -9,10 +9,10 @@ import re
 from collections.abc import Iterator
 
 from kvcompress.checkpoint.paths import quote
-from kvcompress.checkpoint.reader import CONFIG_FILE, Checkpoint
+from kvcompress.checkpoint.reader import CONFIG_FILE, HEAD, Checkpoint
 from kvcompress.model_config import DecoderConfig, parse
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING = "model.embed_tokens.weight"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 Shape = tuple[int, ...]

@@ -13,6 +13,7 @@ from kvcompress.codec.spec import CacheSpec, CodecSpec
 from kvcompress.geometry import ModelGeometry
 from kvcompress.methods.base import TrainedConfig
 from kvcompress.methods.registry import basis_of, encoding_of
+from kvcompress.model_config import CHANGING_ROPE, parse
 from kvcompress.pipeline import stages
 from kvcompress.recipe import Recipe
 
@@ -109,6 +110,8 @@ def make(
     if context < 1 or memory_bytes < 1:
         raise ValueError("context and memory must be positive")
     spec = _codec_spec(recipe, geometry)
+    if any(layer is not None for layer in spec.layers):
+        _refuse_changing_rope(recipe, parse(checkpoint.config).rope.kind)
     return Plan(
         model=model,
         recipe=recipe,
@@ -182,6 +185,20 @@ def _codec_spec(recipe: Recipe, geometry: ModelGeometry) -> CodecSpec:
         raise recipe.locate(encoding_stage, error) from None
     layers: dict[int, CacheSpec] = dict(zip(compressed, specs, strict=True))
     return CodecSpec(tuple(layers.get(index) for index in range(geometry.num_layers)))
+
+
+def _refuse_changing_rope(recipe: Recipe, kind: str) -> None:
+    if kind in CHANGING_ROPE:
+        stage = recipe.stage("basis") or recipe.stage("encoding")
+        assert stage is not None
+        raise recipe.locate(
+            stage,
+            ValueError(
+                f"the model's RoPE is of type {kind}, whose frequencies change with the text's length, and differently "
+                f"in transformers and vLLM; a codec of {stage.method} is fitted to keys of one length and would be "
+                "wrong at others; only stages that change weights can be used on this model"
+            ),
+        )
 
 
 def _peak_rss(checkpoint: Checkpoint, recipe: Recipe, geometry: ModelGeometry, calibration_tokens: int) -> int:
