@@ -39,11 +39,11 @@ class LayerRunner:
         modeling.register()
         _register_attention()
         self.checkpoint, self.device, self.dtype = checkpoint, torch.device(device), dtype
-        config = AutoConfig.from_pretrained(checkpoint.path)
+        config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
         config._attn_implementation = _ATTENTION
         self.config = config
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
             replace_linears(model, ranks_of(checkpoint.config))
         self.model = model.model
         for module in self.model.layers.modules():

@@ -56,7 +56,7 @@ class Context:
         """The model's transformers config."""
         from transformers import AutoConfig
 
-        return AutoConfig.from_pretrained(self.checkpoint.path)
+        return AutoConfig.from_pretrained(self.checkpoint.path, trust_remote_code=False)
 
     def scratch(self, name: str) -> Path:
         """A file of this stage that is kept until the run is over."""
