@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from kvcompress.methods.context import Progress
 
 SELF = "self"
-BATCH = 16
+BATCH = 32
 """Sequences sampled at once, and lost at most when a run is killed."""
 STEP = "sampling calibration text"
 LONG_SECONDS = 300.0
