@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 MAX_REASON = 200
+
+_ALONE = threading.RLock()
 
 
 def load(model: str | Path) -> Any:
@@ -82,7 +85,12 @@ def reason(error: BaseException) -> str:
 
 @contextmanager
 def _redirected(target: int) -> Iterator[None]:
-    """Sends file descriptor 2 to a file, and what it then holds to the real one."""
+    """Sends file descriptor 2 to a file, and what it then holds to the real one. One thread at a time."""
+    with _ALONE:
+        yield from _redirect(target)
+
+
+def _redirect(target: int) -> Iterator[None]:
     sys.stderr.flush()
     real = os.dup(2)
     os.dup2(target, 2)
