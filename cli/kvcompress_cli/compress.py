@@ -21,7 +21,11 @@ def compress(
     recipe: RecipeFile,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; must not exist.")],
     calibration: Annotated[
-        str, typer.Option(help="'builtin', a text file, or .jsonl with 'text' or 'input_ids'.")
+        str,
+        typer.Option(
+            help="'builtin' (texts of many kinds), 'self' (text the model writes itself), or a file: plain text, or "
+            ".jsonl or .json rows with 'text', 'messages' or 'input_ids'."
+        ),
     ] = "builtin",
     samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 32,
     length: Annotated[int, typer.Option(help="Tokens per calibration sequence.")] = 512,

@@ -9,6 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from kvcompress.calibration import chat, tokenizer
+
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model")
 
 
@@ -16,16 +18,10 @@ class TextTokenizer:
     """A Hugging Face tokenizer, loaded from a local folder or a hub id without running the repository's code."""
 
     def __init__(self, model: str | Path) -> None:
-        from transformers import AutoTokenizer
-
         self.model = str(model)
         # One text at a time: threads of the tokenizer's own would only make it warn when an engine forks.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(self.model, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"no tokenizer could be loaded from {self.model}: {reason}") from error
+        self._tokenizer: Any = tokenizer.load(self.model)
         # The Rust tokenizer inside does what tokenize() does, without building the token strings.
         self._fast: Any = getattr(self._tokenizer, "backend_tokenizer", None)
         if self._fast is not None:
@@ -41,7 +37,8 @@ class TextTokenizer:
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of the text, with the tokens that the tokenizer puts around a prompt if `special`."""
-        return [int(token) for token in self._tokenizer.encode(text, add_special_tokens=special)]
+        with tokenizer.in_words(f"the tokenizer of {self.model} fails on text", "get its files again"):
+            return [int(token) for token in self._tokenizer.encode(text, add_special_tokens=special)]
 
     def encode_prompt(self, text: str) -> list[int]:
         """Token ids of a whole prompt; what the tokenizer puts before one is not put there twice."""
@@ -53,12 +50,11 @@ class TextTokenizer:
         """A conversation (role and content each) in the model's chat template, open for the assistant's answer.
 
         Raises:
-            ValueError: the tokenizer has no chat template.
+            ValueError: the tokenizer has no chat template, or it fails.
         """
-        if not getattr(self._tokenizer, "chat_template", None):
+        if not chat.has_template(self._tokenizer):
             raise ValueError(f"the tokenizer of {self.model} has no chat template; ask without --template chat")
-        made = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        return str(made)
+        return chat.render(self._tokenizer, messages, open_answer=True)
 
     def chat_turn(self) -> tuple[str, str]:
         """What the chat template puts before and after a user's only message, up to where the assistant speaks.

@@ -42,7 +42,7 @@ class LayerRunner:
         config._attn_implementation = _ATTENTION
         self.config = config
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
             replace_linears(model, ranks_of(checkpoint.config))
         self.model = model.model
         for module in self.model.layers.modules():

@@ -1,19 +1,26 @@
-"""Calibration text as token ids: the built-in text, a text file, or jsonl with a `text` or `input_ids` field."""
+"""Calibration text as token ids: the built-in mix of texts, or a user's file."""
 
 from __future__ import annotations
 
 import hashlib
-import itertools
-import json
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import resources
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from kvcompress.calibration import bundled, chat, files, tokenizer
+from kvcompress.calibration.mixing import Stream, cut
+from kvcompress.calibration.rows import Dialogue, Row, Text, Tokens
+
 BUILTIN = "builtin"
+_AT_A_TIME = 256
+"""Texts that the tokenizer gets at a time."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and how much there is."""
 
 
 @dataclass(frozen=True)
@@ -29,79 +36,121 @@ class Calibration:
         return hashlib.sha256(self.tokens_NT.tobytes() + self.offsets_N.tobytes()).hexdigest()
 
 
-def build(
-    source: str, tokenizer: Any, samples: int, length: int, context: int, seed: int, vocab_size: int
-) -> Calibration:
-    """Cut `samples` sequences of `length` tokens out of a source.
-
-    Every sequence starts with the tokenizer's BOS where it has one, so that first-token behaviour is calibrated. The
-    first half keeps positions from 0; the rest starts anywhere below `context`, because keys are compressed after
-    RoPE and slow rotary dimensions look different late in a long context. Attention itself only sees differences of
-    positions, so the model's activations do not change.
+class Corpus:
+    """A source's text as token ids, ready to be cut.
 
     Args:
-        source: "builtin", a text file, or a .jsonl file.
-        tokenizer: a transformers tokenizer.
-        seed: chooses the cuts and the offsets; the same inputs give the same tokens.
+        source: "builtin", or a file (`calibration.files`).
+        text_tokenizer: a transformers tokenizer.
+        vocab_size: rows of the model's embedding.
+        progress: told how much is read, and in words what had to be given up.
 
     Raises:
-        ValueError: the source is missing, unreadable, too short, or has ids outside the vocabulary.
+        ValueError: the source is missing or unreadable, a row is malformed, a conversation cannot be rendered, the
+            tokenizer fails, or there are ids outside the vocabulary.
     """
-    stream = _token_stream(source, tokenizer)
-    bos = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
-    body = length - len(bos)
-    if len(stream) < body:
-        raise ValueError(
-            f"calibration source {source} has {len(stream)} tokens; expected at least {body} for one sample"
-        )
-    if int(stream.max()) >= vocab_size or int(stream.min()) < 0:
-        raise ValueError(f"calibration source {source} has token ids outside the model's vocabulary of {vocab_size}")
-    generator = np.random.Generator(np.random.PCG64(seed))
-    # Spread the cuts over the whole text, each anywhere inside its own stretch.
-    room = len(stream) - body + 1
-    edges = np.linspace(0, room, samples + 1).astype(np.int64)
-    starts = [int(generator.integers(low, max(low + 1, high))) for low, high in itertools.pairwise(edges.tolist())]
-    tokens = np.stack([np.concatenate([bos, stream[start : start + body]]).astype(np.int64) for start in starts])
-    offsets = np.zeros(samples, dtype=np.int64)
+
+    def __init__(self, source: str, text_tokenizer: Any, vocab_size: int, progress: Progress) -> None:
+        self.source, self._tokenizer, self._vocab_size = source, text_tokenizer, vocab_size
+        self._progress = progress
+        self._bos = text_tokenizer.bos_token_id
+        self._dialogues = chat.Dialogues(text_tokenizer)
+        self._streams = [Stream(self._encoded(rows)) for rows in self._kinds()]
+        self._check()
+        if self._dialogues.note:
+            progress(self._dialogues.note, 1, 1)
+
+    def sample(self, samples: int, length: int, context: int, seed: int) -> Calibration:
+        """Cut `samples` sequences of `length` tokens; the same inputs give the same.
+
+        Every sequence starts with the tokenizer's BOS where it has one, so that first-token behaviour is calibrated.
+        Where they start otherwise: `place`.
+
+        Raises:
+            ValueError: there is not enough text for one sample.
+        """
+        begin = [] if self._bos is None else [self._bos]
+        found, body = sum(map(len, self._streams)), length - len(begin)
+        if found < body:
+            raise ValueError(
+                f"calibration source {self.source} has {found} tokens; expected at least {body} for one sample"
+            )
+        generator = np.random.Generator(np.random.PCG64(seed))
+        cuts = cut(self._streams, samples, body, generator, self._bos)
+        tokens_NT = np.stack([np.concatenate([begin, ids]).astype(np.int64) for ids in cuts])
+        return place(name_of(self.source), tokens_NT, context, generator)
+
+    def _kinds(self) -> Sequence[Sequence[Row]]:
+        if self.source == BUILTIN:
+            return list(bundled.kinds().values())
+        return [files.read(self.source, self._vocab_size, partial(self._progress, "reading calibration text"))]
+
+    def _encoded(self, rows: Sequence[Row]) -> Sequence[Sequence[int]]:
+        """Token ids of each row; texts that do not end a line themselves are set apart by an empty one."""
+        found: list[Sequence[int]] = [row.ids if isinstance(row, Tokens) else () for row in rows]
+        texts = [(at, self._text(row)) for at, row in enumerate(rows) if not isinstance(row, Tokens)]
+        for start in range(0, len(texts), _AT_A_TIME):
+            group = texts[start : start + _AT_A_TIME]
+            apart = [text if text.endswith("\n") or at == len(rows) - 1 else f"{text}\n\n" for at, text in group]
+            for (at, _), ids in zip(group, tokenizer.encode(self._tokenizer, apart), strict=True):
+                found[at] = ids
+            self._progress("tokenizing calibration text", start + len(group), len(texts))
+        return found
+
+    def _text(self, row: Text | Dialogue) -> str:
+        if isinstance(row, Text):
+            return row.text
+        if self.source == BUILTIN or not chat.has_template(self._tokenizer):
+            return self._dialogues.render(row.messages)
+        try:
+            return chat.render(self._tokenizer, row.messages, tools=row.tools)
+        except ValueError as error:
+            raise ValueError(f"{row.where}: {error}") from error
+
+    def _check(self) -> None:
+        """The tokenizer must be this model's, and know what it reads."""
+        mine = f"the tokenizer of {self._tokenizer.name_or_path}"
+        begins = f"its beginning token {self._tokenizer.bos_token!r} is"
+        found = [(begins, self._bos)] if self._bos is not None else []
+        found += [
+            ("it gives", int(token))
+            for stream in self._streams
+            if len(stream)
+            for token in (stream.ids.min(), stream.ids.max())
+        ]
+        for what, token in found:
+            if not 0 <= token < self._vocab_size:
+                raise ValueError(
+                    f"{mine} does not fit the model: {what} id {token}, outside the model's vocabulary of "
+                    f"{self._vocab_size}; get both from one place"
+                )
+        unknown = self._tokenizer.unk_token_id
+        total = sum(map(len, self._streams))
+        misses = sum(int((stream.ids == unknown).sum()) for stream in self._streams) if unknown is not None else 0
+        if 2 * misses > total:
+            raise ValueError(
+                f"{mine} knows too little of calibration source {self.source}: {misses} of {total} tokens are "
+                f"{self._tokenizer.unk_token!r}; give text of the model's kind"
+            )
+
+
+def place(
+    name: str, tokens_NT: np.ndarray[Any, np.dtype[np.int64]], context: int, generator: np.random.Generator
+) -> Calibration:
+    """Samples with the positions they start at.
+
+    The first half keeps positions from 0; the rest starts anywhere below `context`, because keys are compressed after
+    RoPE and slow rotary dimensions look different late in a long context. Attention itself only sees differences of
+    positions, so the model's activations do not change.
+    """
+    samples, length = tokens_NT.shape
+    offsets_N = np.zeros(samples, dtype=np.int64)
     late = samples // 2
     if late and context > length:
-        offsets[samples - late :] = generator.integers(0, context - length + 1, late)
-    return Calibration(Path(source).name, tokens, offsets)
+        offsets_N[samples - late :] = generator.integers(0, context - length + 1, late)
+    return Calibration(name, tokens_NT, offsets_N)
 
 
-def _token_stream(source: str, tokenizer: Any) -> np.ndarray[Any, np.dtype[np.int64]]:
-    ids: list[int] = []
-    for piece in _pieces(source):
-        ids.extend(piece if isinstance(piece, list) else tokenizer(piece, add_special_tokens=False)["input_ids"])
-    return np.asarray(ids, dtype=np.int64)
-
-
-def _pieces(source: str) -> Iterator[str | list[int]]:
-    if source == BUILTIN:
-        yield resources.files("kvcompress.calibration").joinpath("builtin.txt").read_text(encoding="utf-8")
-        return
-    path = Path(source)
-    if not path.is_file():
-        raise ValueError(f"no calibration file at {source}; expected 'builtin', a text file or a .jsonl file")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ValueError(f"calibration file {source} is not UTF-8 text; expected plain text or .jsonl") from None
-    if path.suffix != ".jsonl":
-        yield text
-        return
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            yield _jsonl_piece(line, f"{source} line {number}")
-
-
-def _jsonl_piece(line: str, where: str) -> str | list[int]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError:
-        raise ValueError(f"{where}: not JSON; expected an object with 'text' or 'input_ids'") from None
-    if isinstance(row, dict) and isinstance(row.get("text"), str):
-        return str(row["text"])
-    if isinstance(row, dict) and isinstance(row.get("input_ids"), list):
-        return [int(token) for token in row["input_ids"]]
-    raise ValueError(f"{where}: expected an object with 'text' (string) or 'input_ids' (list of token ids)")
+def name_of(source: str) -> str:
+    """A source as the manifest names it: without its folder, and in characters that JSON can hold."""
+    return Path(source).name.encode("utf-8", "backslashreplace").decode()

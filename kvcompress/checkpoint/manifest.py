@@ -58,7 +58,10 @@ class Parent(_Part):
 
 
 class Calibration(_Part):
-    """The text that statistics were taken from, and where they were computed; `sha256` covers its tokens."""
+    """The text that statistics were taken from, and where they were computed; `sha256` covers its tokens.
+
+    `sampling` says how the model was sampled where it wrote the text itself.
+    """
 
     name: str
     sha256: str
@@ -66,6 +69,14 @@ class Calibration(_Part):
     tokens: int
     device: str
     dtype: str
+    sampling: dict[str, Any] | None = None
+
+    def inputs(self) -> dict[str, Any]:
+        """What is known of it before any work: the digest of text that the model is yet to write is not."""
+        data = self.model_dump(mode="json")
+        if self.sampling is not None:
+            del data["sha256"]
+        return data
 
 
 class Sizes(_Part):
@@ -172,7 +183,7 @@ def fingerprint(
     return {
         "recipe": dict(recipe),
         "seed": seed,
-        "calibration": calibration.model_dump(mode="json") if calibration else None,
+        "calibration": calibration.inputs() if calibration else None,
         "parent": parent.model_dump(mode="json"),
         "versions": dict(versions),
     }

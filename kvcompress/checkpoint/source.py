@@ -17,6 +17,8 @@ DOWNLOADED = [
     "*.model",
     "*.txt",
     "*.jinja",
+    "*.tiktoken",
+    "additional_chat_templates/*",
     "LICENSE*",
     "kvcompress/*",
 ]

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 from kvcompress.checkpoint import json_file
 from kvcompress.checkpoint.atomic import atomic_file, atomic_write
 from kvcompress.checkpoint.digests import Digests, split_key, tensor_key
 from kvcompress.checkpoint.hashing import read_chunks, sha256_file
+from kvcompress.checkpoint.paths import quote
 from kvcompress.checkpoint.reader import CONFIG_FILE, INDEX_FILE, PICKLE_SUFFIXES, Checkpoint
 from kvcompress.checkpoint.safetensors_file import (
     Header,
@@ -30,6 +32,13 @@ if TYPE_CHECKING:
 
 CARD_FILE = "README.md"
 OTHER_WEIGHT_SUFFIXES = (".safetensors", ".index.json", ".h5", ".msgpack", ".onnx", ".gguf", ".npz", ".tflite")
+WEIGHT_SUFFIXES = (*PICKLE_SUFFIXES, *OTHER_WEIGHT_SUFFIXES)
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+TEMPLATE_SUFFIX = ".jinja"
+OWNED_FOLDERS = ("template", "tokenizer", "vocab")
+"""Words in the names of sub-folders whose files a tokenizer reads, such as `additional_chat_templates`."""
+OTHER_FOLDERS = ("kvcompress", "original", "onnx")
+"""Our own, and those with other copies of the weights."""
 
 Progress = Callable[[int], None]
 """Called with the number of bytes finished since the last call."""
@@ -84,23 +93,62 @@ def copy_shards(
 
 
 def copy_side_files(checkpoint: Checkpoint, work: WorkDir) -> Digests:
-    """Copy the tokenizer, generation config, chat template, licence and the like.
-
-    That is every visible file directly in the folder but config.json, README.md and weights of any format: those are
-    written anew, or left behind.
-    """
+    """Copy the tokenizer, generation config, chat templates, licence and the like (`side_files`), byte for byte."""
     digests = Digests()
-    for entry in sorted(checkpoint.path.iterdir()):
-        if is_side_file(entry.name) and entry.is_file():
-            source = checkpoint.file(entry.name)
-            digests |= write_file(work, entry.name, partial(_copy_file, source))
+    for name in side_files(checkpoint.path):
+        source = checkpoint.file(name)
+        digests |= write_file(work, name, partial(_copy_file, source))
     return digests
 
 
+def check_side_files(checkpoint: Checkpoint) -> None:
+    """Look, before any work, at everything that `copy_side_files` will copy at its end.
+
+    Raises:
+        ValueError: a name that no manifest can hold, a link that leads out of the folder, a file that cannot be read.
+    """
+    for name in side_files(checkpoint.path):
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"{checkpoint.path} has a file whose name is not Unicode text, {quote(name)}; rename or remove it"
+            ) from None
+        if not os.access(checkpoint.file(name), os.R_OK):
+            raise ValueError(f"{checkpoint.path / name} cannot be read; allow it, or remove the file")
+
+
+def side_files(folder: Path) -> list[str]:
+    """What a checkpoint has besides config and weights, as paths relative to its folder, sorted.
+
+    That is every visible file directly in the folder but config.json, README.md and weights of any format, which are
+    written anew or left behind; and of sub-folders what a tokenizer owns: folders of templates, of vocabularies or of
+    a tokenizer, templates wherever they are, and files that tokenizer_config.json names. A sub-folder that holds a
+    model is another model, and stays behind whole.
+    """
+    named = _strings(folder / TOKENIZER_CONFIG_FILE)
+    found = []
+    for entry in folder.iterdir():
+        if entry.is_file() and is_side_file(entry.name):
+            found.append(entry.name)
+        elif entry.is_dir() and not entry.name.startswith(".") and entry.name not in OTHER_FOLDERS:
+            inner = [path for path in entry.rglob("*") if path.is_file()]
+            if any(path.name == CONFIG_FILE or path.name.endswith(WEIGHT_SUFFIXES) for path in inner):
+                continue
+            owned = any(word in entry.name.lower() for word in OWNED_FOLDERS)
+            for path in inner:
+                relative = path.relative_to(folder)
+                visible = not any(part.startswith(".") for part in relative.parts)
+                mine = owned or path.suffix == TEMPLATE_SUFFIX or relative.as_posix() in named
+                if visible and mine and is_side_file(path.name):
+                    found.append(relative.as_posix())
+    return sorted(found)
+
+
 def is_side_file(name: str) -> bool:
-    """Whether `copy_side_files` copies a file of this name."""
+    """Whether a file of this name is a side file."""
     skipped = name in (CONFIG_FILE, CARD_FILE) or name.startswith(".")
-    return not skipped and not name.endswith((*PICKLE_SUFFIXES, *OTHER_WEIGHT_SUFFIXES))
+    return not skipped and not name.endswith(WEIGHT_SUFFIXES)
 
 
 def write_file(work: WorkDir, relative: str, data: bytes | Callable[[BinaryIO], None]) -> Digests:
@@ -229,6 +277,21 @@ def _index(checkpoint: Checkpoint, work: WorkDir, digests: Digests) -> bytes:
     metadata = {**(found if isinstance(found, dict) else {}), "total_size": sum(info.nbytes for info in infos)}
     weight_map = {name: file for file, name in map(split_key, digests.tensors)}
     return json_file.pretty({"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def _strings(path: Path) -> set[str]:
+    """Every string in a JSON file; none where it is missing or no JSON, which is for the tokenizer to say."""
+
+    def within(value: Any) -> set[str]:
+        if isinstance(value, str):
+            return {value}
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        return set().union(*map(within, inner))
+
+    try:
+        return within(json_file.read_object(path))
+    except (OSError, ValueError):
+        return set()
 
 
 def _copy_file(source: Path, target: BinaryIO) -> None:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvcompress.calibration import corpus
+from kvcompress.calibration import corpus, tokenizer
 from kvcompress.calibration.device import check_device
 from kvcompress.checkpoint import json_file, writer
 from kvcompress.checkpoint.atomic import check_free_space
@@ -36,6 +36,7 @@ from kvcompress.modeling.config import load_config
 from kvcompress.pipeline import plan as planning
 from kvcompress.pipeline import stages
 from kvcompress.pipeline.card import model_card
+from kvcompress.pipeline.self_text import SELF, SelfText
 from kvcompress.recipe import Recipe
 from kvcompress.training import distributed
 
@@ -66,6 +67,8 @@ class Options:
     def __post_init__(self) -> None:
         if self.samples < 1 or self.length < 2:
             raise ValueError(f"found {self.samples} samples of {self.length} tokens; expected at least 1 of 2")
+        if self.seed < 0:
+            raise ValueError(f"found the seed {self.seed}; expected 0 or more")
         if self.dtype not in DTYPES:
             raise ValueError(f"unknown dtype {self.dtype!r}; expected one of {', '.join(DTYPES)}")
 
@@ -89,21 +92,23 @@ def compress(model: str, recipe: Recipe, out: str | Path, options: Options, prog
     plan = planning.make(checkpoint, recipe, model, calibration_tokens=options.samples * options.length)
     length = min(options.length, plan.geometry.context)
     load_config(checkpoint.path)
-    sample = _sampler(checkpoint, plan, options)
-    calibration = sample(options.samples, length)
-    bundled = _sampler(checkpoint, plan, replace(options, calibration=corpus.BUILTIN, seed=0))
-    prompt = partial(_prompt, bundled, plan.geometry.vocab_size)
+    writer.check_side_files(checkpoint)
+    text = _Text(checkpoint, plan, options, progress)
+    # Text of files is read, checked and cut before any work; what the model has to write itself comes after.
+    cut = None if text.own else text.sample(options.samples, length)
+    prompt = partial(_prompt, text, plan.geometry.vocab_size)
     check_finite(checkpoint, stages.bytes_progress(progress, "checking the base model", checkpoint.weights_bytes))
     progress("hashing the base model", 0, 1)
     parent = Parent.of(checkpoint, model)
     progress("hashing the base model", 1, 1)
     record = Calibration(
-        name=calibration.name,
-        sha256=calibration.sha256,
+        name=SELF if cut is None else cut.name,
+        sha256="" if cut is None else cut.sha256,
         samples=options.samples,
-        tokens=int(calibration.tokens_NT.size),
+        tokens=options.samples * length,
         device=options.device,
         dtype=options.dtype,
+        sampling=SelfText.settings() if cut is None else None,
     )
     versions = package_versions()
     inputs = fingerprint(recipe.to_json(), options.seed, record, parent, versions)
@@ -112,7 +117,11 @@ def compress(model: str, recipe: Recipe, out: str | Path, options: Options, prog
     check_output(out, resume=options.resume)
     check_free_space(target, _bytes_to_write(checkpoint, plan, options.samples * length))
     with distributed.leading(), WorkDir.open(target, inputs, resume=options.resume) as work:
-        context = _context(plan, checkpoint, sample, calibration, options, work, progress)
+        if text.own:
+            text.own.keep_in(work)
+        calibration = cut or text.sample(options.samples, length)
+        record = record.model_copy(update={"sha256": calibration.sha256})
+        context = _context(plan, checkpoint, text.sample, calibration, options, work, progress)
         final = stages.run(recipe, checkpoint, lambda source, position: context(source, f"stage-{position}"))
         spec, tensors, layers, statement = _cache_codec(plan, context(final, "codec"), prompt)
         digests = writer.copy_shards(
@@ -191,30 +200,46 @@ def _context(
     return make
 
 
-def _sampler(checkpoint: Checkpoint, plan: Plan, options: Options) -> Sampler:
-    """Cuts samples of the calibration text; `length` is capped by the model's context."""
-    from transformers import AutoTokenizer
+class _Text:
+    """Calibration text for a model: from a source of text, or, if `own` is set, from the model itself."""
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.path)
-    except (OSError, ValueError) as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"{checkpoint.path} has no tokenizer that transformers can read ({reason})") from None
-    longest = plan.geometry.context
+    def __init__(self, checkpoint: Checkpoint, plan: Plan, options: Options, progress: Progress) -> None:
+        self._seed, self._longest = options.seed, plan.geometry.context
+        self._vocabulary, self._progress = plan.geometry.vocab_size, progress
+        self._tokenizer = tokenizer.load(checkpoint.path)
+        self.own: SelfText | None = None
+        if options.calibration == SELF:
+            self.own = SelfText(
+                checkpoint,
+                self._tokenizer,
+                self._vocabulary,
+                self._longest,
+                options.seed,
+                options.device,
+                options.dtype,
+                progress,
+            )
+        else:
+            self._corpus = corpus.Corpus(options.calibration, self._tokenizer, self._vocabulary, progress)
 
-    def sample(samples: int, length: int) -> corpus.Calibration:
-        size, vocabulary = min(length, longest), plan.geometry.vocab_size
-        return corpus.build(options.calibration, tokenizer, samples, size, longest, options.seed, vocabulary)
+    def sample(self, samples: int, length: int) -> corpus.Calibration:
+        """So many samples of so many tokens, the latter capped by the model's context."""
+        if self.own:
+            return self.own.sample(samples, length)
+        return self._corpus.sample(samples, min(length, self._longest), self._longest, self._seed)
 
-    return sample
+    def bundled(self, length: int) -> corpus.Calibration:
+        """One sample of the built-in text, whatever is calibrated on."""
+        found = corpus.Corpus(corpus.BUILTIN, self._tokenizer, self._vocabulary, lambda *_: None)
+        return found.sample(1, min(length, self._longest), self._longest, 0)
 
 
-def _prompt(sample: Sampler, vocab_size: int) -> list[int]:
+def _prompt(text: _Text, vocab_size: int) -> list[int]:
     """What the codec makes its statement on."""
     from kvcompress.codec import canary
 
     try:
-        tokens: list[int] = sample(1, canary.PROMPT_TOKENS).tokens_NT[0].tolist()
+        tokens: list[int] = text.bundled(canary.PROMPT_TOKENS).tokens_NT[0].tolist()
     except ValueError:  # the tokenizer is not for text of this kind
         return canary.unstated_prompt(vocab_size)
     return tokens

@@ -45,6 +45,7 @@ def test_hub_downloads_no_pickles(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert resolve("org/name") == tmp_path
     wanted = ["config.json", "model-00001-of-00002.safetensors", "tokenizer.model", "kvcompress/codec.safetensors"]
+    wanted += ["chat_template.jinja", "additional_chat_templates/tool_use.jinja", "vocab/words.txt"]
     unwanted = ["pytorch_model.bin", "model.pt", "original/consolidated.00.pth", "consolidated.safetensors", "x.py"]
     kept = filter_repo_objects(
         wanted + unwanted, allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"]

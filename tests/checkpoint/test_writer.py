@@ -169,11 +169,32 @@ def test_side_files(make_checkpoint: Maker, tmp_path: Path) -> None:
     (folder / "original").mkdir()
     (folder / "original" / "params.json").touch()
     (folder / "tokenizer.model").write_bytes(bytes(range(256)))
+    nested = {
+        "additional_chat_templates/tool_use.jinja",
+        "additional_chat_templates/rag.jinja",
+        "tokenizer/spm/base.model",
+        "prompts/system.jinja",
+        "words/list.txt",
+    }
+    left = {
+        ".git/HEAD", "onnx/tokenizer/vocab.txt", "checkpoint-9/chat_template.jinja", "checkpoint-9/model.safetensors",
+        "runs/events.txt", "additional_chat_templates/.cache/x.jinja", "words/other.txt", "draft/config.json",
+        "draft/tokenizer.json", "draft/x.jinja",
+    }  # fmt: skip
+    for name in nested | left:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    (folder / "tokenizer_config.json").write_text('{"a": [{"dictionary": "words/list.txt"}]}')
     with WorkDir.open(tmp_path / "out", {}) as work:
         digests = copy_side_files(Checkpoint.open(folder), work)
         work.publish()
-    expected = {"LICENSE", "chat_template.jinja", "tokenizer.json", "tokenizer.model"}
-    assert {path.name for path in (tmp_path / "out").iterdir()} == digests.files.keys() == expected
+    expected = nested | {
+        "LICENSE", "chat_template.jinja", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
+    }  # fmt: skip
+    written = {
+        path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()
+    }
+    assert written == digests.files.keys() == expected
     for name in expected:
         assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
     check_digests(tmp_path / "out", digests)

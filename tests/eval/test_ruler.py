@@ -295,5 +295,5 @@ def test_tokenizer_counts_what_tokenize_returns(small_tokenizer: TextTokenizer) 
 
 
 def test_missing_tokenizer_is_a_value_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no tokenizer could be loaded"):
+    with pytest.raises(ValueError, match="has no tokenizer that transformers can read"):
         TextTokenizer(tmp_path)

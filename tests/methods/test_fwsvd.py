@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
-from kvcompress.calibration import corpus
+from kvcompress.calibration import corpus, tokenizer
 from kvcompress.checkpoint.manifest import Manifest
 from kvcompress.checkpoint.reader import Checkpoint
 from kvcompress.checkpoint.verify import verify
@@ -115,8 +114,8 @@ def test_activation_weighting_minimises_the_outputs_error(base_model: Path, tmp_
     module.register_forward_pre_hook(lambda _, args: given.append(args[0].flatten(0, 1)))
     checkpoint = Checkpoint.open(base_model)
     longest, vocabulary = checkpoint.config["max_position_embeddings"], checkpoint.config["vocab_size"]
-    tokenizer = AutoTokenizer.from_pretrained(base_model)
-    calibration = corpus.build("builtin", tokenizer, 8, 64, longest, 0, vocabulary)
+    text = corpus.Corpus("builtin", tokenizer.load(base_model), vocabulary, lambda *_: None)
+    calibration = text.sample(8, 64, longest, 0)
     with torch.no_grad():
         model(torch.from_numpy(calibration.tokens_NT))
     inputs_TI, weight = given[0].double(), module.weight.detach().double()

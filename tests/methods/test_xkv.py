@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvcompress import recipe as recipes
-from kvcompress.calibration import corpus
+from kvcompress.calibration import corpus, tokenizer
 from kvcompress.checkpoint.manifest import Manifest
 from kvcompress.checkpoint.reader import Checkpoint
 from kvcompress.checkpoint.verify import verify
@@ -37,10 +37,8 @@ def compress(model: Path, out: Path, *stages: str, **options: int) -> planning.P
 @pytest.fixture(scope="module")
 def calibration_states(base_model: Path) -> xkv_probe.States:
     """What `compress` calibrates on, by transformers' own forward pass."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(base_model)
-    built = corpus.build("builtin", tokenizer, 6, 96, 1024, 0, 300)
+    text = corpus.Corpus("builtin", tokenizer.load(base_model), 300, lambda *_: None)
+    built = text.sample(6, 96, 1024, 0)
     assert built.offsets_N.any()
     return xkv_probe.states(base_model, torch.from_numpy(built.tokens_NT), built.offsets_N.tolist())
 
