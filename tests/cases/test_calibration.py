@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import os
 import pty
@@ -112,7 +113,7 @@ def test_long_files_are_thinned_evenly(model: Path, tmp_path: Path, monkeypatch:
     rows = "".join(json.dumps({"text": f"{number:03d} cats"}) + "\n" for number in range(1000))
     found = tokenizer.load(model).decode(tokens(model, write(tmp_path / "a.jsonl", rows), samples=1, length=1000)[0])
     numbers = [int(word) for word in found.split() if word.isdigit() and len(word) == 3]
-    steps = {second - first for first, second in zip(numbers, numbers[1:], strict=False)}
+    steps = {second - first for first, second in itertools.pairwise(numbers)}
     assert len(steps) == 1
     assert steps.pop() in (4, 8)
 
@@ -134,7 +135,7 @@ def test_long_files_are_thinned_evenly(model: Path, tmp_path: Path, monkeypatch:
         ("a", json.dumps(ROWS), ["holds JSON", ".jsonl"]),
         ("a.log", b"\xef\xbb\xbf\n" + json.dumps(ROWS, indent=1).encode(), ["holds JSON"]),
         ("a.jsonl.bak", LINES, ["holds JSON"]),
-        ("a.jsonl", json.dumps(ROWS, indent=1), ["line 1", "a row a line", ".json"]),
+        ("a.jsonl", json.dumps(ROWS, indent=1), ["line 1", "one row a line", ".json"]),
         ("a.jsonl", LINES + "\n{", ["line 7", "not JSON"]),
         ("a.jsonl", "[" * 200_000, ["line 1", "nested too deeply"]),
         ("a.json", "[" * 200_000, ["nested too deeply"]),
@@ -189,7 +190,7 @@ def test_a_negative_seed_is_refused(compress: Any) -> None:
 # Tokenizers
 
 
-def damaged(model: Path, **changes: Any) -> None:
+def damaged(model: Path, /, **changes: Any) -> None:
     edit_json(model / "tokenizer.json", **changes)
 
 
