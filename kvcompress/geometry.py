@@ -1,17 +1,16 @@
-"""What a model's config.json says about its attention: layers, heads, windows. Imports no torch."""
+"""The sizes of a model's attention: layers, heads, windows, and the bytes of its cache. Imports no torch."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-LATENT_ARCHITECTURE = "KVCompressMLAForCausalLM"
-"""What `transmla` makes of the others: multi-head latent attention."""
+from kvcompress.model_config import LATENT_ARCHITECTURE, parse
 
-BYTES_PER_ELEMENT = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
+SERVED_BYTES = 2
+"""Bytes of a number in an uncompressed cache. vLLM serves in 16 bits whatever the checkpoint is stored in, as long as
+nobody asks for --dtype float32, so that is what a compressed cache is compared with."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +28,9 @@ class ModelGeometry:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    max_position_embeddings: int
-    dtype: str
+    context: int
+    """Tokens the model is made for, RoPE scaling included."""
+    vocab_size: int
     sliding_window: tuple[int | None, ...]
     latent_dims: tuple[int, ...] | None = None
 
@@ -39,60 +39,41 @@ class ModelGeometry:
         """Query heads per KV head."""
         return self.num_heads // self.num_kv_heads
 
-    @property
-    def element_bytes(self) -> int:
-        return BYTES_PER_ELEMENT[self.dtype]
-
-    def kv_bytes_per_token(self, element_bytes: int | None = None) -> int:
+    def kv_bytes_per_token(self, element_bytes: int = SERVED_BYTES) -> int:
         """Bytes one token takes in an uncompressed cache of this model, all layers, keys and values."""
         return sum(self.layer_kv_bytes_per_token(index, element_bytes) for index in range(self.num_layers))
 
-    def layer_kv_bytes_per_token(self, index: int, element_bytes: int | None = None) -> int:
+    def layer_kv_bytes_per_token(self, index: int, element_bytes: int = SERVED_BYTES) -> int:
         """The same for one layer."""
         heads = 2 * self.num_kv_heads * self.head_dim
         channels = heads if self.latent_dims is None else self.latent_dims[index]
-        return channels * (element_bytes or self.element_bytes)
+        return channels * element_bytes
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelGeometry:
         """Read a Hugging Face config.json.
 
         Raises:
-            ValueError: architecture we do not support, latent attention of another kind than ours, or sizes that do
-                not fit together.
+            ValueError: as `model_config.parse`, latent attention of another kind than ours, or heads of a size that
+                does not fit our records.
         """
-        architecture = _architecture(config)
-        try:
-            num_layers = int(config["num_hidden_layers"])
-            hidden_size = int(config["hidden_size"])
-            num_heads = int(config["num_attention_heads"])
-        except KeyError as missing:
-            raise ValueError(f"config.json has no {missing}, which a {architecture} needs; is it complete?") from None
-        num_kv_heads = int(config.get("num_key_value_heads") or num_heads)
-        head_dim = int(config.get("head_dim") or hidden_size // num_heads)
-        if num_kv_heads < 1 or num_heads % num_kv_heads:
+        found = parse(config)
+        if found.head_dim % 8:
             raise ValueError(
-                f"config.json has {num_heads} query heads and {num_kv_heads} KV heads; "
-                "query heads must be a multiple of KV heads"
+                f"head_dim is {found.head_dim}; kvcompress packs channels in groups of 8 and needs a multiple of 8"
             )
-        if head_dim % 8:
-            raise ValueError(
-                f"head_dim is {head_dim}; kvcompress packs channels in groups of 8 and needs a multiple of 8"
-            )
-        dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
-        if dtype not in BYTES_PER_ELEMENT:
-            raise ValueError(f"config.json has dtype {dtype!r}; expected one of {', '.join(BYTES_PER_ELEMENT)}")
+        latent = found.architecture == LATENT_ARCHITECTURE
         return cls(
-            architecture=architecture,
-            num_layers=num_layers,
-            hidden_size=hidden_size,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            max_position_embeddings=int(config.get("max_position_embeddings") or 2048),
-            dtype=dtype,
-            sliding_window=_windows(config, architecture, num_layers),
-            latent_dims=_latent_dims(config, num_layers) if architecture == LATENT_ARCHITECTURE else None,
+            architecture=found.architecture,
+            num_layers=found.num_hidden_layers,
+            hidden_size=found.hidden_size,
+            vocab_size=found.vocab_size,
+            num_heads=found.num_attention_heads,
+            num_kv_heads=found.num_key_value_heads,
+            head_dim=found.head_dim,
+            context=found.context,
+            sliding_window=found.windows,
+            latent_dims=_latent_dims(config, found.num_hidden_layers) if latent else None,
         )
 
 
@@ -107,38 +88,3 @@ def _latent_dims(config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
     if len(ranks) != num_layers:
         raise ValueError(f"config.json has {len(ranks)} latent ranks for {num_layers} layers; expected one per layer")
     return tuple(each + rope_dim for each in ranks)
-
-
-def _architecture(config: Mapping[str, Any]) -> str:
-    if (config.get("architectures") or [None])[0] == LATENT_ARCHITECTURE:
-        return LATENT_ARCHITECTURE
-    if config.get("kv_lora_rank"):
-        raise ValueError(
-            "the model already uses multi-head latent attention (config.json has kv_lora_rank); "
-            "latent base models are not supported yet"
-        )
-    names = config.get("architectures") or []
-    name = str(names[0]) if names else "(none)"
-    if name in SUPPORTED_ARCHITECTURES:
-        return name
-    near = difflib.get_close_matches(name, SUPPORTED_ARCHITECTURES, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    raise ValueError(
-        f"unknown architecture {name} in config.json; supported: {', '.join(SUPPORTED_ARCHITECTURES)}{hint}"
-    )
-
-
-def _windows(config: Mapping[str, Any], architecture: str, num_layers: int) -> tuple[int | None, ...]:
-    """Window per layer. Mistral windows every layer; Qwen windows those its layer_types or max_window_layers name."""
-    window = config.get("sliding_window")
-    if not window:
-        return (None,) * num_layers
-    layer_types = config.get("layer_types")
-    if layer_types:
-        return tuple(int(window) if kind == "sliding_attention" else None for kind in layer_types)
-    if architecture == "MistralForCausalLM":
-        return (int(window),) * num_layers
-    if not config.get("use_sliding_window"):
-        return (None,) * num_layers
-    first = int(config.get("max_window_layers", num_layers))
-    return tuple(int(window) if index >= first else None for index in range(num_layers))

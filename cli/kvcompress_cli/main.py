@@ -55,16 +55,20 @@ def run() -> None:
         usage = getattr(error, "format_message", None)  # a usage error: typer brings its own click, so no class to name
         if usage is not None:
             _fail(" ".join(usage().split()), 2)
-        if not isinstance(error, (ValueError, OSError, ImportError)) or os.environ.get("KVCOMPRESS_DEBUG"):
+        if os.environ.get("KVCOMPRESS_DEBUG"):
             raise
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            _fail(f"no space left on the disk ({error.filename or 'output folder'})", 2)
-        _fail(_one_line(error), 2)
+        _fail(_sentence(error), 2)
     sys.exit(result if isinstance(result, int) else 0)
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def _sentence(error: Exception) -> str:
+    message = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"no space left on the disk ({error.filename or 'output folder'})"
+    if isinstance(error, ValueError | OSError | ImportError):
+        return message or type(error).__name__
+    # Nobody has said at the place what is wrong: a fault of ours, and still no wall of text.
+    return f"unexpected {type(error).__name__}: {message or 'no message'}; please report it with what --debug shows"
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -9,6 +9,9 @@ import typer
 from kvcompress_cli.options import Json, Model, RecipeFile
 from kvcompress_cli.show import print_json, size, table
 
+MOST_MEMORY = 2.0**30
+"""GiB; more than any machine has."""
+
 
 def register(app: typer.Typer) -> None:
     app.command("plan", epilog="Example: kvcompress plan meta-llama/Llama-3.1-8B -r balanced.yaml --memory 20")(plan)
@@ -28,6 +31,10 @@ def plan(
     from kvcompress.methods.registry import schemas
     from kvcompress.pipeline.plan import make
 
+    if not 0 < memory < MOST_MEMORY:
+        raise ValueError(f"found --memory {memory:g}; expected GiB above 0 and below {MOST_MEMORY:g}")
+    if samples < 1:
+        raise ValueError(f"found --samples {samples}; expected at least 1")
     checked = recipes.load(recipe, schemas())
     made = make(
         Checkpoint.open(model),

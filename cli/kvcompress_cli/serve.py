@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from importlib import metadata
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -46,7 +47,12 @@ def serve(
     ask_for(kv_rank, kv_bits)
     if not canary:
         os.environ[CANARY] = "0"
-    os.execv(sys.executable, [sys.executable, "-m", *_server(directory), *context.args])
+    os.execv(sys.executable, [sys.executable, "-m", *_server(_model(directory, checkpoint.path)), *context.args])
+
+
+def _model(given: str, folder: Path) -> str:
+    """What to hand to vLLM: a folder of this machine, as it was found, or the hub id."""
+    return str(folder) if Path(given).expanduser().is_dir() else given
 
 
 def _server(directory: str) -> list[str]:

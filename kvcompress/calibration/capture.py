@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvcompress import modeling
 from kvcompress.calibration.corpus import Calibration
 from kvcompress.checkpoint.quantized import read_weight
 from kvcompress.checkpoint.reader import Checkpoint
 from kvcompress.checkpoint.rows import read_rows
+from kvcompress.modeling.config import load_config
 from kvcompress.modeling.low_rank import LowRankLinear, ranks_of, replace_linears
 
 Collector = Callable[[Tensor, Tensor, Tensor, float], None]
@@ -34,12 +34,11 @@ class LayerRunner:
     """The decoder layers of a checkpoint, materialised one by one."""
 
     def __init__(self, checkpoint: Checkpoint, device: str, dtype: torch.dtype) -> None:
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM
 
-        modeling.register()
         _register_attention()
         self.checkpoint, self.device, self.dtype = checkpoint, torch.device(device), dtype
-        config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+        config = load_config(checkpoint.path)
         config._attn_implementation = _ATTENTION
         self.config = config
         with torch.device("meta"):

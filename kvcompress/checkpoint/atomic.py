@@ -14,6 +14,8 @@ from typing import BinaryIO
 from kvcompress.checkpoint.hashing import sha256_file
 
 TEMPORARY_SUFFIX = ".kvcompress-tmp"
+MAX_NAME_BYTES = 255
+"""Of one file's name, on the file systems in use."""
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -23,7 +25,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
     The temporary name is fixed, so a killed run leaves at most one per target and the next run reuses it.
     """
-    temporary = path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
+    temporary = _temporary(path)
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -35,6 +37,13 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             temporary.unlink()
         raise
     fsync_folder(path.parent)
+
+
+def _temporary(path: Path) -> Path:
+    name = f".{path.name}{TEMPORARY_SUFFIX}"
+    if len(os.fsencode(name)) > MAX_NAME_BYTES:
+        name = f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()}{TEMPORARY_SUFFIX}"
+    return path.with_name(name)
 
 
 def atomic_write(path: Path, data: bytes | Callable[[BinaryIO], None]) -> str:

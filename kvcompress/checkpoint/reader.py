@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+ADAPTER_FILE = "adapter_config.json"
+HEAD = "lm_head.weight"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 QUANT_METHOD = "kvcompress"
 CONFIG_VERSION = 1  # of the quantization_config section we write
@@ -53,11 +55,12 @@ class Checkpoint:
         if not config_path.is_file():
             raise ValueError(f"{path} has no {CONFIG_FILE}; expected the folder of a Hugging Face checkpoint")
         config = json_file.read_object(config_path)
+        _refuse_adapter(path)
         index, shards = _shards(path)
         headers = {name: read_header(inside(path, name), name) for name in shards}
         _check_unique(path, headers)
         if index is not None:
-            _check_index(path, index, headers)
+            _check_index(path, index, headers, tied=config.get("tie_word_embeddings") is True)
         return cls(path, config, headers, index)
 
     @property
@@ -136,6 +139,15 @@ def _shards(path: Path) -> tuple[dict[str, Any] | None, list[str]]:
     return index, shards
 
 
+def _refuse_adapter(path: Path) -> None:
+    adapter = path / ADAPTER_FILE
+    if adapter.exists():
+        raise ValueError(
+            f"{path} has {ADAPTER_FILE}: transformers would put an adapter on these weights, which the result would "
+            "lack; merge it first (merge_and_unload of peft), or remove the file if it belongs elsewhere"
+        )
+
+
 def _why_no_weights(path: Path) -> str:
     names = sorted(entry.name for entry in path.iterdir())
     if other := [name for name in names if name.endswith(".safetensors")]:
@@ -159,9 +171,10 @@ def _check_unique(path: Path, headers: Mapping[str, Header]) -> None:
             seen[name] = file
 
 
-def _check_index(path: Path, index: Mapping[str, Any], headers: Mapping[str, Header]) -> None:
+def _check_index(path: Path, index: Mapping[str, Any], headers: Mapping[str, Header], tied: bool) -> None:
     for name, file in index["weight_map"].items():
-        if name not in headers[file].tensors:
+        # Some tools list a head that is the embedding and write it once; transformers and vLLM never ask for it.
+        if name not in headers[file].tensors and not (tied and name == HEAD):
             raise ValueError(
                 f"{path / INDEX_FILE} says that {quote(file)} holds tensor {quote(name)}, but it does not; "
                 "download both again"

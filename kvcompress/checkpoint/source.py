@@ -34,7 +34,10 @@ def resolve(model: str | Path) -> Path:
     Raises:
         ValueError: neither a folder here nor a model that can be had from the hub.
     """
-    path = Path(model).expanduser()
+    try:
+        path = Path(model).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"no folder {quote(str(model))}: {error}; give the whole path") from error
     named = str(model) != ""  # Path("") would be the current folder
     if named and path.is_dir():
         return path

@@ -26,6 +26,7 @@ from typing import Any, BinaryIO, Self
 
 from kvcompress.checkpoint import json_file
 from kvcompress.checkpoint.atomic import (
+    MAX_NAME_BYTES,
     TEMPORARY_SUFFIX,
     disk_full_as_value_error,
     disk_full_error,
@@ -33,7 +34,7 @@ from kvcompress.checkpoint.atomic import (
     is_disk_full,
 )
 from kvcompress.checkpoint.hashing import sha256_file
-from kvcompress.checkpoint.paths import check_relative
+from kvcompress.checkpoint.paths import check_relative, quote
 
 JOURNAL_FILE = "journal.jsonl"
 TREE_FOLDER = "tree"
@@ -42,23 +43,35 @@ PARTIAL_SUFFIX = ".partial"
 MAX_SHOWN_DIFFERENCES = 3
 
 
-def check_output(out: str | Path, *, resume: bool = False) -> Path:
+def check_output(out: str | Path, *, resume: bool = False, finished: bool = False) -> Path:
     """Check, before any work, that `out` can be written. Returns it as an absolute path without links.
+
+    Args:
+        resume: an unfinished run may be there.
+        finished: so may a finished one.
 
     Raises:
         ValueError: `out` holds something already, is a mount point, or was started before and `resume` is off.
     """
-    path = Path(out).expanduser().resolve()
+    path = _absolute(out)
     if os.path.ismount(path):
         raise ValueError(f"{path} is a mount point, which cannot be renamed into place; name a new folder inside it")
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file; expected a new folder for the output")
-    if path.is_dir() and any(path.iterdir()):
+    if not finished and path.is_dir() and any(path.iterdir()):
         raise ValueError(f"{path} exists and is not empty; name a new folder, or remove this one")
     partial = _partial(path)
     if not resume and partial.is_dir() and any(partial.iterdir()):
         raise ValueError(f"{partial} is left from an unfinished run; continue it with --resume, or delete it")
     return path
+
+
+class UnfinishedError(ValueError):
+    """A refusal in the midst of work; `partial` has what was finished before."""
+
+    def __init__(self, error: ValueError, partial: Path) -> None:
+        self.reason: ValueError = error.reason if isinstance(error, UnfinishedError) else error
+        super().__init__(f"{self.reason}; what was finished is kept in {partial}: go on with --resume, or delete it")
 
 
 class WorkDir:
@@ -71,8 +84,8 @@ class WorkDir:
         work.publish()
     ```
 
-    When the block ends with a ValueError (bad input, full disk) the partial folder is removed; after any other error,
-    Ctrl-C or a kill it stays, for `resume`.
+    When the block ends with a ValueError (bad input, full disk) before any unit was finished, the partial folder is
+    removed. In all other cases it stays, for `resume`: nothing that was finished is ever deleted.
     """
 
     def __init__(self, out: Path, journal: BinaryIO, created: list[Path]) -> None:
@@ -187,14 +200,20 @@ class WorkDir:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._journal.close()
+        error = value
         if isinstance(error, OSError) and is_disk_full(error):
+            error = disk_full_error(self.out, error)
+        if not isinstance(error, ValueError):
+            return
+        if not self._units:
             self.discard()
-            raise disk_full_error(self.out, error) from error
-        if isinstance(error, ValueError):
-            self.discard()
+        else:
+            error = UnfinishedError(error, self._partial)
+        if error is not value:
+            raise error from value
 
     @property
     def _partial(self) -> Path:
@@ -253,12 +272,25 @@ class WorkDir:
 
 def remove_published_leftover(out: str | Path) -> None:
     """Finish a `publish` that was killed between its rename and its clean-up; does nothing otherwise."""
-    path = Path(out).expanduser().resolve()
+    path = _absolute(out)
     partial = _partial(path)
     if path.is_dir() and partial.is_dir():
         left = {entry.name for entry in partial.iterdir()}
         if not left or (JOURNAL_FILE in left and TREE_FOLDER not in left):
             _remove(partial)
+
+
+def _absolute(out: str | Path) -> Path:
+    try:
+        path = Path(out).expanduser().resolve()
+    except (OSError, RuntimeError) as error:  # a loop of links, a user without a home folder, a path too long
+        raise ValueError(f"{quote(str(out))} cannot be an output folder: {error}; choose another one") from error
+    if len(os.fsencode(path.name + PARTIAL_SUFFIX)) > MAX_NAME_BYTES:
+        raise ValueError(
+            f"the output's name {quote(path.name)} has {len(os.fsencode(path.name))} bytes; expected at most "
+            f"{MAX_NAME_BYTES - len(PARTIAL_SUFFIX)}"
+        )
+    return path
 
 
 def _partial(out: Path) -> Path:

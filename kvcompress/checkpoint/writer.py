@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from kvcompress.checkpoint import json_file
 from kvcompress.checkpoint.atomic import atomic_file, atomic_write
 from kvcompress.checkpoint.digests import Digests, split_key, tensor_key
 from kvcompress.checkpoint.hashing import read_chunks, sha256_file
+from kvcompress.checkpoint.paths import quote
 from kvcompress.checkpoint.reader import CONFIG_FILE, INDEX_FILE, PICKLE_SUFFIXES, Checkpoint
 from kvcompress.checkpoint.safetensors_file import (
     Header,
@@ -97,6 +99,23 @@ def copy_side_files(checkpoint: Checkpoint, work: WorkDir) -> Digests:
         source = checkpoint.file(name)
         digests |= write_file(work, name, partial(_copy_file, source))
     return digests
+
+
+def check_side_files(checkpoint: Checkpoint) -> None:
+    """Look, before any work, at everything that `copy_side_files` will copy at its end.
+
+    Raises:
+        ValueError: a name that no manifest can hold, a link that leads out of the folder, a file that cannot be read.
+    """
+    for name in side_files(checkpoint.path):
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"{checkpoint.path} has a file whose name is not Unicode text, {quote(name)}; rename or remove it"
+            ) from None
+        if not os.access(checkpoint.file(name), os.R_OK):
+            raise ValueError(f"{checkpoint.path / name} cannot be read; allow it, or remove the file")
 
 
 def side_files(folder: Path) -> list[str]:

@@ -38,8 +38,7 @@ class Rope:
         if kind not in FIXED_TYPES:
             raise ValueError(
                 f"the model's RoPE is of type {kind}, whose frequencies change with the text's length, so stored keys "
-                f"cannot be turned back; latents of keys before RoPE need one of {', '.join(FIXED_TYPES)}; "
-                "share values only (xkv with share: v)"
+                f"cannot be turned back; a codec needs one of {', '.join(FIXED_TYPES)}"
             )
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         with torch.device("cpu"):

@@ -54,9 +54,9 @@ class Context:
 
     def model_config(self) -> Any:
         """The model's transformers config."""
-        from transformers import AutoConfig
+        from kvcompress.modeling.config import load_config
 
-        return AutoConfig.from_pretrained(self.checkpoint.path, trust_remote_code=False)
+        return load_config(self.checkpoint.path)
 
     def scratch(self, name: str) -> Path:
         """A file of this stage that is kept until the run is over."""

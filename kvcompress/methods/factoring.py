@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvcompress.checkpoint.reader import CONFIG_VERSION, QUANT_METHOD
 from kvcompress.checkpoint.safetensors_file import TensorInfo, TensorSpec
+from kvcompress.geometry import ModelGeometry
 from kvcompress.methods.base import Outline
 from kvcompress.methods.ranks import Ranks, Shape
 
@@ -64,7 +65,7 @@ def find(targets: Sequence[str], before: Outline) -> list[Linear]:
             found[int(match[1]), match[3]] = Linear(int(match[1]), match[2], dtype, Shape(*shape))
     done = {tuple(name.split(".")[2::2]) for name in _section(before.config)}
     linears: list[Linear] = []
-    for layer in range(int(before.config["num_hidden_layers"])):
+    for layer in range(ModelGeometry.from_config(before.config).num_layers):
         for target in sorted(targets, key=TARGETS.index):
             if (layer, target) in found:
                 linears.append(found[layer, target])

@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from kvcompress.training.state import StateFile
 
 
+_FLOATING = ("F64", "F32", "F16", "BF16")
+"""Dtypes of tensors that can be trained."""
+
+
 class HealConfig(TrainedConfig):
     kind: ClassVar[Kind] = "heal"
     whole_models: ClassVar[int] = 5  # original, healed, gradients, and AdamW's two moments
@@ -64,6 +68,8 @@ class Heal(TransformMethod[HealConfig]):
     config = HealConfig
 
     def outline(self, config: HealConfig, before: Outline) -> Outline:
+        if not isinstance(config.train, str):
+            _matching(config.train, (name for name, (dtype, _) in before.tensors.items() if dtype in _FLOATING))
         return before
 
     def transform(self, config: HealConfig, context: Context) -> Healed:
@@ -112,17 +118,24 @@ def _trained_names(config: HealConfig, original: Checkpoint, checkpoint: Checkpo
     Raises:
         ValueError: there are none.
     """
-    floating = [name for name, info in checkpoint.tensors.items() if info.dtype in ("F64", "F32", "F16", "BF16")]
+    floating = [name for name, info in checkpoint.tensors.items() if info.dtype in _FLOATING]
     if config.train == "all":
         return floating
-    if config.train == "changed":
-        names = [name for name in floating if _changed(name, original, checkpoint)]
-        found = "every tensor is as in the original model"
-    else:
-        names = [name for name in floating if any(re.search(pattern, name) for pattern in config.train)]
-        found = f"no tensor matches {' or '.join(config.train)}"
+    if config.train != "changed":
+        return _matching(config.train, floating)
+    return _some(
+        [name for name in floating if _changed(name, original, checkpoint)], "every tensor is as in the original model"
+    )
+
+
+def _matching(patterns: Sequence[str], names: Iterable[str]) -> list[str]:
+    found = [name for name in names if any(re.search(pattern, name) for pattern in patterns)]
+    return _some(found, f"no tensor matches {' or '.join(patterns)}")
+
+
+def _some(names: list[str], why_not: str) -> list[str]:
     if not names:
-        raise ValueError(f"heal has nothing to train: {found}; name tensors in `train`, or leave the stage out")
+        raise ValueError(f"heal has nothing to train: {why_not}; name tensors in `train`, or leave the stage out")
     return names
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from kvcompress.codec.shared_spec import Share, SharedSpec
 from kvcompress.codec.spec import CacheSpec, SideSpec
-from kvcompress.geometry import ModelGeometry
+from kvcompress.geometry import SERVED_BYTES, ModelGeometry
 from kvcompress.methods.base import LatentBasis, LayerBases, Profile
 
 if TYPE_CHECKING:
@@ -94,5 +94,5 @@ class SharedProfile(Profile):
             v,
             member.sink,
             member.recent,
-            geometry.element_bytes,
+            SERVED_BYTES,
         )

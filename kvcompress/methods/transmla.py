@@ -30,8 +30,9 @@ from pydantic import Field, StrictFloat, StrictInt
 
 from kvcompress.checkpoint.safetensors_file import TORCH_DTYPES, TensorInfo, TensorSpec
 from kvcompress.codec.spec import CHANNEL_GROUP
-from kvcompress.geometry import LATENT_ARCHITECTURE, ModelGeometry
+from kvcompress.geometry import ModelGeometry
 from kvcompress.methods.base import Outline, TransformMethod
+from kvcompress.model_config import LATENT_ARCHITECTURE, completed
 from kvcompress.recipe import Kind, StageConfig
 
 if TYPE_CHECKING:
@@ -260,7 +261,7 @@ def _outline_of(config: TransMlaConfig, before: Outline, geometry: ModelGeometry
 
 def _config(config: TransMlaConfig, before: Outline, geometry: ModelGeometry, choice: Choice) -> dict[str, Any]:
     """config.json after the stage."""
-    base = before.config
+    base = completed(before.config)
     kept = {key: value for key, value in base.items() if key not in _ATTENTION_ONLY}
     first = "model.layers.0.self_attn."
     return {
@@ -274,8 +275,8 @@ def _config(config: TransMlaConfig, before: Outline, geometry: ModelGeometry, ch
         "softmax_scale": geometry.head_dim**-0.5,
         "qkv_bias": f"{first}k_proj.bias" in before.tensors,
         "o_bias": f"{first}o_proj.bias" in before.tensors,
-        "dropped_rope_context": geometry.max_position_embeddings if config.dropped_rope == "mean" else None,
-        "base_config": dict(base),
+        "dropped_rope_context": geometry.context if config.dropped_rope == "mean" else None,
+        "base_config": dict(before.config),
     }
 
 

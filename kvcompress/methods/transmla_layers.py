@@ -154,7 +154,7 @@ def _layer_tensors(
     """A converted layer's new tensors, by their names in self_attn, in the checkpoint's dtype."""
     geometry, attention = context.geometry, layer.self_attn
     sizes = rorope.Sizes(geometry.num_kv_heads, geometry.head_dim, choice.rope_dim, choice.rank)
-    span = geometry.max_position_embeddings if config.dropped_rope == "mean" else None
+    span = geometry.context if config.dropped_rope == "mean" else None
     mean_F = _mean_rotation(span, context.checkpoint.config, geometry)
     map_KK = rorope.rotation(kv_ZZ, sizes, choice.freqfold, config.rotation == "unitary")
     weight_ZX = torch.cat([attention.k_proj.weight, attention.v_proj.weight]).double().cpu()

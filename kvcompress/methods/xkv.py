@@ -26,7 +26,7 @@ from pydantic import AfterValidator, Field, StrictInt, StrictStr, model_validato
 from kvcompress.calibration import MAX_STATE_TOKENS
 from kvcompress.codec.shared_spec import PromptSpec, Share
 from kvcompress.codec.spec import CHANNEL_GROUP, CacheSpec
-from kvcompress.geometry import ModelGeometry
+from kvcompress.geometry import SERVED_BYTES, ModelGeometry
 from kvcompress.methods.base import LayerBases, ModelBasis, Needs, Profile, channels
 from kvcompress.methods.group_fit import Fitted, States, fit_side, once
 from kvcompress.methods.pca import Pca, PcaConfig, RankPair
@@ -117,7 +117,7 @@ class Xkv(ModelBasis[XkvConfig]):
                 config.share,
                 ranks["k"] if config.share == "kv" else 0,
                 ranks["v"],
-                geometry.element_bytes,
+                SERVED_BYTES,
                 config.sink,
                 config.recent,
             )

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvcompress.calibration import corpus, tokenizer
+from kvcompress.calibration.device import check_device
 from kvcompress.checkpoint import json_file, writer
 from kvcompress.checkpoint.atomic import check_free_space
+from kvcompress.checkpoint.finite import check_finite
 from kvcompress.checkpoint.manifest import (
     MANIFEST_FILE,
     BytesPerToken,
@@ -30,6 +32,7 @@ from kvcompress.codec.spec import CodecSpec
 from kvcompress.geometry import ModelGeometry
 from kvcompress.methods.context import Context, Progress
 from kvcompress.methods.registry import basis_of
+from kvcompress.modeling.config import load_config
 from kvcompress.pipeline import plan as planning
 from kvcompress.pipeline import stages
 from kvcompress.pipeline.card import model_card
@@ -83,20 +86,26 @@ def compress(model: str, recipe: Recipe, out: str | Path, options: Options, prog
         ValueError: bad input (nothing is left behind), a full disk, or an unfinished run without `resume`.
     """
     remove_published_leftover(out)
+    check_device(options.device)
+    target = check_output(out, resume=options.resume, finished=options.resume)
     checkpoint = Checkpoint.open(model)
-    length = min(options.length, int(checkpoint.config.get("max_position_embeddings") or options.length))
-    plan = planning.make(checkpoint, recipe, model, calibration_tokens=options.samples * length)
+    plan = planning.make(checkpoint, recipe, model, calibration_tokens=options.samples * options.length)
+    length = min(options.length, plan.geometry.context)
+    load_config(checkpoint.path)
+    writer.check_side_files(checkpoint)
     text = _Text(checkpoint, plan, options, progress)
     # Text of files is read, checked and cut before any work; what the model has to write itself comes after.
     cut = None if text.own else text.sample(options.samples, length)
-    prompt = partial(_prompt, text, int(checkpoint.config["vocab_size"]))
+    prompt = partial(_prompt, text, plan.geometry.vocab_size)
+    check_finite(checkpoint, stages.bytes_progress(progress, "checking the base model", checkpoint.weights_bytes))
     progress("hashing the base model", 0, 1)
     parent = Parent.of(checkpoint, model)
+    progress("hashing the base model", 1, 1)
     record = Calibration(
         name=SELF if cut is None else cut.name,
         sha256="" if cut is None else cut.sha256,
         samples=options.samples,
-        tokens=options.samples * min(length, plan.geometry.max_position_embeddings),
+        tokens=options.samples * length,
         device=options.device,
         dtype=options.dtype,
         sampling=SelfText.settings() if cut is None else None,
@@ -105,7 +114,7 @@ def compress(model: str, recipe: Recipe, out: str | Path, options: Options, prog
     inputs = fingerprint(recipe.to_json(), options.seed, record, parent, versions)
     if options.resume and is_published(out, inputs):
         return plan
-    target = check_output(out, resume=options.resume)
+    check_output(out, resume=options.resume)
     check_free_space(target, _bytes_to_write(checkpoint, plan, options.samples * length))
     with distributed.leading(), WorkDir.open(target, inputs, resume=options.resume) as work:
         if text.own:
@@ -115,7 +124,9 @@ def compress(model: str, recipe: Recipe, out: str | Path, options: Options, prog
         context = _context(plan, checkpoint, text.sample, calibration, options, work, progress)
         final = stages.run(recipe, checkpoint, lambda source, position: context(source, f"stage-{position}"))
         spec, tensors, layers, statement = _cache_codec(plan, context(final, "codec"), prompt)
-        digests = writer.copy_shards(final, work, progress=stages.bytes_progress(progress, final.weights_bytes))
+        digests = writer.copy_shards(
+            final, work, progress=stages.bytes_progress(progress, "writing weights", final.weights_bytes)
+        )
         digests |= writer.copy_side_files(final, work)
         digests |= writer.write_tensors(work, CODEC_FILE, tensors)
         if statement is not None:
@@ -193,8 +204,8 @@ class _Text:
     """Calibration text for a model: from a source of text, or, if `own` is set, from the model itself."""
 
     def __init__(self, checkpoint: Checkpoint, plan: Plan, options: Options, progress: Progress) -> None:
-        self._seed, self._longest = options.seed, plan.geometry.max_position_embeddings
-        self._vocabulary, self._progress = int(checkpoint.config["vocab_size"]), progress
+        self._seed, self._longest = options.seed, plan.geometry.context
+        self._vocabulary, self._progress = plan.geometry.vocab_size, progress
         self._tokenizer = tokenizer.load(checkpoint.path)
         self.own: SelfText | None = None
         if options.calibration == SELF:

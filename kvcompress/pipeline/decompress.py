@@ -48,7 +48,9 @@ def decompress(directory: str | Path, out: str | Path, progress: Progress) -> No
     with WorkDir.open(target, {"decompress": manifest.sha256}, resume=True) as work:
         restored, config = _restore(checkpoint, manifest)
         transform = restored or dense
-        writer.copy_shards(checkpoint, work, transform, bytes_progress(progress, checkpoint.weights_bytes))
+        writer.copy_shards(
+            checkpoint, work, transform, bytes_progress(progress, "writing weights", checkpoint.weights_bytes)
+        )
         writer.copy_side_files(checkpoint, work)
         config = {key: value for key, value in config.items() if key != "quantization_config"}
         if (base := base_section(checkpoint.config)) is not None:

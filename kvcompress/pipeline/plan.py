@@ -6,12 +6,14 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from kvcompress.checkpoint.completeness import check_complete
 from kvcompress.checkpoint.quantized import check_base, scales_of
 from kvcompress.checkpoint.reader import Checkpoint, refuse_compressed
 from kvcompress.codec.spec import CacheSpec, CodecSpec
 from kvcompress.geometry import ModelGeometry
 from kvcompress.methods.base import TrainedConfig
 from kvcompress.methods.registry import basis_of, encoding_of
+from kvcompress.model_config import CHANGING_ROPE, parse
 from kvcompress.pipeline import stages
 from kvcompress.recipe import Recipe
 
@@ -99,14 +101,17 @@ def make(
         ValueError: unsupported, already compressed or otherwise quantized model, or a recipe that does not fit it.
     """
     refuse_compressed(checkpoint)
+    base = ModelGeometry.from_config(checkpoint.config)
     if check_base(checkpoint):
         stages.refuse_quantized(recipe)
-    base = ModelGeometry.from_config(checkpoint.config)
+    check_complete(checkpoint)
     after = stages.outlines(recipe, stages.outline_of(checkpoint))
     geometry = ModelGeometry.from_config(after.config)
     if context < 1 or memory_bytes < 1:
         raise ValueError("context and memory must be positive")
     spec = _codec_spec(recipe, geometry)
+    if any(layer is not None for layer in spec.layers):
+        _refuse_changing_rope(recipe, parse(checkpoint.config).rope.kind)
     return Plan(
         model=model,
         recipe=recipe,
@@ -116,7 +121,7 @@ def make(
         compressed_weights_bytes=after.weights_bytes,
         base_bytes_per_token=base.kv_bytes_per_token(),
         peak_rss_bytes=max(
-            _peak_rss(checkpoint, recipe, geometry, calibration_tokens), _training_rss(checkpoint, recipe)
+            _peak_rss(checkpoint, recipe, geometry, calibration_tokens), _training_rss(checkpoint, recipe, base)
         ),
         context=context,
         memory_bytes=memory_bytes,
@@ -182,6 +187,20 @@ def _codec_spec(recipe: Recipe, geometry: ModelGeometry) -> CodecSpec:
     return CodecSpec(tuple(layers.get(index) for index in range(geometry.num_layers)))
 
 
+def _refuse_changing_rope(recipe: Recipe, kind: str) -> None:
+    if kind in CHANGING_ROPE:
+        stage = recipe.stage("basis") or recipe.stage("encoding")
+        assert stage is not None
+        raise recipe.locate(
+            stage,
+            ValueError(
+                f"the model's RoPE is of type {kind}, whose frequencies change with the text's length, and differently "
+                f"in transformers and vLLM; a codec of {stage.method} is fitted to keys of one length and would be "
+                "wrong at others; only stages that change weights can be used on this model"
+            ),
+        )
+
+
 def _peak_rss(checkpoint: Checkpoint, recipe: Recipe, geometry: ModelGeometry, calibration_tokens: int) -> int:
     """Runtime, the largest layer as it is loaded, the hidden states (in and out) and what the basis is fitted to."""
     layers: dict[str, int] = {}
@@ -198,15 +217,14 @@ def _peak_rss(checkpoint: Checkpoint, recipe: Recipe, geometry: ModelGeometry, c
     return _RUNTIME_BYTES + max(layers.values(), default=0) + hidden + fit
 
 
-def _training_rss(checkpoint: Checkpoint, recipe: Recipe) -> int:
+def _training_rss(checkpoint: Checkpoint, recipe: Recipe, geometry: ModelGeometry) -> int:
     """Runtime, whole models in float32, and activations: logits a few times over, and what a layer keeps."""
-    config = checkpoint.config
     parameters = sum(math.prod(info.shape) for info in checkpoint.tensors.values())
     peak = 0
     for stage in recipe.stages:
         if isinstance(stage, TrainedConfig):
             kept = _RECOMPUTED if stage.recompute else _KEPT
-            layers = kept * int(config["num_hidden_layers"]) * int(config["hidden_size"])
-            token = layers + _LOGITS * int(config["vocab_size"])
+            layers = kept * geometry.num_layers * geometry.hidden_size
+            token = layers + _LOGITS * geometry.vocab_size
             peak = max(peak, _RUNTIME_BYTES + 4 * (stage.whole_models * parameters + stage.tokens_at_a_time * token))
     return peak

@@ -86,7 +86,9 @@ def run(recipe: Recipe, checkpoint: Checkpoint, context_of: Callable[[Checkpoint
             final = method.final_outline(stage, outline_of(checkpoint), context)
             with WorkDir.open(out, {"stage": context.unit}, resume=True) as work:
                 total = sum(info.nbytes for info in checkpoint.tensors.values())
-                writer.copy_shards(checkpoint, work, transform, bytes_progress(context.progress, total))
+                writer.copy_shards(
+                    checkpoint, work, transform, bytes_progress(context.progress, "writing weights", total)
+                )
                 writer.copy_side_files(checkpoint, work)
                 writer.write_file(work, CONFIG_FILE, json_file.pretty(final.config))
                 work.publish()
@@ -99,13 +101,13 @@ def run(recipe: Recipe, checkpoint: Checkpoint, context_of: Callable[[Checkpoint
     return checkpoint
 
 
-def bytes_progress(progress: Progress, total: int) -> Callable[[int], None]:
-    """Adds up the counts that the writer reports, for a progress that wants how much is done."""
+def bytes_progress(progress: Progress, step: str, total: int) -> Callable[[int], None]:
+    """Adds up the counts that a reader or writer reports, for a progress that wants how much is done."""
     done = 0
 
     def advance(count: int) -> None:
         nonlocal done
         done += count
-        progress("writing weights", min(done, total), total)
+        progress(step, min(done, total), total)
 
     return advance

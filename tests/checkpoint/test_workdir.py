@@ -198,8 +198,31 @@ def test_names_cannot_leave_the_output(tmp_path: Path, name: str) -> None:
 
 def test_bad_input_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="rank 9 is too large"):
-        run(tmp_path / "new" / "out", put_a, failing(ValueError("rank 9 is too large")))
+        run(tmp_path / "new" / "out", failing(ValueError("rank 9 is too large")))
     assert names(tmp_path) == []
+
+
+def test_no_refusal_deletes_what_was_finished(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(
+        ValueError, match=r"layer 3 is not finite; what was finished is kept in .*out.partial"
+    ) as caught:
+        run(out, put_a, failing(ValueError("layer 3 is not finite")))
+    assert "--resume" in str(caught.value)
+    with WorkDir.open(out, INPUTS, resume=True) as work:
+        assert work.done("a")
+
+
+def test_a_refusal_within_a_stage_is_told_once(tmp_path: Path) -> None:
+    def stage(outer: WorkDir) -> None:
+        with WorkDir.open(outer.scratch("stage"), INPUTS) as inner:
+            put(inner, "b", b"b")
+            raise ValueError("no space")
+
+    with pytest.raises(ValueError, match="no space") as caught:
+        run(tmp_path / "out", put_a, stage)
+    assert str(caught.value).count("what was finished") == 1
+    assert f"{tmp_path / 'out'}.partial:" in str(caught.value)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("a bug"), OSError(errno.EIO, "disk")])
@@ -211,7 +234,7 @@ def test_other_errors_leave_the_folder_for_resume(tmp_path: Path, error: BaseExc
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_full_disk_is_one_sentence_and_leaves_nothing(
+def test_full_disk_is_one_sentence_and_keeps_what_was_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     def full(_: int) -> None:
@@ -219,7 +242,9 @@ def test_full_disk_is_one_sentence_and_leaves_nothing(
 
     with pytest.raises(ValueError, match=r"writing .*out failed: .*; free some space"):
         run(tmp_path / "new" / "out", put_a, lambda _: monkeypatch.setattr(os, "fsync", full), put_a)
-    assert names(tmp_path) == []
+    monkeypatch.undo()
+    with WorkDir.open(tmp_path / "new" / "out", INPUTS, resume=True) as work:
+        assert work.done("a")
 
 
 def test_full_disk_while_starting_is_a_value_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,7 +257,7 @@ def test_full_disk_while_starting_is_a_value_error(tmp_path: Path, monkeypatch: 
     assert names(tmp_path) == []
 
 
-def test_a_write_the_system_refuses_leaves_nothing(tmp_path: Path) -> None:
+def test_a_write_the_system_refuses_leaves_nothing_half_written(tmp_path: Path) -> None:
     """A real failing write, through the limit on file sizes."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -244,7 +269,8 @@ def test_a_write_the_system_refuses_leaves_nothing(tmp_path: Path) -> None:
             run(tmp_path / "out", put_a, limit, lambda work: put(work, "b", bytes(1_000_000)))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert names(tmp_path) == []
+    assert not (tmp_path / "out").exists()
+    assert not [path for path in tmp_path.rglob("*") if path.name.startswith(("b", ".b"))]
 
 
 def test_leftover_of_a_kill_after_the_rename_is_removed(tmp_path: Path) -> None:

@@ -275,7 +275,7 @@ def test_full_disk(run: Run, base_model: Path, recipe_file: Path, tmp_path: Path
 
 
 def test_file_size_limit(run: Run, base_model: Path, recipe_file: Path, tmp_path: Path) -> None:
-    """Space that runs out in the middle: one line, nothing left."""
+    """Space that runs out in the middle: one line, and nothing that was finished is lost."""
     out = tmp_path / "deep" / "out"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
@@ -285,7 +285,10 @@ def test_file_size_limit(run: Run, base_model: Path, recipe_file: Path, tmp_path
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert code == 2
     assert "space" in stderr.splitlines()[-1]
-    assert not out.parent.exists()
+    assert not out.exists()
+    code, _, _ = run("compress", base_model, "-r", recipe_file, "-o", out, "--samples", 2, "--length", 32, "--resume")
+    assert code == 0
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
 def test_eval_hands_ruler_its_tasks_lengths_template_and_files(

@@ -272,8 +272,9 @@ def test_what_does_not_fit_is_refused(text: str, words: str, base_model: Path) -
     ],
 )
 def test_weights_it_cannot_factor(tensors: dict[str, tuple[str, tuple[int, ...]]], words: str) -> None:
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 1}
     with pytest.raises(ValueError, match=words):
-        find(FwsvdConfig(targets=("q_proj",)).targets, Outline({"num_hidden_layers": 1}, tensors))
+        find(FwsvdConfig(targets=("q_proj",)).targets, Outline(config, tensors))
 
 
 def test_plan_needs_no_torch(base_model: Path, tmp_path: Path) -> None:

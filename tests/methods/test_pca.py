@@ -125,7 +125,7 @@ def test_same_statistics_same_bytes(sample) -> None:  # type: ignore[no-untyped-
 
 
 def test_ranks_are_shares_or_counts() -> None:
-    geometry = ModelGeometry("LlamaForCausalLM", 2, 128, 4, 2, 64, 1024, "bfloat16", (None, None))
+    geometry = ModelGeometry("LlamaForCausalLM", 2, 128, 4, 2, 64, 1024, 1000, (None, None))
     for given, expected in (({"k": 0.75, "v": 32}, (48, 32)), (1.0, (64, 64)), (0.01, (8, 8))):
         assert Pca().ranks(PcaConfig.model_validate({"method": "pca", "rank": given}), geometry) == expected
 

@@ -100,7 +100,7 @@ def test_bad_parameters(parameters: dict[str, Any]) -> None:
 
 
 def geometry(layers: int, head_dim: int) -> ModelGeometry:
-    return ModelGeometry("LlamaForCausalLM", layers, 256, 4, 2, head_dim, 1024, "bfloat16", (None,) * layers)
+    return ModelGeometry("LlamaForCausalLM", layers, 256, 4, 2, head_dim, 1024, 1000, (None,) * layers)
 
 
 def joint(target: float, profiles: list[Profile], head_dim: int = 64, **parameters: Any) -> list[SideSpec]:

@@ -66,10 +66,7 @@ def layers(geometry: ModelGeometry) -> list[tuple[Fitted, Fitted]]:
     """Every layer as it is, and with the massive token."""
     checkpoint = Checkpoint.open(MODEL)
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    vocabulary = int(checkpoint.config["vocab_size"])
-    calibration = corpus.build(
-        corpus.BUILTIN, tokenizer, SAMPLES, LENGTH, geometry.max_position_embeddings, 0, vocabulary
-    )
+    calibration = corpus.build(corpus.BUILTIN, tokenizer, SAMPLES, LENGTH, geometry.context, 0, geometry.vocab_size)
     runner, captured = LayerRunner(checkpoint, "cpu", torch.float32), []
     hidden_NTC = runner.embed(calibration)
     for index in range(geometry.num_layers):

@@ -20,7 +20,7 @@ from tests.calibration import xkv_probe
 from tests.pipeline.test_compress import tree_sha256
 
 OPTIONS = {"samples": 6, "length": 96}
-GEOMETRY = ModelGeometry("LlamaForCausalLM", 6, 128, 4, 2, 64, 1024, "bfloat16", (None,) * 6)
+GEOMETRY = ModelGeometry("LlamaForCausalLM", 6, 128, 4, 2, 64, 1024, 1000, (None,) * 6)
 
 
 def recipe(*stages: str) -> recipes.Recipe:
@@ -114,9 +114,9 @@ def test_prompt_form_counts_factors_per_request(base_model: Path) -> None:
         planning.make(Checkpoint.open(base_model), stages, str(base_model), context=context).to_json()["context"]
         for context in (1000, 2000)
     )
-    # Four layers of 2 x 32 channels in float32; factors of the group: tokens x 4 r in common, 4 r x 64 per layer.
-    assert short["compressed_bytes"] == 4 * (1000 * 4 * (32 + 16) + 4 * 4 * (32 + 16) * 64)
-    assert long["compressed_bytes"] - short["compressed_bytes"] == 1000 * 4 * 4 * (32 + 16)
+    # Four layers of 2 x 32 channels in 16 bits; factors of the group: tokens x 4 r in common, 4 r x 64 per layer.
+    assert short["compressed_bytes"] == 2 * (1000 * 4 * (32 + 16) + 4 * 4 * (32 + 16) * 64)
+    assert long["compressed_bytes"] - short["compressed_bytes"] == 1000 * 2 * 4 * (32 + 16)
 
 
 def test_interrupted_and_resumed_gives_the_same_bytes(base_model: Path, tmp_path: Path) -> None:

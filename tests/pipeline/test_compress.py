@@ -50,7 +50,7 @@ def compressed(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def test_output_is_complete_and_verifies(compressed: Path, base_model: Path) -> None:
     assert verify(compressed).ok
     manifest = Manifest.load(compressed)
-    assert manifest.bytes_per_token.ratio == pytest.approx(4 * 2 * 2 * 32 * 4 / (4 * 2 * (18 + 10)), rel=1e-4)
+    assert manifest.bytes_per_token.ratio == pytest.approx(4 * 2 * 2 * 32 * 2 / (4 * 2 * (18 + 10)), rel=1e-4)
     assert [stage["method"] for stage in manifest.stages] == ["pca", "scalar"]
     assert all(0 < layer["relative_error"] < 1 for layer in manifest.layers)
     assert (compressed / "model.safetensors").read_bytes() == (base_model / "model.safetensors").read_bytes()
