@@ -192,7 +192,7 @@ def _is_lines(file: BinaryIO) -> bool:
 
 def _refuse_rows(file: BinaryIO, source: str) -> None:
     """A file that is evidently JSON under another name must not be calibrated on as raw text."""
-    first = next((raw for raw in file if raw.strip()), b"")
+    first = next((raw for raw in file if raw.strip(b"\xef\xbb\xbf \t\r\n")), b"")
     whole = first.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"[", b"{") and _small_json(file)
     file.seek(0)
     if _container(first) or whole:

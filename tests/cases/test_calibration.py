@@ -135,7 +135,7 @@ def test_long_files_are_thinned_evenly(model: Path, tmp_path: Path, monkeypatch:
         ("a", json.dumps(ROWS), ["holds JSON", ".jsonl"]),
         ("a.log", b"\xef\xbb\xbf\n" + json.dumps(ROWS, indent=1).encode(), ["holds JSON"]),
         ("a.jsonl.bak", LINES, ["holds JSON"]),
-        ("a.jsonl", json.dumps(ROWS, indent=1), ["line 1", "a row a line", ".json"]),
+        ("a.jsonl", json.dumps(ROWS, indent=1), ["line 1", "one row a line", ".json"]),
         ("a.jsonl", LINES + "\n{", ["line 7", "not JSON"]),
         ("a.jsonl", "[" * 200_000, ["line 1", "nested too deeply"]),
         ("a.json", "[" * 200_000, ["nested too deeply"]),
@@ -190,7 +190,7 @@ def test_a_negative_seed_is_refused(compress: Any) -> None:
 # Tokenizers
 
 
-def damaged(model: Path, **changes: Any) -> None:
+def damaged(model: Path, /, **changes: Any) -> None:
     edit_json(model / "tokenizer.json", **changes)
 
 
