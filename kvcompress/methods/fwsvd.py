@@ -148,7 +148,11 @@ class _Run:
             return errors
         # Row importance adds up over outputs what one weight's Fisher information is the mean of; and errors of
         # weights or outputs say nothing of the loss, so there each matrix's own size is the measure.
-        errors /= linear.shape.out_features if self.config.weighting == "fisher" else energy.sum().clamp_min(torch.finfo(torch.float64).tiny)
+        errors /= (
+            linear.shape.out_features
+            if self.config.weighting == "fisher"
+            else energy.sum().clamp_min(torch.finfo(torch.float64).tiny)
+        )
         return errors
 
     def _sides(self, linear: Linear, inputs: InputMoments | None) -> tuple[Tensor | None, Tensor | None]:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kvcompress import recipe as recipes
+from kvcompress.checkpoint.verify import accept
 from kvcompress.methods import registry
 from kvcompress.pipeline import compress as compressing
 from kvcompress.pipeline import decompress
@@ -128,3 +129,19 @@ def test_a_model_loaded_before_the_import_is_refused(tmp_path: Path) -> None:
     out = compressed(model(tmp_path / "base"), tmp_path / "out", FACTORS + CODEC)
     found = in_a_new_process(SNIPPET.format(first=TRANSFORMERS, second=KVCOMPRESS), out)
     assert "import kvcompress.serving.transformers before from_pretrained" in found.stderr
+
+
+def test_a_server_minds_the_model_and_not_its_card(tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    from kvcompress.serving.vllm.startup import check_files
+
+    out = compressed(model(tmp_path / "base"), tmp_path / "out")
+    (out / "README.md").write_text("an edited card")
+    (out / "LICENSE").write_text("added")
+    (out / "eval.json").write_text("{}")
+    check_files(out)
+    (out / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer_config.json: .* verify .* --accept tokenizer_config.json"):
+        check_files(out)
+    accept(out, ["tokenizer_config.json"])
+    check_files(out)
