@@ -132,7 +132,7 @@ def relative_error(x_THD: Tensor, decoded_THD: Tensor) -> Tensor:
 def sketch_difference(x_THD: Tensor, expected_HP: Tensor) -> float:
     """How far states are from those that a sketch was made of, relative to these."""
     smallest = SMALLEST * x_THD[:, :, 0].numel() ** 0.5  # of what the sketch is random projections of
-    expected = max(float(expected_HP.norm()), smallest * (x_THD.shape[2] * DIRECTIONS) ** 0.5)
+    expected: float = max(float(expected_HP.norm()), smallest * (x_THD.shape[2] * DIRECTIONS) ** 0.5)
     return float((sketch(x_THD) - expected_HP).norm()) / expected
 
 
