@@ -48,6 +48,7 @@ class LayerRunner:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
             replace_linears(model, ranks_of(checkpoint.config))
         self.model = model.model
+        self._index = 0
         for module in self.model.layers.modules():
             if isinstance(module, nn.Linear | LowRankLinear):
                 module.forward = partial(stored_linear, module)  # type: ignore[method-assign]
@@ -80,6 +81,7 @@ class LayerRunner:
             ValueError: the checkpoint lacks one of its tensors.
         """
         layer: nn.Module = self.model.layers[index]
+        self._index = index
         prefix = f"model.layers.{index}."
         state = {}
         for name, parameter in layer.state_dict().items():
@@ -89,7 +91,7 @@ class LayerRunner:
                     f"{prefix}{name} has shape {tuple(tensor.shape)}; config.json asks for {tuple(parameter.shape)}"
                 )
             require_finite_weight(prefix + name, tensor)
-            # Vectors (biases, norms) meet activations one by one, without a product that casts them.
+            # Norms multiply activations without a product that casts: in another dtype they would give it to them.
             state[name] = tensor.to(self.device, self.dtype if tensor.ndim == 1 else tensor.dtype)
         layer.load_state_dict(state, assign=True)
         layer.eval().requires_grad_(False)
@@ -113,8 +115,7 @@ class LayerRunner:
         """
         output_TC = self._run(layer, hidden_TC, offset, collect)
         if not is_finite(output_TC):
-            index = int(layer.self_attn.layer_idx)  # type: ignore[union-attr, arg-type]
-            refuse_overflow(layer, index, self.dtype, lambda: self._run(layer, hidden_TC, offset, None))
+            refuse_overflow(layer, self._index, self.dtype, lambda: self._run(layer, hidden_TC, offset, None))
         return output_TC
 
     def backward(self, layer: nn.Module, hidden_TC: Tensor, offset: int, gradient_TC: Tensor) -> Tensor:
@@ -164,6 +165,7 @@ def stored_linear(linear: nn.Linear | LowRankLinear, x: Tensor) -> Tensor:
 
 
 def _stored_product(weight_OI: Tensor, bias_O: Tensor | None, x: Tensor) -> Tensor:
+    bias_O = None if bias_O is None else bias_O.to(x.dtype)
     if weight_OI.dtype == x.dtype:
         return nn.functional.linear(x, weight_OI, bias_O)
     output = x.new_empty(*x.shape[:-1], weight_OI.shape[0])
