@@ -92,7 +92,9 @@ FAMILIES = {
 }
 SUPPORTED_ARCHITECTURES = tuple(name for name in FAMILIES if name != LATENT_ARCHITECTURE)
 
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+MOST_LAYERS = 4096
+"""More than any model has; lists of as many entries as a damaged file says would fill the memory."""
 SLIDING = "sliding_attention"
 
 CHANGING_ROPE = ("dynamic", "longrope")
@@ -127,7 +129,7 @@ class DecoderConfig(BaseModel):
     vocab_size: Count
     hidden_size: Count
     intermediate_size: Count
-    num_hidden_layers: Count
+    num_hidden_layers: Annotated[int, Field(ge=1, le=MOST_LAYERS)]
     num_attention_heads: Count
     num_key_value_heads: Count
     head_dim: Count

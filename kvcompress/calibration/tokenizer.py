@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import tempfile
@@ -12,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 MAX_REASON = 200
+TOKENIZER_FILE = "tokenizer.json"
+MOST_IDS = 2**24
+"""Far more than any vocabulary has."""
 
 _ALONE = threading.RLock()
 
@@ -27,6 +31,7 @@ def load(model: str | Path) -> Any:
     """
     from transformers import AutoTokenizer
 
+    _check_ids(Path(model) / TOKENIZER_FILE)
     advice = "get its files again, or install what the library asks for; no code of the checkpoint is run"
     with one_sentence(f"{model} has no tokenizer that transformers can read", advice):
         tokenizer: Any = AutoTokenizer.from_pretrained(str(model), trust_remote_code=False)
@@ -34,6 +39,21 @@ def load(model: str | Path) -> Any:
     if not words:
         raise ValueError(f"the tokenizer of {model} has an empty vocabulary; get its files again")
     return tokenizer
+
+
+def _check_ids(path: Path) -> None:
+    """Refuse token ids for which the Rust library would make a table larger than memory, which ends the process."""
+    try:
+        found = json.loads(path.read_bytes())
+        model = found.get("model") or {}
+        vocab, added = model.get("vocab") or {}, found.get("added_tokens") or []
+        ids = [*vocab.values()] if isinstance(vocab, dict) else []
+        ids += [token.get("id") for token in added if isinstance(token, dict)]
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
+        return  # the library says what is wrong
+    largest = max((number for number in ids if isinstance(number, int)), default=0)
+    if largest > MOST_IDS:
+        raise ValueError(f"{path} has a token with id {largest}; expected ids below {MOST_IDS:,}; get the file again")
 
 
 def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:

@@ -15,10 +15,11 @@ def parse_object(raw: bytes, where: str) -> dict[str, Any]:
     """Parse UTF-8 JSON that must be an object.
 
     Raises:
-        ValueError: not UTF-8, not JSON, nested too deeply, a key given twice, or not an object.
+        ValueError: not UTF-8, not JSON (which has no NaN and no Infinity), nested too deeply, a key given twice, or
+            not an object.
     """
     try:
-        parsed = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
+        parsed = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_number)
     except RecursionError as error:
         raise ValueError(f"{where} is not usable JSON: nested too deeply") from error
     except ValueError as error:
@@ -49,6 +50,10 @@ def compact(value: Any) -> bytes:
 def pretty(value: Any) -> bytes:
     """Indented JSON with a final newline, keys in the order given; what we publish."""
     return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is not a number of JSON")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
