@@ -83,6 +83,13 @@ class LatentBasis:
         largest_H1 = deviation_HR.amax(-1, keepdim=True)
         return deviation_HR.maximum(_SCALE_FLOOR * largest_H1).where(largest_H1 > 0, 1.0)
 
+    @property
+    def moved_H11(self) -> Tensor:
+        """1 for heads whose states have moved. One that never has is its mean exactly: its latents, whose codes are
+        never 0, are to add nothing.
+        """
+        return (self.variance_HR > 0).any(-1)[:, None, None].float()
+
     def weight(self, moment_HDD: Tensor, sensitivity_H: Tensor) -> float:
         """Squared error in the layer's output, relative to the residual stream, per unit of latent variance lost.
 
@@ -99,9 +106,7 @@ class LatentBasis:
         from kvcompress.codec.layer import SideCodec
 
         kept = self.cut(spec.rank)
-        # A head whose states never moved is its mean exactly: a code, which is never 0, adds nothing to it.
-        moved_H11 = (self.variance_HR > 0).any(-1)[:, None, None]
-        return SideCodec(spec, kept.mean_HD, kept.basis_HDR, kept.inverse_HRD * moved_H11, scale_HR)
+        return SideCodec(spec, kept.mean_HD, kept.basis_HDR, kept.inverse_HRD * self.moved_H11, scale_HR)
 
 
 @dataclass(frozen=True)

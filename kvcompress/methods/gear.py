@@ -96,4 +96,4 @@ def _side_codec(spec: BlockSide, basis: LatentBasis) -> BlockSideCodec:
     from kvcompress.codec.gear import BlockSideCodec
 
     kept = basis.cut(spec.rank)
-    return BlockSideCodec(spec, kept.mean_HD, kept.basis_HDR, kept.inverse_HRD, kept.scale_HR())
+    return BlockSideCodec(spec, kept.mean_HD, kept.basis_HDR, kept.inverse_HRD * basis.moved_H11, kept.scale_HR())

@@ -18,7 +18,7 @@ from kvcompress.pipeline import compress as compressing
 from kvcompress.pipeline import decompress
 from kvcompress.serving.transformers import CompressedCache
 from tests import quantize, tiny
-from tests.e2e import vllm_engine
+from tests.e2e import reference, vllm_engine
 
 CODEC = "  - {method: pca}\n  - {method: scalar, bits: {k: 8, v: 8}}\n"
 FACTORS = "  - {method: fwsvd, weighting: activation, ranks: uniform, removed: 0.3, targets: [q_proj, down_proj]}\n"
@@ -145,3 +145,19 @@ def test_a_server_minds_the_model_and_not_its_card(tmp_path: Path) -> None:
         check_files(out)
     accept(out, ["tokenizer_config.json"])
     check_files(out)
+
+
+@pytest.mark.e2e
+def test_a_layer_that_carries_nothing_is_served_without_alarm(tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    base = model(tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    for part in ("k_proj", "v_proj"):
+        tensors[f"model.layers.1.self_attn.{part}.weight"].zero_()
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    out = compressed(base, tmp_path / "out", "  - {method: pca}\n  - {method: scalar, bits: {k: 4, v: 16}}\n")
+    prompts, expected = reference.greedy(out, [5, 40, 130], 48)
+    served = vllm_engine.run(out, prompts, max_tokens=48)
+    assert served["tokens"] == [expected]
+    assert "start-up canary passed in 2 layers" in served["log"]
+    assert served["kvcompress"]["kvcompress_sentinel_failures_total"] == 0

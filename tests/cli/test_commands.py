@@ -119,6 +119,26 @@ def test_verify_names_the_tensor_with_exit_code_1(run: Run, compressed: Path, tm
     assert len(stderr.strip().splitlines()) == 1
 
 
+def test_verify_tells_of_documents_and_records_an_accepted_edit(run: Run, compressed: Path, tmp_path: Path) -> None:
+    edited = tmp_path / "edited"
+    shutil.copytree(compressed, edited)
+    (edited / "README.md").write_text("a better card")
+    code, stdout, _ = run("verify", edited)
+    assert code == 0
+    assert "changed, not part of the model: README.md" in stdout
+    (edited / "generation_config.json").write_text("{}")
+    code, _, stderr = run("verify", edited)
+    assert code == 1
+    assert "--accept generation_config.json" in stderr
+    code, stdout, _ = run("verify", edited, "--accept", "generation_config.json")
+    assert code == 0
+    assert "accepted: generation_config.json" in stdout
+    assert run("verify", edited)[0] == 0
+    code, _, stderr = run("verify", edited, "--accept", "config.json")
+    assert code == 2
+    assert "config.json is part of the compressed model" in stderr
+
+
 def _pickle_only(base: Path) -> None:
     (base / "model.safetensors").unlink()
     (base / "pytorch_model.bin").write_bytes(b"\x80\x04")

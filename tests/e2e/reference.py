@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from kvcompress.serving.transformers import CompressedCache, prepare
 from tests import tiny
+from tests.e2e import adapter
 
 MARGIN = 0.005
 """Required lead of the best logit over the second, in standard deviations of all logits.
@@ -26,7 +27,13 @@ LONG = 8000
 
 
 def greedy(
-    model_dir: Path, lengths: Sequence[int], tokens: int = 64, seed: int = 0, margin: float = MARGIN, **less: Any
+    model_dir: Path,
+    lengths: Sequence[int],
+    tokens: int = 64,
+    seed: int = 0,
+    margin: float = MARGIN,
+    lora: Path | None = None,
+    **less: Any,
 ) -> tuple[list, list]:
     """Prompts of the given lengths and what the transformers path generates after each.
 
@@ -35,6 +42,8 @@ def greedy(
     """
     model = tiny.load_model(model_dir)
     limit_windows(model)
+    if lora is not None:
+        adapter.attach(model, lora)
     compressed = hasattr(model.config, "quantization_config")
     prompts, generated = [], []
     for length in lengths:

@@ -159,6 +159,13 @@ def _check_smaller(case: Case, feature: str) -> None:
     assert cut < whole
 
 
+def test_lora(case: Case) -> None:
+    """one engine answers with an adapter and without, in both cases with the transformers path's tokens."""
+    served, expected = case.adapted()
+    assert served == expected
+    assert served[0] != served[1]
+
+
 def test_refused(
     case: Case, feature: str, record_property: Callable[[str, Any], None], request: pytest.FixtureRequest
 ) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from vllm.version import __version__ as vllm_version
@@ -271,7 +272,9 @@ def run_model(runner: Any, config: VllmConfig, tokens_T: Tensor) -> None:
         received = IntermediateTensors(stage.recv_tensor_dict(all_gather_group=get_tp_group()))
     positions_T = torch.arange(tokens_T.shape[0], device=tokens_T.device)
     context = set_forward_context(None, config, num_tokens=tokens_T.shape[0], slot_mapping={}, skip_compiled=True)
-    with torch.inference_mode(), context:
+    # Layers that could add a LoRA adapter look up which one every token has: none.
+    no_adapter = runner.maybe_select_dummy_loras(config.lora_config, np.array([tokens_T.shape[0]], dtype=np.int32))
+    with torch.inference_mode(), no_adapter, context:
         output = runner.get_model()(input_ids=tokens_T, positions=positions_T, intermediate_tensors=received)
     if not stage.is_last_rank:
         stage.send_tensor_dict(output.tensors, all_gather_group=get_tp_group())

@@ -111,6 +111,7 @@ class LowRankLinearMethod(compat.LinearMethodBase):  # type: ignore[misc]
 
     def process_weights_after_loading(self, layer: Any) -> None:
         self._require_all()
+        device = getattr(layer, DOWN).device
         inputs = getattr(layer, DOWN).numel() // sum(part.rank or 0 for part in self.parts)
         layer.down = self._packed(getattr(layer, DOWN).data.view(-1, inputs))
         ups = [part for part in self.parts if part.rank]
@@ -125,6 +126,8 @@ class LowRankLinearMethod(compat.LinearMethodBase):  # type: ignore[misc]
             weight = layer.weight.data.view(-1, inputs)
             delattr(layer, "weight")
             layer.rest = self._packed(weight)
+        # vLLM puts the tensors of a LoRA adapter on the device of a layer's weight.
+        layer.register_buffer("weight", torch.empty(0, device=device), persistent=False)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         latents = iter(self._product(layer.down, x).split([part.rank for part in self.parts if part.rank], dim=-1))

@@ -126,7 +126,6 @@ class KVCompressMLAForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
 
     hf_to_vllm_mapper = _MAPPER
     packed_modules_mapping: ClassVar[dict[str, list[str]]] = {"gate_up_proj": ["gate_proj", "up_proj"]}
-    supports_lora = False
 
     def __init__(self, *, vllm_config: compat.VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kvcompress.codec import scalar
+from kvcompress.codec.forms import CacheCodec
 from kvcompress.codec.gear import BlockCodec
 from kvcompress.codec.layer import LayerCodec
 from kvcompress.codec.shared import SharedCodec
@@ -139,14 +140,22 @@ class _Verdict:
 def is_sound(served: Served, block_1: Tensor) -> Tensor:
     """Whether one page of a layer decodes to values in range, bool `[]` on the page's device.
 
-    A token of nothing but zeros is out of range, too: no encoder leaves one, and memory that was cleared has them.
+    A token of nothing but zeros is out of range, too: no encoder leaves one, and memory that was cleared has them. Only
+    a side that carries nothing, as in a layer that a merge has switched off, may be zeros.
     """
-    sides = _decoded(served, block_1)
     sound = [
-        torch.isfinite(side_TX).all() & (side_TX.abs() <= LARGEST).all() & (side_TX != 0).any(-1).all()
-        for side_TX in sides
+        torch.isfinite(side_TX).all() & (side_TX.abs() <= LARGEST).all() & ((side_TX != 0).any(-1).all() | silent)
+        for side_TX, silent in zip(_decoded(served, block_1), _silent(served.codec), strict=True)
     ]
     return torch.stack(sound).all()
+
+
+def _silent(codec: CacheCodec | None) -> list[bool]:
+    """Of the sides that `_decoded` gives: whether all of their latents stand for nothing."""
+    if codec is None:
+        return [False]
+    sides: Any = codec
+    return [not bool(side.inverse_HRD.any()) for side in (sides.k, sides.v)]
 
 
 def _decoded(served: Served, block_1: Tensor) -> list[Tensor]:

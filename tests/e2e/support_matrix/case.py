@@ -10,7 +10,7 @@ from typing import Any
 
 from kvcompress.serving.loading import KV_BITS, KV_RANK
 from tests import tiny
-from tests.e2e import http_server, reference, vllm_engine
+from tests.e2e import adapter, http_server, reference, vllm_engine
 from tests.e2e.support_matrix import bench, pressed
 from tests.e2e.support_matrix.methods import METHODS, WINDOW
 
@@ -99,6 +99,15 @@ class Case:
         """The model with less of its codec, served, and the transformers path's tokens."""
         prompts, expected = reference.greedy(self.model, LENGTHS[-FEW:], SHORT, **ELASTIC[feature])
         return vllm_engine.run(self.model, prompts, prompts, max_tokens=SHORT, env=_environment(feature)), expected
+
+    def adapted(self) -> tuple[list[list[list[int]]], list[list[list[int]]]]:
+        """Served without a LoRA adapter and with one, in one engine, and the transformers path's tokens likewise."""
+        lora = adapter.save(tiny.load_model(self.model), self.folder / "lora")
+        expected = [reference.greedy(self.model, LENGTHS[-FEW:], SHORT, lora=given) for given in (None, lora)]
+        options = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8, "additional_config": {"adapter": str(lora)}}
+        passes = [prompts for prompts, _ in expected]
+        served = vllm_engine.run(self.model, *passes, max_tokens=SHORT, serve=adapter.serve, **options)
+        return served["tokens"], [tokens for _, tokens in expected]
 
     def refusal(self, feature: str) -> str:
         """What is printed when a feature is asked for."""

@@ -19,6 +19,7 @@ FEATURES = {
     "sliding_window": "sliding-window layers beside compressed ones",
     "elastic_rank": "a smaller rank at start (`--kv-rank`)",
     "elastic_bits": "fewer bits at start (`--kv-bits`)",
+    "lora": "LoRA adapters",
     "sleep": "sleep and wake",
 }
 
