@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,8 +26,11 @@ from .rows import ELEMENT_BYTES, Row
 RECIPES = Path(__file__).resolve().parents[2] / "examples" / "recipes"
 
 
-def compressed(base: Path, recipe: str, work: Path) -> Path:
+def compressed(base: Path, recipe: str, work: Path, options: Sequence[str] = ()) -> Path:
     """The checkpoint of an example recipe, or of a recipe file, in `work`; made if it is not there.
+
+    Args:
+        options: more words for the command line.
 
     Raises:
         ValueError: no such recipe, or the command failed.
@@ -37,7 +41,7 @@ def compressed(base: Path, recipe: str, work: Path) -> Path:
         raise ValueError(f"no recipe {recipe}; expected one of {names}, a .yaml file or a compressed checkpoint")
     out = work / path.stem
     if not out.is_dir():
-        words = ["compress", str(base), "--recipe", str(path), "--out", str(out), "--resume"]
+        words = ["compress", str(base), "--recipe", str(path), "--out", str(out), "--resume", *options]
         print(f"$ kvcompress {' '.join(words)}", flush=True)
         if subprocess.run([sys.executable, "-m", "kvcompress_cli", *words], env=os.environ, check=False).returncode:
             raise ValueError(f"kvcompress compress failed for {path}; its message is above")

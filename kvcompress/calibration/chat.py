@@ -78,7 +78,7 @@ class Dialogues:
         self.note: str | None = None
         if not has_template(tokenizer):
             self._forms = []
-            self.note = "the model has no chat template: dialogue is calibrated on as plain text"
+            self.note = "taking dialogue as plain text, because the model has no chat template"
 
     def render(self, messages: Sequence[Message]) -> str:
         while self._forms:
@@ -95,7 +95,7 @@ class Dialogues:
                 self._forms = self._forms[1:]
             self._forms = self._forms[1:]
             form = "without system messages" if self._forms else "as plain text"
-            self.note = f"dialogue is calibrated on {form}, because the chat template cannot have it whole ({why})"
+            self.note = f"taking dialogue {form}, because the chat template cannot have it whole ({why})"
         return plain(messages)
 
 

@@ -340,7 +340,7 @@ def test_templates_that_fail(
     check_refusal(*compress(write(tmp_path / "a.jsonl", HELLO)), "a.jsonl line 1", "chat template", words)
     code, stderr = compress()
     assert code == 0
-    assert [line for line in stderr.splitlines() if "dialogue is calibrated on as plain text" in line]
+    assert [line for line in stderr.splitlines() if "taking dialogue as plain text" in line]
 
 
 @pytest.mark.parametrize("template", [5, {"tool_use": "x"}, [{"name": "rag", "template": "x"}], ["x"], {"default": 5}])
