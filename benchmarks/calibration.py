@@ -40,6 +40,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sources", nargs="+", default=["builtin", "self"], help="of --calibration, or NAME=SOURCE")
     parser.add_argument("--recipe", default="balanced", help="an example or a .yaml file")
     parser.add_argument("--seed", type=int, default=0, help="of the calibration samples")
+    parser.add_argument("--samples", type=int, default=32, help="calibration samples")
     parser.add_argument("--windows", default="1024:3:code,prose,technical", help="TOKENS:COUNT[:KIND,KIND]")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "calibration", help="folder for checkpoints")
     parser.add_argument("--machine", default="cpu", help="short name of the machine for the file's name")
@@ -52,9 +53,9 @@ def run(args: argparse.Namespace) -> None:
     folders: dict[str, Path] = {}
     for words in args.sources:
         name, _, source = words.rpartition("=")
-        options = ["--calibration", source, "--seed", str(args.seed)]
+        options = ["--calibration", source, "--seed", str(args.seed), "--samples", str(args.samples)]
         name = name or source
-        folders[name] = compressed(args.model, args.recipe, args.work / f"{name}-{args.seed}", options)
+        folders[name] = compressed(args.model, args.recipe, args.work / f"{name}-{args.seed}-{args.samples}", options)
     model = load(args.model)
     rows = [our_row(name, folder, model) for name, folder in folders.items()]
     out = ROOT / "benchmarks" / "results" / f"{datetime.date.today()}-{args.machine}-calibration.json"
@@ -65,6 +66,7 @@ def run(args: argparse.Namespace) -> None:
         "recipe": Path(args.recipe).stem,
         "windows": args.windows,
         "seed": args.seed,
+        "samples": args.samples,
         "environment": environment(),
         "sources": {name: by_kind(found, name) for name in folders},
     }
