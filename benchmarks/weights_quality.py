@@ -24,11 +24,11 @@ from cpu_decode import RESULTS, machine, machine_name
 from publish import weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import kvcompress.serving.transformers  # noqa: F401  # so that transformers reads compressed checkpoints
 from kvcompress import recipe as recipes
 from kvcompress.checkpoint.manifest import Manifest
 from kvcompress.methods import registry
 from kvcompress.pipeline.compress import Options, compress
-from kvcompress.serving.transformers import register
 
 MODEL = Path(__file__).parents[1] / "assets" / "reference-model"
 WEIGHTINGS = ("none", "fisher", "activation", "fisher+activation")
@@ -47,7 +47,6 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     transformers.utils.logging.disable_progress_bar()
-    register()
     ids = AutoTokenizer.from_pretrained(MODEL)(
         (MODEL / "heldout.txt").read_text(encoding="utf-8"), add_special_tokens=False, verbose=False
     )["input_ids"][: args.tokens]

@@ -258,23 +258,35 @@ def _head_dim(whole: Mapping[str, Any]) -> Any:
     return hidden // heads
 
 
-def _rope(whole: Mapping[str, Any], architecture: str) -> Rope:
-    """Rotary embedding from `rope_parameters` or, as older files have it, `rope_scaling` and `rope_theta`."""
+def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json says of rotary embedding, in today's keys: `rope_type`, `rope_theta` and those of the type.
+
+    Older files have `rope_scaling` and `rope_theta` apart; where both are there, transformers takes `rope_scaling`.
+
+    Raises:
+        ValueError: it is no object.
+    """
     for key in ("rope_parameters", "rope_scaling"):
-        if whole.get(key) is not None and not isinstance(whole[key], Mapping):
-            raise ValueError(f"config.json has {key} {whole[key]!r}; expected an object or null")
-    given: dict[str, Any] = {**(whole.get("rope_scaling") or {}), **(whole.get("rope_parameters") or {})}
+        if config.get(key) is not None and not isinstance(config[key], Mapping):
+            raise ValueError(f"config.json has {key} {config[key]!r}; expected an object or null")
+    given = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    outside = {key: config[key] for key in ("rope_theta", "partial_rotary_factor") if config.get(key) is not None}
+    return {"rope_theta": 10000.0, "rope_type": given.get("type", "default"), **outside, **given}
+
+
+def _rope(whole: Mapping[str, Any], architecture: str) -> Rope:
+    given = rope_parameters(whole)
     nested = next((key for key, value in given.items() if isinstance(value, Mapping)), None)
     if nested is not None:
         raise ValueError(
             f"config.json has RoPE of its own for {nested}; a {architecture} has one for all layers: give its keys in "
             "rope_parameters"
         )
-    kind = given.get("rope_type", given.get("type", "default"))
+    kind = given["rope_type"]
     if kind not in _ROPE_NUMBERS:
         old = "; su is the old name of longrope, which transformers no longer reads" if kind == "su" else ""
         raise ValueError(f"config.json has RoPE of type {kind!r}; expected one of {', '.join(_ROPE_NUMBERS)}{old}")
-    partial = given.get("partial_rotary_factor", whole.get("partial_rotary_factor"))
+    partial = given.get("partial_rotary_factor")
     if partial not in (None, 1.0):
         raise ValueError(
             f"config.json has partial_rotary_factor {partial!r}, which transformers and vLLM take to mean different "
@@ -285,10 +297,9 @@ def _rope(whole: Mapping[str, Any], architecture: str) -> Rope:
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 2**62:
             found = "no" if key not in given else f"{value!r} as"
             raise ValueError(f"config.json has {found} {key} of its {kind} RoPE; expected a number above 0")
-    theta = given.get("rope_theta", whole.get("rope_theta"))
     factor = given["factor"] if "factor" in _ROPE_NUMBERS[kind] else 1.0
     try:
-        return Rope(kind=kind, theta=10000.0 if theta is None else theta, factor=factor)
+        return Rope(kind=kind, theta=given["rope_theta"], factor=factor)
     except ValidationError as error:
         raise ValueError(_sentence(error, {"theta": "rope_theta"})) from None
 

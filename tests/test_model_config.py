@@ -162,3 +162,23 @@ def test_older_spellings() -> None:
     assert isinstance(found, DecoderConfig)
     assert (found.dtype, found.rope.theta, found.rope.kind) == ("float16", 5e5, "default")
     assert completed(older)["mlp_bias"] is False
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 5e5},
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "default"}},
+        {"rope_scaling": None, "rope_parameters": {"rope_type": "default", "rope_theta": 3e4}, "rope_theta": 5e5},
+        {"rope_scaling": {}, "rope_theta": 5e5},
+    ],
+)
+def test_rope_is_read_as_transformers_reads_it(rope: dict[str, Any]) -> None:
+    config = named("LlamaForCausalLM", **SMALL, **rope)
+    found, stock = parse(config).rope, theirs(config).rope_parameters
+    assert (found.kind, found.theta, found.factor) == (
+        stock["rope_type"],
+        stock["rope_theta"],
+        stock.get("factor", 1.0),
+    )

@@ -17,6 +17,7 @@ import torch
 import transformers
 from torch import Tensor
 
+import kvcompress.serving.transformers  # noqa: F401  # so that transformers reads compressed checkpoints
 from kvcompress.checkpoint.manifest import (
     MANIFEST_FILE,
     BytesPerToken,
@@ -33,7 +34,6 @@ from kvcompress.codec.forms import to_tensors
 from kvcompress.codec.layer import LayerCodec, SideCodec
 from kvcompress.codec.spec import Band, CodecSpec, LayerSpec, SideSpec
 from kvcompress.serving.loading import CONFIG_VERSION
-from kvcompress.serving.transformers import register
 
 ARCHITECTURES = ("Llama", "Qwen2", "Qwen3", "Mistral")
 NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, VOCABULARY = 4, 4, 2, 32, 128
@@ -68,7 +68,6 @@ def save_model(directory: Path, architecture: str = "Llama", seed: int | None = 
 
 
 def load_model(directory: Path) -> Any:
-    register()
     return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kvcompress.calibration.corpus import Calibration
+from kvcompress.calibration.finite import is_finite, refuse_overflow, require_finite_weight
 from kvcompress.checkpoint.quantized import read_weight
 from kvcompress.checkpoint.reader import Checkpoint
 from kvcompress.checkpoint.rows import read_rows
@@ -25,6 +26,7 @@ Collector = Callable[[Tensor, Tensor, Tensor, float], None]
 """Called with post-RoPE query_BHTD, key_BHTD, value_BHTD and the softmax scale."""
 
 _ATTENTION = "kvcompress_capture"
+_EMBEDDING = "model.embed_tokens.weight"
 
 _CAST_BYTES = 4 << 20
 """Weights cast to the computing dtype at a time."""
@@ -45,6 +47,7 @@ class LayerRunner:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
             replace_linears(model, ranks_of(checkpoint.config))
         self.model = model.model
+        self._index = 0
         for module in self.model.layers.modules():
             if isinstance(module, nn.Linear | LowRankLinear):
                 module.forward = partial(stored_linear, module)  # type: ignore[method-assign]
@@ -55,8 +58,16 @@ class LayerRunner:
         """Hidden states before the first layer, `[samples, length, hidden]`. Reads only the rows that occur."""
         tokens_NT = torch.from_numpy(calibration.tokens_NT)
         used, inverse = tokens_NT.unique(return_inverse=True)
-        rows = read_rows(self.checkpoint, "model.embed_tokens.weight", used)
-        return rows.to(self.device, self.dtype)[inverse.to(self.device)]
+        rows_UC = read_rows(self.checkpoint, _EMBEDDING, used)
+        cast_UC = rows_UC.to(self.device, self.dtype)
+        for number, stored_C, cast_C in zip(used.tolist(), rows_UC, cast_UC, strict=True):
+            require_finite_weight(_EMBEDDING, stored_C, number)
+            if not is_finite(cast_C):
+                raise ValueError(
+                    f"{_EMBEDDING}: row {number} does not fit {str(self.dtype).removeprefix('torch.')}; calibrate with "
+                    "--dtype float32 or --dtype bfloat16"
+                )
+        return cast_UC[inverse.to(self.device)]
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
@@ -69,6 +80,7 @@ class LayerRunner:
             ValueError: the checkpoint lacks one of its tensors.
         """
         layer: nn.Module = self.model.layers[index]
+        self._index = index
         prefix = f"model.layers.{index}."
         state = {}
         for name, parameter in layer.state_dict().items():
@@ -77,7 +89,9 @@ class LayerRunner:
                 raise ValueError(
                     f"{prefix}{name} has shape {tuple(tensor.shape)}; config.json asks for {tuple(parameter.shape)}"
                 )
-            state[name] = tensor.to(self.device)
+            require_finite_weight(prefix + name, tensor)
+            # Norms multiply activations without a product that casts: in another dtype they would give it to them.
+            state[name] = tensor.to(self.device, self.dtype if tensor.ndim == 1 else tensor.dtype)
         layer.load_state_dict(state, assign=True)
         layer.eval().requires_grad_(False)
         try:
@@ -93,8 +107,15 @@ class LayerRunner:
 
     @torch.no_grad()
     def forward(self, layer: nn.Module, hidden_TC: Tensor, offset: int, collect: Collector | None) -> Tensor:
-        """One sample through one layer: hidden states `[length, hidden]` at positions from `offset`."""
-        return self._run(layer, hidden_TC, offset, collect)
+        """One sample through one layer: hidden states `[length, hidden]` at positions from `offset`.
+
+        Raises:
+            ValueError: the layer's output is not finite, naming where that begins.
+        """
+        output_TC = self._run(layer, hidden_TC, offset, collect)
+        if not is_finite(output_TC):
+            refuse_overflow(layer, self._index, self.dtype, lambda: self._run(layer, hidden_TC, offset, None))
+        return output_TC
 
     def backward(self, layer: nn.Module, hidden_TC: Tensor, offset: int, gradient_TC: Tensor) -> Tensor:
         """One sample back through one layer.
@@ -143,6 +164,7 @@ def stored_linear(linear: nn.Linear | LowRankLinear, x: Tensor) -> Tensor:
 
 
 def _stored_product(weight_OI: Tensor, bias_O: Tensor | None, x: Tensor) -> Tensor:
+    bias_O = None if bias_O is None else bias_O.to(x.dtype)
     if weight_OI.dtype == x.dtype:
         return nn.functional.linear(x, weight_OI, bias_O)
     output = x.new_empty(*x.shape[:-1], weight_OI.shape[0])

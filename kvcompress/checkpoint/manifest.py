@@ -92,11 +92,21 @@ class BytesPerToken(Sizes):
     ratio: float
 
 
+class Accepted(_Part):
+    """A side file that an operator has changed, or added (`before` is None), and taken responsibility for."""
+
+    file: str
+    before: str | None
+    after: str
+    when: str
+    """UTC, ISO 8601."""
+
+
 class Manifest(_Part):
     """The manifest's fields. `sha256` is over the canonical JSON of all others, and is filled in by `to_bytes`.
 
     `tensors`, `headers` and `files` are as in `Digests`, and together cover every byte of the folder but this file,
-    which covers itself.
+    which covers itself. `accepted` is left out while it is empty.
     """
 
     format_version: int = FORMAT_VERSION
@@ -114,6 +124,7 @@ class Manifest(_Part):
     files: dict[str, str] = Field(default_factory=dict)
     headers: dict[str, str] = Field(default_factory=dict)
     tensors: dict[str, str] = Field(default_factory=dict)
+    accepted: list[Accepted] = Field(default_factory=list)
     sha256: str = ""
 
     @field_validator("files", "headers", "tensors")
@@ -134,7 +145,7 @@ class Manifest(_Part):
 
     def to_bytes(self) -> bytes:
         """The file's content, with its own digest."""
-        data = self.model_dump(mode="json")
+        data = self.model_dump(mode="json", exclude=None if self.accepted else {"accepted"})
         return json_file.pretty({**data, SELF_DIGEST: _self_digest(data)})
 
     @classmethod

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable
+import shlex
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from kvcompress.checkpoint.atomic import atomic_write
 from kvcompress.checkpoint.digests import Digests, split_key, tensor_key
+from kvcompress.checkpoint.documents import LOADED_FOLDERS, check_acceptable, is_document, is_loaded
 from kvcompress.checkpoint.hashing import sha256_file, sha256_range
-from kvcompress.checkpoint.manifest import MANIFEST_FILE, Manifest, ManifestDamagedError
-from kvcompress.checkpoint.paths import inside
-from kvcompress.checkpoint.reader import CONFIG_FILE, PICKLE_SUFFIXES
+from kvcompress.checkpoint.manifest import MANIFEST_FILE, Accepted, Manifest, ManifestDamagedError
+from kvcompress.checkpoint.paths import check_relative, inside
+from kvcompress.checkpoint.reader import CONFIG_FILE
 from kvcompress.checkpoint.safetensors_file import parse_header, read_header_bytes
 
 CODEC_FILE = "kvcompress/codec.safetensors"
 STATEMENT_FILE = "kvcompress/statement.json"
-# Files a model loader would pick up, or run, without being told to: none may be there that the manifest does not list.
-LOADED_SUFFIXES = (".safetensors", ".py", *PICKLE_SUFFIXES)
 MAX_THREADS = 8
 MISSING = "missing"
 
@@ -40,17 +42,24 @@ class Mismatch:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """`checked` counts the digests compared; `mismatches` has missing and unlisted things too, each once."""
+    """`checked` counts the digests compared; `mismatches` has missing and unlisted things too, each once.
+
+    `documents` are files that have changed and are no part of the model, such as its card: told, but no fault.
+    """
 
     checked: int
     mismatches: list[Mismatch]
+    documents: list[Mismatch] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
         return not self.mismatches
 
     def to_json(self) -> dict[str, Any]:
-        return {"ok": self.ok, "checked": self.checked, "mismatches": [asdict(item) for item in self.mismatches]}
+        found = {"mismatches": self.mismatches, "documents": self.documents}
+        return {"ok": self.ok, "checked": self.checked} | {
+            name: [asdict(item) for item in items] for name, items in found.items()
+        }
 
 
 def verify(directory: str | Path, progress: Callable[[int], None] | None = None) -> VerifyReport:
@@ -86,7 +95,63 @@ def require_verified(report: VerifyReport, directory: str | Path) -> None:
     """Raises ValueError naming the first mismatch, if there is one; for callers that must not go on."""
     if not report.ok:
         more = f" ({len(report.mismatches)} mismatches in all)" if len(report.mismatches) > 1 else ""
-        raise ValueError(f"{directory} is damaged: {report.mismatches[0]}{more}; get a new copy of it")
+        raise ValueError(f"{directory} is damaged: {report.mismatches[0]}{more}; {remedy(report, directory)}")
+
+
+def remedy(report: VerifyReport, directory: str | Path) -> str:
+    """What to do about mismatches: a new copy, or where all may be edits of the operator's, how to accept them."""
+    names = [mismatch.tensor for mismatch in report.mismatches if mismatch.found != MISSING]
+    try:
+        for name in names:
+            check_acceptable(name)
+    except ValueError:
+        names = []
+    if len(names) < len(report.mismatches):
+        return "get a new copy of it"
+    options = " ".join(f"--accept {shlex.quote(name)}" for name in names)
+    return (
+        "get a new copy of it, or if the change is your own, accept it with "
+        f"`kvcompress verify {shlex.quote(str(directory))} {options}`"
+    )
+
+
+def accept(directory: str | Path, names: Sequence[str]) -> list[str]:
+    """Record changed, or added, side files in the manifest as they are now; hashes of all else stay as they were.
+
+    The manifest keeps the digests from before and the time, and is replaced whole or not at all.
+
+    Args:
+        names: relative to the directory.
+
+    Returns:
+        Those that differed from what was recorded.
+
+    Raises:
+        ValueError: a file that is part of the compressed model or is not there, or a manifest that is missing or
+            damaged; nothing is changed then.
+    """
+    folder = Path(directory)
+    manifest = Manifest.load(folder)
+    changed = []
+    for name in dict.fromkeys(names):
+        check_relative(name, "--accept")
+        check_acceptable(name)
+        path = inside(folder, name)
+        if not path.is_file():
+            raise ValueError(f"{folder / name} is missing; only a file that is there can be accepted")
+        sha256 = sha256_file(path)
+        before = manifest.files.get(name)
+        if sha256 != before:
+            manifest.accepted.append(Accepted(file=name, before=before, after=sha256, when=_now()))
+            manifest.files[name] = sha256
+            changed.append(name)
+    if changed:
+        atomic_write(folder / MANIFEST_FILE, manifest.to_bytes())
+    return changed
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _codec_only(digests: Digests) -> Digests:
@@ -117,7 +182,9 @@ def _verify(
         wrong, tensor_jobs = _check_header(directory, file, digests.headers.get(file), tensors)
         mismatches += wrong
         jobs += tensor_jobs
-    return VerifyReport(checked, mismatches + _run(jobs, progress))
+    mismatches += _run(jobs, progress)
+    documents = [mismatch for mismatch in mismatches if is_document(mismatch.tensor)]
+    return VerifyReport(checked, [mismatch for mismatch in mismatches if mismatch not in documents], documents)
 
 
 @dataclass(frozen=True)
@@ -132,8 +199,9 @@ class _Job:
 
 
 def _unlisted_files(directory: Path, digests: Digests) -> list[Mismatch]:
-    found = (path for folder in (directory, directory / "kvcompress") for path in sorted(folder.iterdir()))
-    names = [path.relative_to(directory).as_posix() for path in found if path.name.endswith(LOADED_SUFFIXES)]
+    folders = (directory / name for name in LOADED_FOLDERS)
+    found = (path for folder in folders if folder.is_dir() for path in sorted(folder.iterdir()))
+    names = [name for path in found if is_loaded(name := path.relative_to(directory).as_posix())]
     listed = digests.files.keys() | digests.headers.keys()
     return [Mismatch(name, MISSING, "not in the manifest") for name in names if name not in listed]
 

@@ -30,6 +30,11 @@ PROMPT_TOKENS = 192
 DIRECTIONS = 4
 """Numbers in the sketch of one head."""
 
+SMALLEST = 1e-6
+"""Root mean square below which states, or what attention makes of them, are nothing: an error is not relative to less.
+A layer that a merge has switched off computes zeros, or what rounding leaves of them.
+"""
+
 _DIGITS = 6
 
 
@@ -120,8 +125,15 @@ def state(codecs: Sequence[CacheCodec], keys_THD: Sequence[Tensor], values_THD: 
 
 def relative_error(x_THD: Tensor, decoded_THD: Tensor) -> Tensor:
     """||decoded - x|| / ||x|| of each head, on the CPU."""
-    lost_H = (decoded_THD.double() - x_THD.double()).square().sum((0, 2))
-    return (lost_H / x_THD.double().square().sum((0, 2)).clamp_min(1e-30)).sqrt().float().cpu()
+    lost_H = (decoded_THD.double() - x_THD.double()).square().mean((0, 2))
+    return (lost_H / x_THD.double().square().mean((0, 2)).clamp_min(SMALLEST**2)).sqrt().float().cpu()
+
+
+def sketch_difference(x_THD: Tensor, expected_HP: Tensor) -> float:
+    """How far states are from those that a sketch was made of, relative to these."""
+    smallest = SMALLEST * x_THD[:, :, 0].numel() ** 0.5  # of what the sketch is random projections of
+    expected: float = max(float(expected_HP.norm()), smallest * (x_THD.shape[2] * DIRECTIONS) ** 0.5)
+    return float((sketch(x_THD) - expected_HP).norm()) / expected
 
 
 def sketch(x_THD: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self, cast
 
-from kvcompress.codec.spec import CHANNEL_GROUP, Band, CacheSpec, SideSpec
+from kvcompress.codec.spec import CacheSpec, SideSpec
 
 Share = Literal["kv", "v"]
 """Which sides of the cache the layers of a group have in common."""
@@ -81,7 +81,7 @@ class SharedSpec:
     def summary(self) -> dict[str, Any]:
         width = self.num_kv_heads * self.head_dim
         shared: dict[str, Any] = {"group": list(self.group)}
-        sides = {"k": _side_summary(self.k, self.k_width), "v": _side_summary(self.v, width) | shared}
+        sides = {"k": self.k.summary(self.k_width), "v": self.v.summary(width) | shared}
         if self.share == "kv":
             sides["k"] |= shared
         return {**sides, **({"sink": self.sink, "recent": self.recent} if self.sink or self.recent else {})}
@@ -93,8 +93,8 @@ class SharedSpec:
             "group": list(self.group),
             "place": self.place,
             "share": self.share,
-            "k": {"bands": [list(band) for band in self.k.bands]},
-            "v": {"bands": [list(band) for band in self.v.bands]},
+            "k": self.k.to_json(),
+            "v": self.v.to_json(),
             "sink": self.sink,
             "recent": self.recent,
             "element_bytes": self.element_bytes,
@@ -102,9 +102,7 @@ class SharedSpec:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        k, v = (
-            SideSpec(tuple(Band(int(bits), int(width)) for bits, width in data[name]["bands"])) for name in ("k", "v")
-        )
+        k, v = (SideSpec.from_json(data[name]) for name in ("k", "v"))
         return cls(
             int(data["num_kv_heads"]),
             int(data["head_dim"]),
@@ -240,12 +238,3 @@ def _check_group(group: tuple[int, ...], place: int, share: str) -> None:
         raise ValueError(f"found place {place} in a group of {len(group)} layers")
     if share not in ("kv", "v"):
         raise ValueError(f"found share {share!r}; expected 'kv' or 'v'")
-
-
-def _side_summary(side: SideSpec, width: int) -> dict[str, Any]:
-    assert side.rank % CHANNEL_GROUP == 0
-    return {
-        "rank": side.rank,
-        "bits": round(8 * side.code_bytes / width, 4),
-        "bands": [list(band) for band in side.bands],
-    }

@@ -129,6 +129,15 @@ class SideSpec:
         """Bytes per token and head, gain and outliers included."""
         return sum(self.part_bytes)
 
+    def summary(self, width: int) -> dict[str, Any]:
+        """As plan and manifest show it; `width` is the channels of the uncompressed cache that it stands for."""
+        return {
+            "rank": self.rank,
+            "bits": round(8 * self.code_bytes / width, 4),
+            "bands": [list(band) for band in self.bands],
+            "outliers": self.outliers,
+        }
+
     def to_json(self) -> dict[str, Any]:
         bands = [list(band) for band in self.bands]
         return {"bands": bands, "outliers": self.outliers} if self.outliers else {"bands": bands}
@@ -189,15 +198,7 @@ class LayerSpec:
         return self.num_kv_heads * (self.k.bytes_per_token + self.v.bytes_per_token)
 
     def summary(self) -> dict[str, Any]:
-        return {"k": self._side_summary(self.k), "v": self._side_summary(self.v)}
-
-    def _side_summary(self, side: SideSpec) -> dict[str, Any]:
-        return {
-            "rank": side.rank,
-            "bits": round(8 * side.code_bytes / self.head_dim, 4),
-            "bands": [list(band) for band in side.bands],
-            "outliers": side.outliers,
-        }
+        return {"k": self.k.summary(self.head_dim), "v": self.v.summary(self.head_dim)}
 
     def cut(self, share: float, widest: int) -> LayerSpec:
         """What is left at a smaller rank, of narrower codes: bases are nested, any first channels are a codec."""

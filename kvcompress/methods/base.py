@@ -99,7 +99,9 @@ class LatentBasis:
         from kvcompress.codec.layer import SideCodec
 
         kept = self.cut(spec.rank)
-        return SideCodec(spec, kept.mean_HD, kept.basis_HDR, kept.inverse_HRD, scale_HR)
+        # A head whose states never moved is its mean exactly: a code, which is never 0, adds nothing to it.
+        moved_H11 = (self.variance_HR > 0).any(-1)[:, None, None]
+        return SideCodec(spec, kept.mean_HD, kept.basis_HDR, kept.inverse_HRD * moved_H11, scale_HR)
 
 
 @dataclass(frozen=True)

@@ -148,7 +148,11 @@ class _Run:
             return errors
         # Row importance adds up over outputs what one weight's Fisher information is the mean of; and errors of
         # weights or outputs say nothing of the loss, so there each matrix's own size is the measure.
-        errors /= linear.shape.out_features if self.config.weighting == "fisher" else energy.sum()
+        errors /= (
+            linear.shape.out_features
+            if self.config.weighting == "fisher"
+            else energy.sum().clamp_min(torch.finfo(torch.float64).tiny)
+        )
         return errors
 
     def _sides(self, linear: Linear, inputs: InputMoments | None) -> tuple[Tensor | None, Tensor | None]:
@@ -236,6 +240,8 @@ def factor(weight_OI: Tensor, rank: int, left_OO: Tensor | None, right: Tensor |
     import torch
 
     weight = weight_OI.double()
+    if left_OO is not None:  # its size takes no part; where the loss hardly moves, it is near the end of float64
+        left_OO = left_OO / left_OO.diagonal().mean()
     axes_OR = torch.linalg.svd(_weighted(weight, left_OO, right), full_matrices=False).U[:, :rank]
     # The sign of a singular vector is arbitrary; fixing it makes the same data give the same bytes.
     axes_OR = axes_OR * torch.where(axes_OR.gather(0, axes_OR.abs().argmax(0, keepdim=True)) < 0, -1.0, 1.0)
@@ -258,7 +264,8 @@ def _cholesky(moment_DD: Tensor) -> Tensor:
     """Lower triangular root of a second moment, ridged."""
     import torch
 
-    ridged = moment_DD.clone()
-    ridged.diagonal().add_(_RIDGE * moment_DD.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny))
+    ridged, mean = moment_DD.clone(), moment_DD.diagonal().mean()
+    # Of nothing but zeros the identity: all errors are alike.
+    ridged.diagonal().add_(_RIDGE * mean if bool(mean > 0) else 1.0)
     root: Tensor = torch.linalg.cholesky(ridged)
     return root

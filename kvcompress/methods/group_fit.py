@@ -22,6 +22,9 @@ Fitted = tuple[Sequence[LatentBasis], Sequence[SharedBasis]]
 _RIDGE = 1e-3
 """Share of a metric's mean eigenvalue added to it, so that directions nothing looks at keep a finite inverse."""
 
+_NOTHING = 1e-20
+"""Energy of a head's states in the metric, in parts of the group's: what float64 makes of zero."""
+
 
 @dataclass(frozen=True)
 class States:
@@ -121,7 +124,9 @@ def _metric_roots(statistics: LayerStatistics, side: str, metric: str) -> tuple[
         moment_HDD = torch.diag_embed(weight_HD)
     spectrum_HD, axes_HDD = torch.linalg.eigh(moment_HDD)
     # One ridge for all heads: a head that nothing looks at must not count like the others.
-    ridge = (_RIDGE * spectrum_HD.mean()).clamp_min(torch.finfo(torch.float64).tiny)
+    mean = spectrum_HD.mean()
+    # Where nothing looks at the whole layer, all errors are alike: no metric.
+    ridge = _RIDGE * mean if bool(mean > 0) else mean.new_ones(())
     root_HD = (spectrum_HD.clamp_min(0.0) + ridge).sqrt()[..., None, :]
     return torch.block_diag(*((axes_HDD * root_HD) @ axes_HDD.mT)), torch.block_diag(
         *((axes_HDD / root_HD) @ axes_HDD.mT)
@@ -149,6 +154,9 @@ def _shared_bases(
     for mean_HD, (root, inverse), axes_XR in zip(means_HD, roots, axes_WXR[..., dealt_R], strict=True):
         basis_HDR = (root @ axes_XR).unflatten(0, mean_HD.shape)
         inverse_HRD = (axes_XR.mT @ inverse).unflatten(1, mean_HD.shape).transpose(0, 1)
+        # What takes no part in the latent is its mean exactly: rounding leaves a trace of the other layers' axes.
+        energy_H = (axes_XR.square() @ variance_R[dealt_R]).unflatten(0, mean_HD.shape).sum(-1)
+        inverse_HRD = inverse_HRD * (energy_H > _NOTHING * variance_R.sum())[:, None, None]
         bases.append(
             SharedBasis(mean_HD.float(), basis_HDR.float().contiguous(), inverse_HRD.float().contiguous(), variance_WR)
         )

@@ -164,6 +164,8 @@ def _train(job: _Job, state: StateFile | None = None, progress: Progress | None 
 
 def _trained_bases(nested: NestedBases, context: Context) -> dict[int, tuple[LatentBasis, LatentBasis]]:
     """Full-rank bases of every layer, each block of head_dim / 8 channels on its own principal axes."""
+    import torch
+
     from kvcompress.training.nested import in_order
 
     k, v = nested.k.bases(), nested.v.bases()
@@ -172,11 +174,14 @@ def _trained_bases(nested: NestedBases, context: Context) -> dict[int, tuple[Lat
         statistics = context.statistics(index)
         sides = []
         for (mean, basis, inverse), moments in ((k, statistics.keys), (v, statistics.values)):
-            shift_HD = moments.mean_HD - mean[position]
+            # There is nothing to be learned about a head that never moves, but training moves its mean.
+            moves_H1 = moments.covariance_HDD.flatten(1).any(-1)[:, None]
+            mean_HD = torch.where(moves_H1, mean[position], moments.mean_HD)
+            shift_HD = moments.mean_HD - mean_HD
             second_HDD = moments.covariance_HDD + shift_HD[..., :, None] * shift_HD[..., None, :]
             block = max(CHANNEL_GROUP, context.geometry.head_dim // 8)
             ordered = in_order(basis[position], inverse[position], second_HDD, block)
-            sides.append(LatentBasis(mean[position].float(), *(part.float().contiguous() for part in ordered)))
+            sides.append(LatentBasis(mean_HD.float(), *(part.float().contiguous() for part in ordered)))
         trained[index] = (sides[0], sides[1])
     return trained
 

@@ -46,6 +46,11 @@ _MASSIVE_AXES = 2
 _RIDGE = 1e-3
 """Share of the mean eigenvalue added to a metric, so that directions no query uses keep a finite inverse."""
 
+_FAINT = 1e-6
+"""Mean eigenvalue of a head's metric, in parts of the layer's, below which its ridge does not follow it: nothing may
+look at a head at all.
+"""
+
 
 class RankPair(Pair):
     k: Rank
@@ -127,9 +132,12 @@ def _trace(x_HDD: Tensor) -> Tensor:
 
 
 def _square_roots(moment_HDD: Tensor) -> tuple[Tensor, Tensor]:
-    """S and S^-1 with S S = moment (ridged) for symmetric positive matrices `[..., D, D]`."""
+    """S and S^-1 with S S = moment (ridged) for one layer's symmetric positive matrices `[heads, D, D]`."""
     import torch
 
     values, vectors = torch.linalg.eigh(moment_HDD)
-    ridged = values.clamp_min(0.0) + _RIDGE * values.mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    mean = values.mean(-1, keepdim=True)
+    # Where nothing looks at the whole layer, all errors are alike: plain principal axes.
+    least = _FAINT * mean.mean() if bool(mean.mean() > 0) else mean.new_ones(()) / _RIDGE
+    ridged = values.clamp_min(0.0) + _RIDGE * mean.maximum(least)
     return (vectors * ridged.sqrt()[..., None, :]) @ vectors.mT, (vectors / ridged.sqrt()[..., None, :]) @ vectors.mT

@@ -32,7 +32,7 @@ from kvcompress.checkpoint.safetensors_file import TORCH_DTYPES, TensorInfo, Ten
 from kvcompress.codec.spec import CHANNEL_GROUP
 from kvcompress.geometry import ModelGeometry
 from kvcompress.methods.base import Outline, TransformMethod
-from kvcompress.model_config import LATENT_ARCHITECTURE, completed
+from kvcompress.model_config import LATENT_ARCHITECTURE, completed, rope_parameters
 from kvcompress.recipe import Kind, StageConfig
 
 if TYPE_CHECKING:
@@ -176,10 +176,8 @@ def frequencies(config: Mapping[str, Any], head_dim: int) -> list[float]:
     Raises:
         ValueError: a variant of RoPE that is not a fixed rotation per pair.
     """
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    base = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
-    partial = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+    rope = rope_parameters(config)
+    kind, base, partial = rope["rope_type"], float(rope["rope_theta"]), rope.get("partial_rotary_factor", 1.0)
     if kind not in ("default", "linear", "llama3") or partial != 1.0:
         name = f"{kind!r}" if partial == 1.0 else f"on {partial} of each head"
         raise ValueError(

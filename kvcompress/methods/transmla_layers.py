@@ -170,10 +170,16 @@ def _layer_tensors(
         made["q_b_proj.weight"] = axes_QR
         if attention.q_proj.bias is not None:
             made["q_a_proj.bias"] = axes_QR.mT @ attention.q_proj.bias.double().cpu()
-    # Layers keep the base model's dtype, and what follows sees the weights as they are stored.
-    dtype = str(attention.k_proj.weight.dtype).removeprefix("torch.")
-    assert dtype in TORCH_DTYPES.values()
-    return {name: stored(tensor, dtype) for name, tensor in made.items()}
+    # Tensors keep the dtype of those they are made of, and what follows sees them as they are stored.
+    base = f"model.layers.{attention.layer_idx}.self_attn."
+
+    def dtype_of(name: str) -> str:
+        kind = "bias" if name.endswith(".bias") else "weight"
+        return TORCH_DTYPES[
+            context.checkpoint.tensors[f"{base}{'q' if name.startswith('q_') else 'k'}_proj.{kind}"].dtype
+        ]
+
+    return {name: stored(tensor, dtype_of(name)) for name, tensor in made.items()}
 
 
 class _Converted(nn.Module):

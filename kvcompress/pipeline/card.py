@@ -94,21 +94,37 @@ def _errors(errors: list[float]) -> list[str]:
     ]
 
 
+_LOAD = [
+    "In transformers, import kvcompress before the model is loaded:",
+    "",
+    "```python",
+    "from transformers import AutoModelForCausalLM",
+    "from kvcompress.serving.transformers import CompressedCache",
+    "",
+    'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")',
+    'model.generate(**inputs, past_key_values=CompressedCache.from_pretrained("THIS_FOLDER"))',
+    "```",
+    "",
+]
+
+
 def _without_plug_in(manifest: Manifest) -> list[str]:
     if "attention" in _kinds(manifest):
-        return ["In transformers, call `kvcompress.serving.transformers.register()` before `from_pretrained`."]
+        return [*_LOAD, "Without that import transformers does not know the architecture and stops."]
     if "weights" in _kinds(manifest):
         return [
-            "In transformers, call `kvcompress.serving.transformers.register()` before `from_pretrained`: without it",
-            "the factored layers are not loaded, and transformers warns that their weights are newly initialized.",
+            *_LOAD,
+            "**Without that import the model is loaded with random numbers in place of its factored layers:** all that",
+            "transformers says is a warning that weights are newly initialized (MISSING in its load report).",
             "`kvcompress decompress` writes a plain checkpoint, as large as the base model.",
         ]
-    return ["Without the plug-in the checkpoint loads as the base model, with an uncompressed cache."]
+    return [*_LOAD, "Without that import the checkpoint loads as the base model, with an uncompressed cache."]
 
 
 def _quantized(base: Mapping[str, Any]) -> list[str]:
     return [
-        f"The weights are the base model's, quantized by {method_of(base)}. In transformers, call",
-        "`kvcompress.serving.transformers.register()` before `from_pretrained`: without it weights lack their scales.",
+        f"The weights are the base model's, quantized by {method_of(base)}.",
+        *_LOAD,
+        "**Without that import the model is loaded with weights that lack their scales**, and transformers only warns.",
         "`kvcompress decompress` writes the base model as it was.",
     ]

@@ -32,7 +32,7 @@ from kvcompress.codec.spec import CodecSpec
 from kvcompress.geometry import ModelGeometry
 from kvcompress.methods.context import Context, Progress
 from kvcompress.methods.registry import basis_of
-from kvcompress.modeling.config import load_config
+from kvcompress.modeling.config import check_model
 from kvcompress.pipeline import plan as planning
 from kvcompress.pipeline import stages
 from kvcompress.pipeline.card import model_card
@@ -91,7 +91,7 @@ def compress(model: str, recipe: Recipe, out: str | Path, options: Options, prog
     checkpoint = Checkpoint.open(model)
     plan = planning.make(checkpoint, recipe, model, calibration_tokens=options.samples * options.length)
     length = min(options.length, plan.geometry.context)
-    load_config(checkpoint.path)
+    check_model(checkpoint.path)
     writer.check_side_files(checkpoint)
     text = _Text(checkpoint, plan, options, progress)
     # Text of files is read, checked and cut before any work; what the model has to write itself comes after.

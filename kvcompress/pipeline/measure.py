@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kvcompress.calibration.capture import Collector, exact_attention, stored_linear
+from kvcompress.codec import canary
 from kvcompress.codec.forms import CacheCodec, GroupCodec, round_trip
 from kvcompress.codec.layer import LayerCodec
 from kvcompress.methods.context import Context
@@ -140,6 +141,7 @@ class _ErrorMeter:
     def __init__(self, codec: CacheCodec, output: nn.Linear | LowRankLinear) -> None:
         self.codec, self.output = codec, output
         self.energy = 0.0
+        self.entries = 0
         self.errors = {"k": 0.0, "v": 0.0, "both": 0.0}
         self.clipped = {"k": 0, "v": 0}
         self.seen = 0
@@ -148,6 +150,7 @@ class _ErrorMeter:
         query, scale = sample.query_BHTD, sample.softmax_scale
         exact = self._project(exact_attention(query, sample.key_BHTD, sample.value_BHTD, scale))
         self.energy += float(exact.square().sum())
+        self.entries += exact.numel()
         for name in self.errors:
             keys = sample.key_BHTD if name == "v" else decoded_key
             values = sample.value_BHTD if name == "k" else decoded_value
@@ -162,7 +165,8 @@ class _ErrorMeter:
                 self.clipped[name] += int(side.clips(states_BHTD.transpose(1, 2).flatten(0, 1)).sum())
 
     def relative(self) -> Errors:
-        errors = {name: (error / max(self.energy, 1e-30)) ** 0.5 for name, error in self.errors.items()}
+        least = canary.SMALLEST**2 * self.entries
+        errors = {name: (error / max(self.energy, least)) ** 0.5 for name, error in self.errors.items()}
         return errors | {f"{name}_clipped": count / self.seen for name, count in self.clipped.items() if self.seen}
 
     def _project(self, attention_BHTD: Tensor) -> Tensor:

@@ -109,6 +109,11 @@ def distill(
         gradients = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
         distributed.average(gradients)
         norm = float(nn.utils.clip_grad_norm_(list(parameters.values()), schedule.clip, foreach=False))
+        if not math.isfinite(norm) and step == 0:
+            raise ValueError(
+                "the loss is not finite before anything was trained: the model overflows the dtype it computes in; use "
+                "--dtype float32 or --dtype bfloat16, or another copy of the model"
+            )
         if not math.isfinite(norm):
             raise ValueError(f"training diverged at step {step}; lower learning_rate {schedule.learning_rate}")
         optimizer.step()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kvcompress.calibration.capture import exact_attention
+from kvcompress.calibration.finite import require_finite_weight
 from kvcompress.checkpoint.reader import Checkpoint
 
 RoundTrip = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -18,8 +18,8 @@ RoundTrip = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 ATTENTION = "kvcompress_round_trip"
 
-_REGISTER = ("kvcompress.modeling", "kvcompress.serving.transformers")
-"""Modules whose `register()` makes our own checkpoints loadable by transformers."""
+_INTEGRATION = "kvcompress.serving.transformers"
+"""Importing it makes our own checkpoints loadable by transformers. By name: training knows nothing of serving."""
 
 
 def load_model(checkpoint: Checkpoint, device: str, dtype: torch.dtype, attention: str | None = None) -> Any:
@@ -33,6 +33,8 @@ def load_model(checkpoint: Checkpoint, device: str, dtype: torch.dtype, attentio
     _register()
     options = {} if attention is None else {"attn_implementation": attention}
     model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=dtype, trust_remote_code=False, **options)
+    for name, parameter in model.named_parameters():
+        require_finite_weight(name, parameter)
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -81,6 +83,4 @@ def _register() -> None:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     ALL_ATTENTION_FUNCTIONS[ATTENTION] = _attention
-    for name in _REGISTER:
-        if importlib.util.find_spec(name.rpartition(".")[0]) and importlib.util.find_spec(name):
-            getattr(importlib.import_module(name), "register", lambda: None)()
+    importlib.import_module(_INTEGRATION)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from kvcompress.checkpoint.manifest import MANIFEST_FILE, Manifest, ManifestDamagedError
 from kvcompress.checkpoint.safetensors_file import read_header
-from kvcompress.checkpoint.verify import require_verified, verify, verify_codec
+from kvcompress.checkpoint.verify import accept, require_verified, verify, verify_codec
 
 CODEC = "kvcompress/codec.safetensors"
 SHARD = "model-00001-of-00002.safetensors"
@@ -27,7 +27,7 @@ def test_an_untouched_folder_is_whole(compressed: Path) -> None:
     manifest, done = Manifest.load(compressed), []
     report = verify(compressed, done.append)
     assert report.ok
-    assert report.to_json() == {"ok": True, "checked": report.checked, "mismatches": []}
+    assert report.to_json() == {"ok": True, "checked": report.checked, "mismatches": [], "documents": []}
     assert report.checked == 1 + len(manifest.files) + len(manifest.headers) + len(manifest.tensors)
     require_verified(report, compressed)
     headers = sum(read_header(compressed / file).nbytes for file in manifest.headers)
@@ -60,6 +60,10 @@ def test_a_flipped_bit_anywhere_is_found_and_named(compressed: Path) -> None:
             path.write_bytes(changed)
             report = verify(compressed)
             path.write_bytes(raw)
+            if file in ("README.md", "LICENSE"):
+                assert report.ok
+                assert [document.tensor for document in report.documents] == [file]
+                continue
             assert [mismatch.tensor for mismatch in report.mismatches] == [expected], (file, offset, bit)
             with pytest.raises(ValueError, match=r"is damaged: .*; get a new copy") as caught:
                 require_verified(report, compressed)
@@ -101,7 +105,7 @@ def test_mismatches_say_expected_and_found(compressed: Path) -> None:
     assert mismatch["found"] == "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"
 
 
-@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", SHARD, CODEC, "README.md"])
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", SHARD, CODEC])
 def test_missing_files_are_named(compressed: Path, file: str) -> None:
     (compressed / file).unlink()
     assert named(compressed) == [file]
@@ -123,8 +127,21 @@ def test_bytes_after_the_end_are_found(compressed: Path) -> None:
     assert named(compressed) == [SHARD]
 
 
-@pytest.mark.parametrize("name", ["extra.safetensors", "kvcompress/extra.safetensors", "pytorch_model.bin", "model.py"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "extra.safetensors",
+        "kvcompress/extra.safetensors",
+        "pytorch_model.bin",
+        "model.py",
+        "chat_template.json",
+        "additional_chat_templates/tool_use.jinja",
+        "generation_config.json",
+        "adapter_config.json",
+    ],
+)
 def test_unlisted_files_that_a_loader_would_use_are_found(compressed: Path, name: str) -> None:
+    (compressed / name).parent.mkdir(exist_ok=True)
     save_file({"a": torch.ones(1)}, compressed / name)
     assert named(compressed) == [name]
 
@@ -132,7 +149,60 @@ def test_unlisted_files_that_a_loader_would_use_are_found(compressed: Path, name
 def test_other_unlisted_files_are_not_our_business(compressed: Path) -> None:
     (compressed / ".gitattributes").touch()
     (compressed / "notes.txt").touch()
+    (compressed / "results.json").touch()
+    (compressed / "LICENSE").touch()
+    report = verify(compressed)
+    assert report.ok
+    assert not report.documents
+
+
+@pytest.mark.parametrize("change", [lambda path: path.write_text("a better card"), Path.unlink])
+def test_a_card_is_not_the_model(compressed: Path, change: Callable[[Path], object]) -> None:
+    change(compressed / "README.md")
+    report = verify(compressed)
+    require_verified(report, compressed)
+    assert [document.tensor for document in report.documents] == ["README.md"]
+
+
+def test_an_edit_can_be_accepted_and_the_manifest_says_so(compressed: Path) -> None:
+    before = Manifest.load(compressed)
+    (compressed / "tokenizer.json").write_text("{}")
+    (compressed / "generation_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"--accept generation_config\.json --accept tokenizer\.json`"):
+        require_verified(verify(compressed), compressed)
+    names = ["tokenizer.json", "generation_config.json"]
+    assert accept(compressed, names) == names
     assert verify(compressed).ok
+    assert accept(compressed, ["tokenizer.json"]) == []
+    after = Manifest.load(compressed)
+    assert [(one.file, one.before, one.after) for one in after.accepted] == [
+        ("tokenizer.json", before.files["tokenizer.json"], after.files["tokenizer.json"]),
+        ("generation_config.json", None, after.files["generation_config.json"]),
+    ]
+    assert (after.tensors, after.headers, after.recipe) == (before.tensors, before.headers, before.recipe)
+    (compressed / "tokenizer.json").write_text("[]")
+    assert named(compressed) == ["tokenizer.json"]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("config.json", "part of the compressed model"),
+        (SHARD, "part of the compressed model"),
+        (CODEC, "part of the compressed model"),
+        (MANIFEST_FILE, "part of the compressed model"),
+        ("model.safetensors.index.json", "part of the compressed model"),
+        ("modeling.py", "part of the compressed model"),
+        ("../tokenizer.json", "not a path inside"),
+        ("generation_config.json", "is missing"),
+    ],
+)
+def test_what_is_the_model_cannot_be_accepted(compressed: Path, name: str, words: str) -> None:
+    (compressed / "tokenizer.json").write_text("{}")
+    raw = (compressed / MANIFEST_FILE).read_bytes()
+    with pytest.raises(ValueError, match=words):
+        accept(compressed, ["tokenizer.json", name])
+    assert (compressed / MANIFEST_FILE).read_bytes() == raw
 
 
 def test_no_manifest_is_an_error_not_a_mismatch(compressed: Path) -> None:

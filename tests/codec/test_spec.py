@@ -6,8 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvcompress.codec.gear_spec import Axis, BlockSide, BlockSpec
 from kvcompress.codec.layout import PART_ALIGNMENT, PageLayout
-from kvcompress.codec.spec import Band, CodecSpec, LayerSpec, SideSpec
+from kvcompress.codec.shared_spec import PromptSpec, SharedSpec
+from kvcompress.codec.spec import FORMS, Band, CacheSpec, CodecSpec, LayerSpec, SideSpec
 
 widths = st.integers(0, 6).map(lambda groups: groups * 8)
 sides = st.one_of(
@@ -20,11 +22,45 @@ sides = st.one_of(
 )
 layers = st.builds(LayerSpec, num_kv_heads=st.integers(1, 8), head_dim=st.just(144), k=sides, v=sides)
 
+groups = st.lists(st.integers(0, 40), min_size=1, max_size=4, unique=True).map(lambda found: tuple(sorted(found)))
+numbers = st.integers(0, 64)
 
-@given(st.lists(st.one_of(st.none(), layers), max_size=4))
-def test_json_round_trip(found: list[LayerSpec | None]) -> None:
+
+@st.composite
+def grouped(draw: st.DrawFn) -> CacheSpec:
+    """A layer of a form that layers have in common."""
+    group, share = draw(groups), draw(st.sampled_from(["kv", "v"]))
+    place = draw(st.integers(0, len(group) - 1))
+    if draw(st.booleans()):
+        ends = draw(numbers), draw(numbers), draw(st.sampled_from([2, 4]))
+        return SharedSpec(2, 144, group, place, share, draw(sides), draw(sides), *ends)
+    ranks = draw(st.integers(1, 288)) if share == "kv" else 0, draw(st.integers(1, 288))
+    return PromptSpec(2, 144, group, place, share, *ranks, draw(st.sampled_from([2, 4])), draw(numbers), draw(numbers))
+
+
+@st.composite
+def blocks(draw: st.DrawFn) -> BlockSpec:
+    def side(along: Axis) -> BlockSide:
+        low_rank, outliers = draw(st.integers(0, 8)), 8 * draw(st.integers(0, 8))
+        return BlockSide(
+            32, 8 * draw(st.integers(1, 16)), draw(st.sampled_from([2, 4, 8])), along, 16, low_rank, 2, outliers
+        )
+
+    return BlockSpec(2, 144, side("tokens"), side("channels"))
+
+
+@given(st.lists(st.one_of(st.none(), layers, grouped(), blocks()), max_size=4))
+def test_json_round_trip(found: list[CacheSpec | None]) -> None:
     spec = CodecSpec(tuple(found))
-    assert CodecSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+    again = CodecSpec.from_json(json.loads(json.dumps(spec.to_json())))
+    assert again == spec
+    assert [layer and layer.bytes_per_token for layer in again.layers] == [
+        layer and layer.bytes_per_token for layer in found
+    ]
+
+
+def test_every_form_is_tried_above() -> None:
+    assert {cls.form for cls in (LayerSpec, SharedSpec, PromptSpec, BlockSpec)} == set(FORMS)
 
 
 @given(layers, st.integers(1, 16).map(lambda n: n * 16))

@@ -31,8 +31,9 @@ TOKENS = 24
         ("group: 3, rank: {k: 0.5, v: 0.75}", "bits: 8"),
         ("share: v, group: 2, rank: {k: 0.75, v: 0.5}", "target_bits_per_channel: {k: 5.25, v: 4}"),
         ("group: auto, max_error: 0.75, rank: 0.5", "bits: 8"),
+        ("group: 2, rank: 0.75", "bits: 8, outliers: {k: 2, v: 1}"),
     ],
-    ids=["keys and values", "values only", "automatic groups"],
+    ids=["keys and values", "values only", "automatic groups", "outliers"],
 )
 def test_tokens_are_those_of_transformers_on_the_same_steps(
     xkv: str, encoding: str, base_model: Path, tmp_path: Path

@@ -54,9 +54,8 @@ class TransformersEngine:
         import torch
         from transformers import AutoModelForCausalLM
 
-        from kvcompress.serving.transformers import register
+        import kvcompress.serving.transformers  # noqa: F401  # so that transformers reads compressed checkpoints
 
-        register()
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if dtype == "auto" and device == "cpu":

@@ -1,12 +1,13 @@
-"""Compressed checkpoints in transformers: `register()` for changed weights, `CompressedCache` for the cache.
+"""Compressed checkpoints in transformers. Importing this package makes transformers read them; then as ever:
 
-from kvcompress.serving.transformers import CompressedCache, register
+from kvcompress.serving.transformers import CompressedCache, prepare
 
-register()
 model = AutoModelForCausalLM.from_pretrained(DIR)
 cache = CompressedCache.from_pretrained(DIR)
 prepare(model, cache)  # needed once per cache where the codec compresses whole blocks of tokens
 model.generate(..., past_key_values=cache)
+
+The import has to come before `from_pretrained`: factored and quantized weights are none that transformers knows.
 """
 
 from kvcompress import modeling
@@ -14,10 +15,7 @@ from kvcompress.serving.transformers import low_rank
 from kvcompress.serving.transformers.blocks import prepare
 from kvcompress.serving.transformers.cache import CompressedCache, CompressedLayer
 
-__all__ = ["CompressedCache", "CompressedLayer", "prepare", "register"]
+__all__ = ["CompressedCache", "CompressedLayer", "prepare"]
 
-
-def register() -> None:
-    """Make transformers read our checkpoints in this process. May be called any number of times."""
-    low_rank.register()
-    modeling.register()
+low_rank.register()
+modeling.register()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from kvcompress.checkpoint import json_file
 from kvcompress.checkpoint.source import resolve
 from kvcompress.codec.forms import CacheCodec, GroupCodec
 from kvcompress.codec.gear import BlockCodec
@@ -20,6 +21,7 @@ from kvcompress.codec.shared import SharedCodec
 from kvcompress.codec.shared_spec import check_groups
 from kvcompress.serving.loading import load_codec
 from kvcompress.serving.transformers.blocks import BlockLayer
+from kvcompress.serving.transformers.complete import refuse_unread
 from kvcompress.serving.transformers.groups import GroupLayer, PromptLayer, SharedLayer
 from kvcompress.serving.transformers.records import from_records, to_records
 
@@ -73,9 +75,13 @@ class CompressedCache(Cache):  # type: ignore[misc]
             kv_bits: the most bits in which a channel is stored; likewise.
 
         Raises:
-            ValueError: not a compressed checkpoint, a damaged one, or one that cannot be cut.
+            ValueError: not a compressed checkpoint, a damaged one, or one that cannot be cut; or a model in memory
+                whose weights transformers could not read, because it was loaded before this package was imported.
         """
-        return cls(load_codec(resolve(str(model)), kv_rank=kv_rank, kv_bits=kv_bits))
+        directory = resolve(str(model))
+        codecs = load_codec(directory, kv_rank=kv_rank, kv_bits=kv_bits)
+        refuse_unread(json_file.read_object(directory / "config.json"))
+        return cls(codecs)
 
     @property
     def nbytes(self) -> int:

@@ -16,7 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from kvcompress.checkpoint.quantized import base_section
 from kvcompress.checkpoint.reader import QUANT_METHOD
 from kvcompress.modeling.low_rank import ranks_of, replace_linears
-from kvcompress.serving.transformers import base_weights
+from kvcompress.serving.transformers import base_weights, complete
 
 
 def register() -> None:
@@ -45,6 +45,8 @@ class KVCompressQuantizer(HfQuantizer):  # type: ignore[misc]
         self._base = base_section(config)
         if self._base is not None:
             self._dtypes = base_weights.expect(model, checkpoint_files or [], self._base)
+        if checkpoint_files:
+            complete.require_all(model, checkpoint_files)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **options: Any) -> Any:

@@ -27,6 +27,7 @@ def register() -> None:
         compat.DEVICE_LATENT_BACKEND_NAME, "kvcompress.serving.vllm.latent_backend.DeviceLatentBackend"
     )
     compat.extend_worker()
+    compat.extend_loader()
     metrics.register()
     modeling.register()
     compat.register_model(LATENT_ARCHITECTURE, "kvcompress.serving.vllm.mla_model:KVCompressMLAForCausalLM")

@@ -84,8 +84,7 @@ def check_inputs(served: Served, inputs: Inputs) -> None:
             raise _refusal(f"{served.name} computes {what} that are not finite; the weights are damaged")
         if served.stated is None:
             continue
-        expected_HP = served.stated[side].sketch_HP
-        difference = float((stated.sketch(x_THD) - expected_HP).norm() / expected_HP.norm())
+        difference = stated.sketch_difference(x_THD, served.stated[side].sketch_HP)
         if not difference <= SKETCH_TOLERANCE:
             raise _refusal(
                 f"{served.name} computes other {what} than its codec was made for (they differ by {difference:.0%}): "
@@ -131,6 +130,7 @@ def check_paths(config: compat.VllmConfig, members: Sequence[Served], inputs: Se
     try:
         for same in zip(*paths, strict=True):
             lost, total = [0.0] * len(members), [0.0] * len(members)
+            entries = [0] * len(members)
             for start, stop in same[0].steps:
                 steps = [canary_paths.metadata(path, (start, stop), block_size, device) for path in same]
                 answers = answers_to(config, members, inputs, steps, canary_paths.ring_metadata(same[0], device), start)
@@ -139,8 +139,9 @@ def check_paths(config: compat.VllmConfig, members: Sequence[Served], inputs: Se
                     right_QHD = canary_reference.answer(member.codec, expected[place], query_QHD, start, scale)
                     lost[place] += float((answer_QHD.float() - right_QHD).square().sum())
                     total[place] += float(right_QHD.square().sum())
-            for member, error, energy in zip(members, lost, total, strict=True):
-                difference = (error / max(energy, 1e-30)) ** 0.5
+                    entries[place] += right_QHD.numel()
+            for member, error, energy, count in zip(members, lost, total, entries, strict=True):
+                difference = (error / max(energy, stated.SMALLEST**2 * count)) ** 0.5
                 if not difference <= PATH_TOLERANCE:
                     raise _refusal(
                         f"{member.name}, {same[0].name}: attention from compressed pages differs by {difference:.1%} "

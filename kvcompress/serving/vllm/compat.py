@@ -70,6 +70,7 @@ from vllm.model_executor.layers.quantization.base_config import (  # noqa: E402
     QuantizeMethodBase,
 )
 from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod  # noqa: E402
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader  # noqa: E402
 from vllm.model_executor.models.registry import ModelRegistry  # noqa: E402
 from vllm.model_executor.models.utils import WeightsMapper, extract_layer_index  # noqa: E402
 from vllm.model_executor.utils import set_weight_attrs  # noqa: E402
@@ -136,6 +137,7 @@ __all__ = [
     "capacity_tokens",
     "check_version",
     "device",
+    "extend_loader",
     "extend_worker",
     "extract_layer_index",
     "get_current_vllm_config",
@@ -236,6 +238,26 @@ def extend_worker() -> None:
             ready(self.worker.model_runner, kv_cache_configs[self.global_rank])
 
     WorkerWrapperBase.initialize_from_config = extended
+
+
+def extend_loader() -> None:
+    """Have loaders call `quant_config.built(model)` on a model with our quantization before its weights are read.
+
+    Draft models with another quantization, or none, are left alone, though they are built beside ours.
+    """
+    original = BaseModelLoader.create_model
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def extended(self: Any, vllm_config: VllmConfig, model_config: Any, *arguments: Any, **options: Any) -> Any:
+        model = original(self, vllm_config, model_config, *arguments, **options)
+        built = getattr(vllm_config.quant_config, "built", None)
+        if built is not None and model_config.quantization == vllm_config.quant_config.get_name():
+            built(model, model_config.model)
+        return model
+
+    BaseModelLoader.create_model = extended
 
 
 def run_model(runner: Any, config: VllmConfig, tokens_T: Tensor) -> None:

@@ -55,6 +55,7 @@ class LowRankLinearMethod(compat.LinearMethodBase):  # type: ignore[misc]
     def __init__(self, prefix: str, ranks: Sequence[int | None]) -> None:
         self.prefix, self.ranks = prefix, ranks
         self.parts: list[Part] = []
+        self._loaded: set[tuple[str, int]] = set()
         self.dense = compat.UnquantizedLinearMethod()
 
     def create_weights(
@@ -95,6 +96,7 @@ class LowRankLinearMethod(compat.LinearMethodBase):  # type: ignore[misc]
                         "config.json; compress the model again"
                     )
                 start = sum(sizes[:index])
+                self._loaded.add((name, index))
                 parameter.data[start : start + sizes[index]].copy_(piece.flatten())
 
             compat.set_weight_loader(flat, load)
@@ -108,6 +110,7 @@ class LowRankLinearMethod(compat.LinearMethodBase):  # type: ignore[misc]
             add("weight", shapes, lambda stored, part: _outputs(stored, part)[:, columns])
 
     def process_weights_after_loading(self, layer: Any) -> None:
+        self._require_all()
         inputs = getattr(layer, DOWN).numel() // sum(part.rank or 0 for part in self.parts)
         layer.down = self._packed(getattr(layer, DOWN).data.view(-1, inputs))
         ups = [part for part in self.parts if part.rank]
@@ -135,6 +138,16 @@ class LowRankLinearMethod(compat.LinearMethodBase):  # type: ignore[misc]
         ]
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
         return output if bias is None else output + bias
+
+    def _require_all(self) -> None:
+        """Raises ValueError: a part's tensor was not in the checkpoint, and would be whatever memory held."""
+        for index, rank in enumerate(self.ranks):
+            for name in (DOWN, UP) if rank else ("weight",):
+                if (name, index) not in self._loaded:
+                    raise ValueError(
+                        f"the checkpoint lacks {name} of part {index} of {self.prefix}, which config.json says it has; "
+                        "get the checkpoint again, or compress the model again"
+                    )
 
     def _packed(self, weight_OI: Tensor) -> nn.Module:
         linear = nn.Module()

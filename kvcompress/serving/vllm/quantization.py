@@ -20,7 +20,7 @@ from kvcompress.codec.shared_spec import SharedSpec
 from kvcompress.codec.spec import CacheSpec, LayerSpec
 from kvcompress.modeling.low_rank import ranks_of
 from kvcompress.serving.loading import kv_bits, kv_rank, read_spec
-from kvcompress.serving.vllm import compat, device_backend, gear_backend, limits, shared_backend
+from kvcompress.serving.vllm import compat, device_backend, gear_backend, limits, shared_backend, weights
 from kvcompress.serving.vllm.backend import CompressedAttentionBackend, CompressedAttentionImpl
 from kvcompress.serving.vllm.cache_spec import cache_spec
 from kvcompress.serving.vllm.delegation import DelegatingConfig
@@ -88,6 +88,10 @@ class KVCompressConfig(DelegatingConfig):
             self._startup.note_uncompressed(index, layer)
             return self.base_method(layer, prefix)
         return CompressedCacheMethod(self, self._startup, index, prefix)
+
+    def built(self, model: Any, source: str) -> None:
+        """A model of this quantization stands and its weights are about to be read (`compat.extend_loader`)."""
+        weights.require_all(model, self.ranks, source)
 
     def report(self) -> None:
         """Tell the operator what the cache takes; for models whose layers all go without a codec."""
