@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,14 +31,15 @@ class TextTokenizer:
 
     def count(self, text: str) -> int:
         """Tokens of the text, special tokens not added: `len(tokenize(text))`."""
-        if self._fast is not None:
-            # As encode(), but without offsets and without Python's lock: threads count side by side.
-            return len(self._fast.encode_batch_fast([text], add_special_tokens=False)[0])
-        return len(self._tokenizer.tokenize(text))
+        with self._in_words():
+            if self._fast is not None:
+                # As encode(), but without offsets and without Python's lock: threads count side by side.
+                return len(self._fast.encode_batch_fast([text], add_special_tokens=False)[0])
+            return len(self._tokenizer.tokenize(text))
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of the text, with the tokens that the tokenizer puts around a prompt if `special`."""
-        with tokenizer.in_words(f"the tokenizer of {self.model} fails on text", "get its files again"):
+        with self._in_words():
             return [int(token) for token in self._tokenizer.encode(text, add_special_tokens=special)]
 
     def encode_prompt(self, text: str) -> list[int]:
@@ -72,6 +74,9 @@ class TextTokenizer:
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of generated tokens, special tokens left out, spaces as they are."""
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def _in_words(self) -> AbstractContextManager[None]:
+        return tokenizer.in_words(f"the tokenizer of {self.model} fails on text", "get its files again")
 
     @cached_property
     def prefix(self) -> list[int]:

@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from types import FrameType
 from typing import Any
 
@@ -19,6 +20,9 @@ SECONDS = 10.0
 GROWTH = 1 << 20
 """Characters a template may add to a conversation."""
 
+DAY = datetime(2026, 1, 1)
+"""What templates take for now."""
+
 _SPEAKERS = {"user": "User", "assistant": "Assistant", "system": "System"}
 
 
@@ -30,6 +34,8 @@ def render(
     tokenizer: Any, messages: Sequence[Message], *, tools: Sequence[Any] | None = None, open_answer: bool = False
 ) -> str:
     """A conversation in the model's chat template, special tokens spelled out.
+
+    Templates that tell the date always get the same one: a run that goes on the day after must see the same text.
 
     Args:
         tools: functions the model may call, as the template expects them.
@@ -50,6 +56,7 @@ def render(
                 tools=None if tools is None else list(tools),
                 tokenize=False,
                 add_generation_prompt=open_answer,
+                strftime_now=DAY.strftime,
             )
     except Exception as error:  # templates are programs: they raise whatever they like
         raise ValueError(f"{where} fails: {reason(error)}; {advice}") from error
@@ -78,7 +85,7 @@ class Dialogues:
         self.note: str | None = None
         if not has_template(tokenizer):
             self._forms = []
-            self.note = "the model has no chat template: dialogue is calibrated on as plain text"
+            self.note = "taking dialogue as plain text, because the model has no chat template"
 
     def render(self, messages: Sequence[Message]) -> str:
         while self._forms:
@@ -95,7 +102,7 @@ class Dialogues:
                 self._forms = self._forms[1:]
             self._forms = self._forms[1:]
             form = "without system messages" if self._forms else "as plain text"
-            self.note = f"dialogue is calibrated on {form}, because the chat template cannot have it whole ({why})"
+            self.note = f"taking dialogue {form}, because the chat template cannot have it whole ({why})"
         return plain(messages)
 
 

@@ -107,7 +107,7 @@ class _Writer:
     def __post_init__(self) -> None:
         self._script = self._texts()
         self._forced = [*self.starts.begin, *next(self._script)]
-        if self._forced[1:2] == self.starts.begin:
+        if self.starts.begin and self._forced[1:2] == self.starts.begin:
             del self._forced[0]
         self._free = 0
 

@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any
 
 MAX_REASON = 200
-TOKENIZER_FILE = "tokenizer.json"
-MOST_IDS = 2**24
-"""Far more than any vocabulary has."""
+MAX_IDS = 1 << 24
 
 _ALONE = threading.RLock()
 
@@ -31,7 +29,7 @@ def load(model: str | Path) -> Any:
     """
     from transformers import AutoTokenizer
 
-    _check_ids(Path(model) / TOKENIZER_FILE)
+    _check_ids(Path(model) / "tokenizer.json")
     advice = "get its files again, or install what the library asks for; no code of the checkpoint is run"
     with one_sentence(f"{model} has no tokenizer that transformers can read", advice):
         tokenizer: Any = AutoTokenizer.from_pretrained(str(model), trust_remote_code=False)
@@ -39,21 +37,6 @@ def load(model: str | Path) -> Any:
     if not words:
         raise ValueError(f"the tokenizer of {model} has an empty vocabulary; get its files again")
     return tokenizer
-
-
-def _check_ids(path: Path) -> None:
-    """Refuse token ids for which the Rust library would make a table larger than memory, which ends the process."""
-    try:
-        found = json.loads(path.read_bytes())
-        model = found.get("model") or {}
-        vocab, added = model.get("vocab") or {}, found.get("added_tokens") or []
-        ids = [*vocab.values()] if isinstance(vocab, dict) else []
-        ids += [token.get("id") for token in added if isinstance(token, dict)]
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
-        return  # the library says what is wrong
-    largest = max((number for number in ids if isinstance(number, int)), default=0)
-    if largest > MOST_IDS:
-        raise ValueError(f"{path} has a token with id {largest}; expected ids below {MOST_IDS:,}; get the file again")
 
 
 def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
@@ -65,6 +48,22 @@ def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     with one_sentence(f"the tokenizer of {tokenizer.name_or_path} fails on text", "get its files again"):
         found: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
         return found
+
+
+def _check_ids(path: Path) -> None:
+    """Ids far apart make the tokenizers library count through all between them, for minutes."""
+    try:
+        found = json.loads(path.read_bytes())
+        vocabulary = found["model"]["vocab"]
+        ids = [*(vocabulary.values() if isinstance(vocabulary, dict) else ())]
+        ids += [token["id"] for token in found.get("added_tokens") or ()]
+        highest = max(token for token in ids if type(token) is int)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return  # no such file, or one of another form: the library says what it makes of it
+    if highest >= MAX_IDS:
+        raise ValueError(
+            f"{path} has a token with id {highest}; expected a tokenizer whose ids are below {MAX_IDS}: get it again"
+        )
 
 
 @contextmanager

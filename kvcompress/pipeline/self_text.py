@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,9 +23,6 @@ SELF = "self"
 BATCH = 32
 """Sequences sampled at once, and lost at most when a run is killed."""
 STEP = "sampling calibration text"
-LONG_SECONDS = 300.0
-"""From this on the user is told how long sampling will take."""
-_TIMED_STEPS = 16
 
 
 class SelfText:
@@ -97,7 +94,6 @@ class SelfText:
         assert work is not None
         model: Any = None
         found = []
-        clock = _Clock(self._progress, samples, length)
         for start in range(0, samples, BATCH):
             numbers = range(start, min(samples, start + BATCH))
             unit = f"self-{length}-{numbers.start}-{numbers.stop}"
@@ -107,38 +103,16 @@ class SelfText:
                     model = load_model(self._checkpoint, self._device, getattr(torch, self._dtype))
                 state = np.random.SeedSequence([self._seed, length, start]).generate_state(1, np.uint64)
                 generator = torch.Generator().manual_seed(int(state[0] >> 1))
-                tokens_NT = generate.generate(
-                    model, self._openings, numbers, length, generator, clock.of(start, len(numbers))
-                )
+                report = partial(self._report, start * length, len(numbers), samples * length)
+                tokens_NT = generate.generate(model, self._openings, numbers, length, generator, report)
                 work.commit(unit, {}, atomic_write(path, tokens_NT.tobytes()))
             found.append(np.frombuffer(path.read_bytes(), np.int64).reshape(len(numbers), length))
         self._progress(STEP, samples * length, samples * length)
         return found
 
-
-class _Clock:
-    """Reports tokens, and says once how long it will take where that is long."""
-
-    def __init__(self, progress: Progress, samples: int, length: int) -> None:
-        self._progress, self._samples, self._length = progress, samples, length
-        self._told = False
-
-    def of(self, start: int, batch: int) -> Any:
-        """The report of one batch, told how many tokens each of its sequences has."""
-        begun = time.monotonic()
-
-        def report(step: int) -> None:
-            self._progress(STEP, start * self._length + batch * step, self._samples * self._length)
-            if step == _TIMED_STEPS and not self._told:
-                self._told = True
-                left = (self._samples - start) / batch * self._length
-                seconds = (time.monotonic() - begun) / step * left
-                if seconds > LONG_SECONDS:
-                    self._progress(
-                        f"sampling will take about {seconds / 60:.0f} minutes; --calibration builtin takes none", 1, 1
-                    )
-
-        return report
+    def _report(self, before: int, batch: int, total: int, step: int) -> None:
+        """Tokens of earlier batches, and of this one, each of whose sequences has `step`."""
+        self._progress(STEP, before + batch * step, total)
 
 
 def _stops(checkpoint: Checkpoint, text_tokenizer: Any) -> list[int]:

@@ -16,7 +16,7 @@ import pytest
 
 from kvcompress.calibration import chat, corpus, tokenizer
 from kvcompress.checkpoint.manifest import Manifest
-from tests.cases.making import Run, check_refusal, copy, edit_json, runner
+from tests.cases.making import Run, check_refusal, edit_json
 
 WORDS = "the cat sat on the mat and the rat ran "
 LONG = WORDS * 30
@@ -24,16 +24,6 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    return runner(monkeypatch, capfd)
-
-
-@pytest.fixture
-def model(base_model: Path, tmp_path: Path) -> Path:
-    return copy(base_model, tmp_path / "model")
 
 
 @pytest.fixture
@@ -340,7 +330,7 @@ def test_templates_that_fail(
     check_refusal(*compress(write(tmp_path / "a.jsonl", HELLO)), "a.jsonl line 1", "chat template", words)
     code, stderr = compress()
     assert code == 0
-    assert [line for line in stderr.splitlines() if "dialogue is calibrated on as plain text" in line]
+    assert [line for line in stderr.splitlines() if "taking dialogue as plain text" in line]
 
 
 @pytest.mark.parametrize("template", [5, {"tool_use": "x"}, [{"name": "rag", "template": "x"}], ["x"], {"default": 5}])
@@ -359,6 +349,11 @@ def test_named_templates(model: Path) -> None:
     assert chat.render(reader, messages, open_answer=True).endswith("<|im_start|>assistant\n")
     tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
     assert chat.render(reader, messages, tools=tools) == "tools: 1 hi"
+
+
+def test_a_template_that_tells_the_date_says_the_same_every_day(model: Path) -> None:
+    write(model / "chat_template.jinja", "{{ strftime_now('%d %b %Y') }}: {{ messages[0].content }}")
+    assert chat.render(tokenizer.load(model), [{"role": "user", "content": "hi"}]) == "01 Jan 2026: hi"
 
 
 def test_a_template_that_forbids_the_system_role(model: Path) -> None:
