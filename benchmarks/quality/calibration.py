@@ -1,0 +1,22 @@
+"""Text for peers that are calibrated: the calibration text that ships with the package, never a test's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kvcompress_eval.models import read_config
+from transformers import AutoTokenizer
+
+from kvcompress.calibration import corpus
+
+from .windows import Window
+
+SAMPLES, TOKENS = 8, 1024
+
+
+def calibration_windows(model: Path) -> list[Window]:
+    """Samples of the built-in calibration text in a model's tokens."""
+    vocabulary = int(read_config(model)["vocab_size"])
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    made = corpus.build(corpus.BUILTIN, tokenizer, SAMPLES, TOKENS, TOKENS, seed=0, vocab_size=vocabulary)
+    return [Window("calibration", tuple(tokens)) for tokens in made.tokens_NT.tolist()]
