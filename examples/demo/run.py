@@ -10,14 +10,13 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import serving
+from examples.demo.serving import exercise
+from examples.shared.commands import kvcompress, step
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ("balanced", "aggressive")
@@ -52,25 +51,6 @@ def main() -> None:
     print_table(results, time.monotonic() - began)
 
 
-def step(text: str) -> None:
-    print(f"\n$ {text}", flush=True)
-
-
-def kvcompress(*arguments: object, quiet: bool = False) -> str:
-    """Run a kvcompress command, show it and what it prints, and stop the demo if it fails."""
-    words = [str(argument) for argument in arguments]
-    step("kvcompress " + " ".join(words))
-    done = subprocess.run(
-        [sys.executable, "-m", "kvcompress_cli", *words], stdout=subprocess.PIPE, text=True, check=False
-    )
-    if not quiet:
-        print(done.stdout, end="", flush=True)
-    # 1 is a verdict (`eval` found a model worse), which is for the table to tell; anything else is a failure.
-    if done.returncode not in (0, 1 if words[0] == "eval" else 0):
-        sys.exit(done.returncode)
-    return done.stdout
-
-
 def make(base: Path, folder: Path) -> dict[str, Any]:
     """Plan, compress and verify with the recipe of the folder's name; the plan."""
     recipe = ROOT / "examples" / "recipes" / f"{folder.name}.yaml"
@@ -100,7 +80,7 @@ def evaluate(suite: str, base: Path, models: list[Path], out: Path, *options: ob
 
 def serve(model: Path, out: Path) -> dict[str, Any]:
     step(f"kvcompress serve {model}")
-    return serving.exercise(model, out / "server.log")
+    return exercise(model, out / "server.log")
 
 
 def finish(results: dict[str, Any], out: Path) -> None:
