@@ -12,6 +12,8 @@ from kvcompress_eval.tokenizer import TextTokenizer
 from kvcompress.calibration import chat
 from kvcompress.calibration.tokenizer import load
 
+SUFFIXES = (".txt", ".jsonl")
+
 
 @dataclass(frozen=True)
 class Window:
@@ -87,9 +89,8 @@ def read_text(file: Path, tokenizer: TextTokenizer) -> str:
         try:
             made.append(dialogues.render(json.loads(line)["messages"]))
         except (json.JSONDecodeError, KeyError, TypeError):
-            raise ValueError(
-                f'{file} line {number}: expected {{"messages": [{{"role": ..., "content": ...}}]}}'
-            ) from None
+            expected = '{"messages": [{"role": ..., "content": ...}, ...]}'
+            raise ValueError(f"{file} line {number} is no conversation; expected {expected}") from None
     return "".join(made)
 
 
@@ -106,9 +107,8 @@ def text_files(given: Sequence[Path]) -> list[Path]:
     """
     files: list[Path] = []
     for path in given:
-        found = (
-            sorted([*path.glob("*.txt"), *path.glob("*.jsonl")]) if path.is_dir() else [path] if path.is_file() else []
-        )
+        inside = path.iterdir() if path.is_dir() else [path]
+        found = sorted(file for file in inside if file.is_file() and (file == path or file.suffix in SUFFIXES))
         if not found:
             raise ValueError(f"no text at {path}; expected a text file, or a folder with .txt or .jsonl files")
         files += found

@@ -220,12 +220,11 @@ def test_conversations_are_read_in_the_chat_template(folder: Path, tmp_path: Pat
     assert read_text(file, tokenizer) == "User: the cat\nAssistant: sat on the mat\n" * 3  # no template here
     with_template = tmp_path / "model"
     shutil.copytree(folder, with_template)
-    (with_template / "chat_template.jinja").write_text(
-        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-    )
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    (with_template / "chat_template.jinja").write_text(template)
     assert read_text(file, TextTokenizer(with_template)) == "<user>the cat<assistant>sat on the mat" * 3
     (tmp_path / "dialogue.jsonl").write_text('{"text": "no conversation"}\n')
-    with pytest.raises(ValueError, match="line 1: expected"):
+    with pytest.raises(ValueError, match="line 1 is no conversation"):
         read_text(file, tokenizer)
 
 
