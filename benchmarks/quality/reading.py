@@ -29,10 +29,8 @@ def sentences(results: dict[str, Any], length: str) -> list[str]:
         if factor > EVEN:
             verdict = f"**loses** to {best['name']} ({_figures(theirs)}): {factor:.1f} times its KL."
         elif factor < 1 / EVEN:
-            verdict = (
-                f"the best peer of its size or smaller, {best['name']} ({_figures(theirs)}), has {1 / factor:.1f} "
-            )
-            verdict += "times its KL."
+            verdict = f"the best peer of its size or smaller is {best['name']} ({_figures(theirs)}), with "
+            verdict += f"{1 / factor:.1f} times its KL."
         else:
             verdict = f"even with {best['name']} ({_figures(theirs)})."
         said.append(f"`{row['name']}` ({_figures(mine)}): {verdict}")
