@@ -32,6 +32,7 @@ from quality.results import result_row
 from quality.roster import PEERS
 from quality.rows import ELEMENT_BYTES, Row, peer_row
 from quality.windows import Plan, Window, text_files
+from transformers.utils import logging
 
 from kvcompress.geometry import ModelGeometry
 
@@ -77,6 +78,8 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.model} is compressed; expected the uncompressed model that every row is compared with")
     if unknown := set(args.peers) - set(PEERS):
         raise ValueError(f"no peer {', '.join(sorted(unknown))}; expected some of {', '.join(PEERS)}")
+    logging.set_verbosity_error()  # texts are longer than a model's context, and are cut
+    logging.disable_progress_bar()
     config, tokenizer = read_config(args.model), TextTokenizer(args.model)
     files = text_files(args.text or [heldout()])
     windows = [window for words in args.windows for window in Plan.parse(words).windows(files, tokenizer)]
@@ -104,9 +107,7 @@ def checkpoint(base: Path, recipe: str, work: Path) -> Path:
 def load(folder: Path) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 

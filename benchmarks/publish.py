@@ -1,4 +1,4 @@
-"""Every table of README.md, made from the newest result file of its kind in benchmarks/results.
+"""Every table of README.md, and docs/real-model.md, made from the newest result files in benchmarks/results.
 
     python benchmarks/publish.py                                   # write the tables again
     python benchmarks/publish.py --demo demo/results.json --machine epyc-2core    # first take in the demo's figures
@@ -16,7 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import real_page
 from kvcompress_eval.report import markdown_table
+from quality import reading, table
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -35,6 +37,7 @@ def main() -> None:
         kept.write_text(json.dumps(results, indent=1) + "\n")
     readme = ROOT / "README.md"
     readme.write_text(with_tables(readme.read_text()))
+    (ROOT / "docs" / "real-model.md").write_text(real_model())
 
 
 def with_tables(text: str) -> str:
@@ -43,12 +46,22 @@ def with_tables(text: str) -> str:
     return marked.sub(lambda found: f"{found[1]}\n{section(found[2], TABLES[found[2]])}\n{found[3]}", text)
 
 
-def section(kind: str, table: Callable[[dict[str, Any]], str]) -> str:
+def section(kind: str, make: Callable[[dict[str, Any]], str]) -> str:
     """A table and where its figures are."""
-    newest = max(RESULTS.glob(f"*-{kind}.json"))  # names begin with the day
+    newest = newest_result(kind)
     date, machine = re.fullmatch(rf"(\d{{4}}-\d\d-\d\d)-(.+)-{kind}", newest.stem).groups()  # type: ignore[union-attr]
     source = f"{date}, {machine}: [{newest.name}]({newest.relative_to(ROOT)})"
-    return f"{table(json.loads(newest.read_text()))}\n\n{source}"
+    return f"{make(json.loads(newest.read_text()))}\n\n{source}"
+
+
+def real_model() -> str:
+    """docs/real-model.md."""
+    real, peers = (newest_result(kind) for kind in ("real", "peers"))
+    return real_page.page(real.stem, json.loads(real.read_text()), peers.stem, json.loads(peers.read_text()))
+
+
+def newest_result(kind: str) -> Path:
+    return max(RESULTS.glob(f"*-{kind}.json"))  # names begin with the day
 
 
 def demo(results: dict[str, Any]) -> str:
@@ -123,9 +136,17 @@ def compress(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def peers(results: dict[str, Any]) -> str:
+    """Our recipes among simulated peers by size, and where we lose."""
+    first = table.lengths(results)[0]
+    read = "\n".join(f"- {sentence}" for sentence in reading.sentences(results, first))
+    return f"{table.overview(results)}\n\n{results['model']}, {table.title(results, first)}.\n\n{read}"
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "demo": demo,
     "methods": methods,
+    "peers": peers,
     "weights": weights,
     "slope": slope,
     "slope-llama-8b-layer": slope,

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from kvcompress_eval.models import read_config
 
-from kvcompress.calibration import corpus, tokenizer
+from kvcompress.calibration import tokenizer
+from kvcompress.calibration.corpus import BUILTIN, Corpus
 
 from .windows import Window
 
@@ -16,6 +17,6 @@ SAMPLES, TOKENS = 8, 1024
 def calibration_windows(model: Path) -> list[Window]:
     """Samples of the built-in calibration text in a model's tokens."""
     vocabulary = int(read_config(model)["vocab_size"])
-    text = corpus.Corpus(corpus.BUILTIN, tokenizer.load(model), vocabulary, lambda *_: None)
-    made = text.sample(SAMPLES, TOKENS, TOKENS, seed=0)
+    corpus = Corpus(BUILTIN, tokenizer.load(model), vocabulary, lambda *_: None)
+    made = corpus.sample(SAMPLES, TOKENS, context=TOKENS, seed=0)
     return [Window("calibration", tuple(tokens)) for tokens in made.tokens_NT.tolist()]

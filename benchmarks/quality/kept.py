@@ -13,12 +13,15 @@ from .measure import Scores
 from .rows import Row
 from .windows import Window
 
+SOURCES = ("caches", "hadamard", "integers", "kivi", "measure", "oscar", "roster", "turboquant", "views")
+"""Modules here on which scores depend."""
+
 
 class Kept:
     """Scores by everything that they depend on: base model, this code, row and window."""
 
     def __init__(self, folder: Path, base: str) -> None:
-        sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+        sources = b"".join((Path(__file__).parent / f"{name}.py").read_bytes() for name in SOURCES)
         self._folder, self._base = folder, f"{base} {hashlib.sha256(sources).hexdigest()}"
         folder.mkdir(parents=True, exist_ok=True)
 

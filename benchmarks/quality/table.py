@@ -23,16 +23,17 @@ def _cells(name: str, found: dict[str, Any]) -> list[str]:
     return [
         name,
         f"{found['ratio']:.2f}",
-        _kl(found["kl"]),
-        _kl(found["kl_99"]),
-        _kl(found["kl_999"]),
-        " ".join(map(_kl, found["kl_quarters"])),
+        kl(found["kl"]),
+        kl(found["kl_99"]),
+        kl(found["kl_999"]),
+        " ".join(map(kl, found["kl_quarters"])),
         f"{found['same_top']:.1f}",
         f"{found['perplexity']:.2f}",
     ]
 
 
-def _kl(value: float) -> str:
+def kl(value: float) -> str:
+    """A divergence with as many digits as it has meaning."""
     return f"{value:.4f}" if value < 0.01 else f"{value:.3f}" if value < 1 else f"{value:.2f}"
 
 
@@ -51,6 +52,20 @@ def markdown(results: dict[str, Any], length: str) -> str:
     """One table; our rows stand out."""
     lines = [f"| {' | '.join(HEADS)} |", "| --- |" + " ---: |" * (len(HEADS) - 1)]
     for row, (name, *rest) in cells(results, length):
+        lines.append(f"| {' | '.join([f'**`{name}`**' if row['ours'] else name, *rest])} |")
+    return "\n".join(lines)
+
+
+def overview(results: dict[str, Any]) -> str:
+    """One table: the shortest windows in full, of longer ones the size and the KL."""
+    first, *longer = lengths(results)
+    heads = [*(head for head in HEADS if head != "by quarter"), *(f"at {int(length):,}: x, KL" for length in longer)]
+    lines = [f"| {' | '.join(heads)} |", "| --- |" + " ---: |" * (len(heads) - 1)]
+    for row, (name, *rest) in cells(results, first):
+        del rest[HEADS.index("by quarter") - 1]
+        for length in longer:
+            found = row["lengths"].get(length)
+            rest.append("-" if found is None else f"{found['ratio']:.2f}, {kl(found['kl'])}")
         lines.append(f"| {' | '.join([f'**`{name}`**' if row['ours'] else name, *rest])} |")
     return "\n".join(lines)
 

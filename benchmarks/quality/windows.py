@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from kvcompress_eval.tokenizer import TextTokenizer
+
+from kvcompress.calibration import chat
+from kvcompress.calibration.tokenizer import load
+
+SUFFIXES = (".txt", ".jsonl")
 
 
 @dataclass(frozen=True)
@@ -56,11 +62,7 @@ def cut_windows(files: Sequence[Path], tokenizer: TextTokenizer, count: int, len
     """
     windows: list[Window] = []
     for file in files:
-        try:
-            text = file.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise ValueError(f"{file} is not UTF-8 text; expected plain text") from None
-        prefix, tokens = tokenizer.prefix, tokenizer.encode(text, special=False)
+        prefix, tokens = tokenizer.prefix, tokenizer.encode(read_text(file, tokenizer), special=False)
         body = length - len(prefix)
         if len(tokens) < body:
             raise ValueError(f"{file} has {len(tokens)} tokens; expected at least {body} for one window of {length}")
@@ -69,22 +71,46 @@ def cut_windows(files: Sequence[Path], tokenizer: TextTokenizer, count: int, len
     return windows
 
 
+def read_text(file: Path, tokenizer: TextTokenizer) -> str:
+    """A text as it is; the conversations of a `.jsonl` (`messages` in each line) in the model's chat template.
+
+    Raises:
+        ValueError: the file is not UTF-8 text, or a line of a `.jsonl` is no conversation.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{file} is not UTF-8 text; expected plain text") from None
+    if file.suffix != ".jsonl":
+        return text
+    dialogues = chat.Dialogues(load(tokenizer.model))
+    made = []
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            made.append(dialogues.render(json.loads(line)["messages"]))
+        except (json.JSONDecodeError, KeyError, TypeError):
+            expected = '{"messages": [{"role": ..., "content": ...}, ...]}'
+            raise ValueError(f"{file} line {number} is no conversation; expected {expected}") from None
+    return "".join(made)
+
+
 def spread(room: int, count: int) -> list[int]:
     """`count` starts in `0..room`, each in the middle of its share."""
     return [room * (2 * index + 1) // (2 * count) for index in range(count)]
 
 
 def text_files(given: Sequence[Path]) -> list[Path]:
-    """The text files that are named, and those in the folders that are named.
+    """The text files that are named, and the .txt and .jsonl files in the folders that are named.
 
     Raises:
-        ValueError: one does not exist, a folder has no .txt file, or two kinds have one name.
+        ValueError: one does not exist, a folder has no text, or two kinds have one name.
     """
     files: list[Path] = []
     for path in given:
-        found = sorted(path.glob("*.txt")) if path.is_dir() else [path] if path.is_file() else []
+        inside = path.iterdir() if path.is_dir() else [path]
+        found = sorted(file for file in inside if file.is_file() and (file == path or file.suffix in SUFFIXES))
         if not found:
-            raise ValueError(f"no text at {path}; expected a text file, or a folder with .txt files")
+            raise ValueError(f"no text at {path}; expected a text file, or a folder with .txt or .jsonl files")
         files += found
     kinds = [file.stem for file in files]
     if twice := next((kind for kind in kinds if kinds.count(kind) > 1), None):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import runpy
+import shutil
 import sys
 from functools import partial
 from pathlib import Path
@@ -13,18 +14,18 @@ from typing import Any
 import pytest
 import torch
 from kvcompress_eval.tokenizer import TextTokenizer
+from quality.caches import peer_cache
+from quality.clock import Clock
+from quality.kivi import kivi
+from quality.measure import Candidate, Scores, compare, log_probabilities, score, summary
+from quality.oscar import fit, oscar
+from quality.peer import Peer
+from quality.roster import LABELS, PEERS
+from quality.rows import peer_bytes
+from quality.windows import Plan, Window, read_text, spread, text_files
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from benchmarks.quality.caches import peer_cache
-from benchmarks.quality.clock import Clock
-from benchmarks.quality.kivi import kivi
-from benchmarks.quality.measure import Candidate, Scores, compare, log_probabilities, score, summary
-from benchmarks.quality.oscar import fit, oscar
-from benchmarks.quality.peer import Peer
-from benchmarks.quality.roster import LABELS, PEERS
-from benchmarks.quality.rows import peer_bytes
-from benchmarks.quality.windows import Plan, Window, spread, text_files
 from kvcompress.codec.spec import CodecSpec
 from tests import tiny
 
@@ -211,6 +212,22 @@ def test_windows_are_spread_over_a_text(folder: Path, tmp_path: Path) -> None:
     assert middle.tokens[len(tokenizer.prefix) :] == tuple(tokens[start : start + size])
 
 
+def test_conversations_are_read_in_the_chat_template(folder: Path, tmp_path: Path) -> None:
+    line = {"messages": [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat on the mat"}]}
+    (tmp_path / "dialogue.jsonl").write_text(f"{json.dumps(line)}\n" * 3)
+    tokenizer = TextTokenizer(folder)
+    [file] = text_files([tmp_path])
+    assert read_text(file, tokenizer) == "User: the cat\nAssistant: sat on the mat\n" * 3  # no template here
+    with_template = tmp_path / "model"
+    shutil.copytree(folder, with_template)
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    (with_template / "chat_template.jinja").write_text(template)
+    assert read_text(file, TextTokenizer(with_template)) == "<user>the cat<assistant>sat on the mat" * 3
+    (tmp_path / "dialogue.jsonl").write_text('{"text": "no conversation"}\n')
+    with pytest.raises(ValueError, match="line 1 is no conversation"):
+        read_text(file, tokenizer)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [("1024", "expected TOKENS:COUNT"), ("x:1", "expected TOKENS:COUNT"), ("16:1:poems", "no text of kind poems")],
@@ -232,7 +249,6 @@ def test_time_left_goes_by_what_a_row_took() -> None:
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Runs benchmarks/peers.py in this process, as the script it is."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
 
     def command(*words: object) -> None:
         monkeypatch.setattr(sys, "argv", ["peers.py", *map(str, words)])

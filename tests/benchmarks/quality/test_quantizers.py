@@ -7,13 +7,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from quality.hadamard import hadamard, rotated
+from quality.integers import fp8_e4m3, group_size, min_max, q4_0, q8_0
+from quality.kivi import kivi
+from quality.oscar import oscar
+from quality.turboquant import gaussian_codebook, turboquant
 from torch import Tensor
-
-from benchmarks.quality.hadamard import hadamard, rotated
-from benchmarks.quality.integers import fp8_e4m3, group_size, min_max, q4_0, q8_0
-from benchmarks.quality.kivi import kivi
-from benchmarks.quality.oscar import oscar
-from benchmarks.quality.turboquant import gaussian_codebook, turboquant
 
 
 def states(*shape: int, seed: int = 0) -> Tensor:
