@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvcompress.checkpoint.json_file import read_object
 from kvcompress.codec.nested import WIDEST, cut_spec
 from kvcompress.codec.spec import CodecSpec
 from kvcompress.geometry import ModelGeometry
+from kvcompress_eval.tokenizer import TextTokenizer
 
 MANIFEST = "kvcompress/manifest.json"
 CODEC = "kvcompress/codec.safetensors"
@@ -42,16 +44,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a model folder.
 
     Raises:
-        ValueError: there is none, or it is not JSON.
+        ValueError: there is none, or it is not a JSON object.
     """
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} has no config.json; expected a model folder")
-    try:
-        config: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    return config
+    return read_object(path)
 
 
 def is_compressed(folder: Path) -> bool:
@@ -61,19 +59,41 @@ def is_compressed(folder: Path) -> bool:
 
 def codec_spec(config: dict[str, Any]) -> CodecSpec | None:
     """The codec that config.json describes, if any."""
-    section = config.get("quantization_config") or {}
-    if section.get("quant_method") != "kvcompress" or not section.get("codec"):
+    section = config.get("quantization_config")
+    if not isinstance(section, dict) or section.get("quant_method") != "kvcompress" or not section.get("codec"):
         return None
     return CodecSpec.from_json(section["codec"])
 
 
-def end_tokens(folder: Path) -> set[int]:
-    """Tokens that end a sequence, from generation_config.json, else config.json."""
-    path = folder / "generation_config.json"
-    ends = json.loads(path.read_text("utf-8")).get("eos_token_id") if path.is_file() else None
-    if ends is None:
-        ends = read_config(folder).get("eos_token_id")
-    return set(ends) if isinstance(ends, list) else set() if ends is None else {int(ends)}
+def end_tokens(folder: Path, tokenizer: TextTokenizer) -> frozenset[int]:
+    """Tokens that end a sequence, the same for every engine: generation_config.json's, else config.json's, else the
+    tokenizer's own. Empty where none of them names any.
+
+    What a chat template writes behind a turn is not asked: a server would not stop there either.
+
+    Raises:
+        ValueError: a file is not JSON, or names something that is no token of the vocabulary.
+    """
+    generation = folder / "generation_config.json"
+    named = (
+        _named_tokens(read_object(path).get("eos_token_id"), f"{path}: eos_token_id", tokenizer)
+        for path in (generation, folder / "config.json")
+        if path.is_file()
+    )
+    return next((found for found in named if found), frozenset(tokenizer.end))
+
+
+def _named_tokens(value: Any, where: str, tokenizer: TextTokenizer) -> frozenset[int]:
+    """Ids of a token, or of a list of them, given by id or by text; a null names none."""
+    found = set()
+    for item in value if isinstance(value, list) else [value]:
+        token = tokenizer.token_id(item) if isinstance(item, str) else item
+        if item is not None and (type(token) is not int or not 0 <= token < tokenizer.size):
+            raise ValueError(
+                f"{where}: found {json.dumps(item)}; expected ids below {tokenizer.size}, or tokens of the tokenizer"
+            )
+        found |= set() if token is None else {token}
+    return frozenset(found)
 
 
 def describe_models(

@@ -44,8 +44,8 @@ class Engine(Protocol):
         """Prompts worth handing over in one call."""
 
     @property
-    def has_distribution(self) -> bool:
-        """Whether `score` can return whole distributions."""
+    def vocabulary(self) -> int | None:
+        """Size of the whole distributions that `score` can return; None where it cannot."""
 
     def generate(
         self,

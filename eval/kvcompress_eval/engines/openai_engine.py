@@ -22,7 +22,7 @@ class OpenAIEngine:
 
     name = "openai"
     batch_size = 16
-    has_distribution = False
+    vocabulary = None
 
     def __init__(
         self,

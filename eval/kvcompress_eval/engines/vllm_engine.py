@@ -39,7 +39,7 @@ class VllmEngine:
 
     name = "vllm"
     batch_size = 32
-    has_distribution = False
+    vocabulary = None
 
     def __init__(
         self,
@@ -73,11 +73,12 @@ class VllmEngine:
         spec = codec_spec(read_config(model))
         self._exact_steps = spec is not None and any(isinstance(layer, GroupSpec) for layer in spec.layers)
         self._tokenizer = tokenizer
-        self._ends = end_tokens(model)
+        self._ends = end_tokens(model, tokenizer)
         arguments = {
             "enforce_eager": not torch.cuda.is_available(),
             "max_num_seqs": self.batch_size,
             "disable_log_stats": True,
+            "generation_config": "vllm",  # whose end tokens are read above
             **options,
         }
         self._llm: Any = LLM(model=str(model), dtype=dtype, max_model_len=max_context, **arguments)
