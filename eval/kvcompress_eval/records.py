@@ -191,7 +191,8 @@ def _run_unit(engine: Engine, file: RowFile, unit: Unit, *, full_generations: bo
         end = min(start + engine.batch_size, total)
         prompts, references = unit.prompts[start:end], unit.references[start:end]
         until = None if full_generations else references
-        made = engine.generate(prompts, unit.max_tokens, until)
+        told = partial(_tell_answers, progress, start, total)
+        made = engine.generate(prompts, unit.max_tokens, until, answered=told)
         labels = unit.labels[start:end] or [{}] * len(prompts)
         for prompt, expected, generation, label in zip(prompts, references, made, labels, strict=True):
             file.append(
@@ -202,4 +203,7 @@ def _run_unit(engine: Engine, file: RowFile, unit: Unit, *, full_generations: bo
                     "score": unit.score(generation.text, expected),
                 }
             )
-        progress(end, total)
+
+
+def _tell_answers(progress: Any, before: int, total: int, answered: int) -> None:
+    progress(before + answered, total)

@@ -115,6 +115,9 @@ class Run:
                 continue
             engine = self._open(kind, record.model, tell)
             try:
+                for part in (record, repeats) if has_tasks else ():
+                    if part is not None:
+                        part.run_tasks(engine, full_generations=self.how["full_generations"], tell=tell)
                 if has_text and is_base:
                     kept = record.run_text(engine, tell=tell, again=compared)
                     reference = Reference(texts=kept)
@@ -124,9 +127,6 @@ class Run:
                     record.run_text(engine, tell=tell, reference=reference if base is not None else None)
                     if answers:
                         record.measure_agreement(engine, reference, seed=self.how["seed"], tell=tell)
-                for part in (record, repeats) if has_tasks else ():
-                    if part is not None:
-                        part.run_tasks(engine, full_generations=self.how["full_generations"], tell=tell)
             finally:
                 engine.close()
 

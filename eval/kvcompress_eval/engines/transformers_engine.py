@@ -77,10 +77,16 @@ class TransformersEngine:
         until: Sequence[Sequence[str]] | None = None,
         *,
         ignore_end: bool = False,
+        answered: Callable[[int], None] | None = None,
     ) -> list[Generation]:
         wanted = until or [()] * len(prompts)
         ends = set() if ignore_end else self._ends
-        return [self._continue(prompt, max_tokens, texts, ends) for prompt, texts in zip(prompts, wanted, strict=True)]
+        made: list[Generation] = []
+        for prompt, texts in zip(prompts, wanted, strict=True):
+            made.append(self._continue(prompt, max_tokens, texts, ends))
+            if answered is not None:
+                answered(len(made))
+        return made
 
     def _continue(
         self, prompt: Sequence[int], max_tokens: int, wanted: Sequence[str], ends: AbstractSet[int]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,7 @@ class VllmEngine:
         until: Sequence[Sequence[str]] | None = None,
         *,
         ignore_end: bool = False,
+        answered: Callable[[int], None] | None = None,
     ) -> list[Generation]:
         # The engine is stepped by hand, so that a continuation can be ended by what its text contains.
         from vllm import SamplingParams
@@ -119,10 +120,12 @@ class VllmEngine:
                     continue
                 tokens = [token for token in output.outputs[0].token_ids if token not in ends]
                 text = self._tokenizer.decode(tokens)
-                answered = bool(until and until[index]) and contains_all(text, until[index] if until else ())
-                if output.finished or answered:
+                found = bool(until and until[index]) and contains_all(text, until[index] if until else ())
+                if output.finished or found:
                     done[index] = Generation(tuple(tokens), text, output.num_cached_tokens)
-                if answered and not output.finished:
+                    if answered is not None:
+                        answered(len(done) - done.count(None))
+                if found and not output.finished:
                     engine.abort_request([output.request_id])
         assert all(item is not None for item in done), "vLLM dropped a request"
         return [item for item in done if item is not None]

@@ -101,7 +101,7 @@ def notes(results: Results) -> list[str]:
         where = ", ".join(f"{length:,}" for length in lengths)
         found.append(
             f"{tasks} task{'s' * (tasks != 1)} at {where} tokens, {results['overall'][0]['n']:,} samples in all, seed "
-            f"{results['seed']}, engine {environment['engine']}, dtype {environment['dtype']}. "
+            f"{results['seed']}, engine {environment['engine']}, dtype {environment.get('computed_in', environment['dtype'])}. "
             "Every model saw the same prompts."
         )
     if families["overall"]:
