@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kvcompress.calibration import chat, tokenizer
+from kvcompress.calibration.chat import Dialogues
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model")
 
@@ -82,8 +83,8 @@ class TextTokenizer:
         return chat.render(self._tokenizer, messages, open_answer=True)
 
     @cached_property
-    def _dialogues(self) -> chat.Dialogues:
-        return chat.Dialogues(self._tokenizer)
+    def _dialogues(self) -> Dialogues:
+        return Dialogues(self._tokenizer)
 
     def conversation(self, messages: Sequence[dict[str, str]]) -> str:
         """A finished conversation as text: in the chat template as far as that shows it, or plainly."""

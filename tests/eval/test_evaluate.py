@@ -60,7 +60,7 @@ def test_results_have_the_documented_shape(
     assert [model["name"] for model in results["models"]] == names
     assert [model["role"] for model in results["models"]] == ["baseline", "candidate", "candidate"]
     sizes = [model["bytes_per_token"] for model in results["models"]]
-    assert sizes[0] == 2 * tiny.NUM_LAYERS * tiny.NUM_KV_HEADS * tiny.HEAD_DIM * 4
+    assert sizes[0] == 2 * tiny.NUM_LAYERS * tiny.NUM_KV_HEADS * tiny.HEAD_DIM * 2
     assert sizes[0] > sizes[1] > sizes[2]
     assert results["models"][0]["manifest_sha256"] is None
     assert len(results["models"][1]["manifest_sha256"]) == 64

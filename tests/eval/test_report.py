@@ -356,7 +356,7 @@ def test_table_file_says_what_it_rests_on(results: dict[str, Any], tmp_path: Pat
     write_table(results, tmp_path / "table.md")
     text = (tmp_path / "table.md").read_text("utf-8")
     assert text.startswith(markdown_table(results, tasks=True))
-    assert "1 task at 2,048 tokens, 600 samples in all, seed 42, engine vllm, dtype float32." in text
+    assert "1 task at 2,048 tokens, 600 samples in all, seed 42, engine vllm, float32." in text
     assert "any of the 2 over all tasks is wrong is at most 5 %" in text
     assert "seed 43 against seed 42, differs by -1.5 points [-4.8, +1.5] overall and by 2.2 points per task" in text
     assert f"`{'ab' * 32}` (good)" in text

@@ -71,10 +71,10 @@ def measured_sentence(results: Results) -> str:
         parts.append(f"{texts['models'][0]['tokens']:,} tokens of text ({named})")
     if results["drift"] and not texts:
         parts.append("agreement by position")
-    engine, other = environment["engine"], environment.get("text_engine", environment["engine"])
+    engine, other = environment["engine"], environment["text_engine"]
     engines = f"engine {engine}" if engine == other else f"engines {engine} (tasks) and {other} (text)"
     minutes = f", {environment['minutes']:.1f} minutes" if "minutes" in environment else ""
-    return f"measured: {'; '.join(parts)}; {engines}, {environment.get('computed_in', environment['dtype'])}{minutes}"
+    return f"measured: {'; '.join(parts)}; {engines}, {environment['computed_in']}{minutes}"
 
 
 def _count(number: int, what: str) -> str:
@@ -101,7 +101,7 @@ def notes(results: Results) -> list[str]:
         where = ", ".join(f"{length:,}" for length in lengths)
         found.append(
             f"{tasks} task{'s' * (tasks != 1)} at {where} tokens, {results['overall'][0]['n']:,} samples in all, seed "
-            f"{results['seed']}, engine {environment['engine']}, dtype {environment.get('computed_in', environment['dtype'])}. "
+            f"{results['seed']}, engine {environment['engine']}, {environment['computed_in']}. "
             "Every model saw the same prompts."
         )
     if families["overall"]:

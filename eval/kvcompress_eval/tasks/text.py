@@ -68,6 +68,9 @@ def _tokens(raw: bytes, name: str, tokenizer: TextTokenizer, most: int) -> tuple
     wanted = CHARACTERS_PER_TOKEN * most
     text = _conversations(content, tokenizer, wanted) if name.endswith(".jsonl") else content[:wanted]
     tokens = tokenizer.encode(text, special=False)[:most]
+    # A chat template writes the token that begins a sequence itself; every window begins with it anyway.
+    if tokenizer.prefix and tokens[: len(tokenizer.prefix)] == tokenizer.prefix:
+        tokens = tokens[len(tokenizer.prefix) :]
     if len(tokens) < 2:
         raise ValueError(f"{name} has {len(tokens)} tokens; perplexity needs at least 2")
     return tuple(tokens)
