@@ -62,6 +62,8 @@ def draw_fitting(draw: Callable[[int], Drawn], size: int, step: int, budget: int
         redraws += 1
         if drawn is not None:
             shortest = min(drawn.tokens, shortest or drawn.tokens)
+    if shortest is None:
+        raise NotApplicableError(f"too short: {redraws} draws of the smallest prompt gave no sample")
     raise NotApplicableError(
         f"too short: with this tokenizer the smallest prompt takes {shortest} tokens, {budget} are left for it"
     )
