@@ -22,7 +22,7 @@ from kvcompress_eval.engines import baseline_caches, open_engine
 from kvcompress_eval.environment import environment
 from kvcompress_eval.suite import SUITES, Suite
 from kvcompress_eval.tasks.agreement import kl_per_token
-from kvcompress_eval.tasks.text import BUNDLED, read_text
+from kvcompress_eval.tasks.text import read_texts
 from kvcompress_eval.tokenizer import TextTokenizer
 from rich.console import Console
 from rich.table import Table
@@ -34,7 +34,8 @@ from kvcompress.pipeline.compress import Options, compress
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "assets" / "reference-model"
-TEXT = Suite(summary="", perplexity_tokens=16384, agreement_windows=8)
+TEXT = Suite(summary="", text_tokens=16384)
+HELDOUT = MODEL / "heldout.txt"
 KL_WINDOWS, KL_TOKENS = 8, 1024
 
 
@@ -142,7 +143,13 @@ def measure(row: Row, work: Path, samples: int) -> dict[str, Any]:
         out=work / "tasks" / row.name,
     )
     text = kvcompress_eval.run(
-        folder, suite=TEXT, engine="transformers", engine_options=options, resume=True, out=work / "text" / row.name
+        folder,
+        suite=TEXT,
+        text=HELDOUT,
+        engine="transformers",
+        engine_options=options,
+        resume=True,
+        out=work / "text" / row.name,
     )
     [overall] = tasks["overall"]
     found = {
@@ -182,7 +189,7 @@ def bytes_per_token(row: Row, results: dict[str, Any]) -> float:
 def divergence(folder: Path, options: dict[str, Any]) -> float:
     """Mean KL(base || row) in nats per token over windows of held-out text."""
     tokenizer = TextTokenizer(MODEL)
-    tokens = read_text(MODEL / BUNDLED, tokenizer, KL_WINDOWS * KL_TOKENS).tokens
+    tokens = read_texts(HELDOUT, tokenizer, KL_WINDOWS * KL_TOKENS)[0].tokens
     windows = [tokens[start : start + KL_TOKENS] for start in range(0, KL_WINDOWS * KL_TOKENS, KL_TOKENS)]
     total, count = 0.0, 0
     engines = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -43,15 +44,22 @@ def evaluate(
     samples: Annotated[int | None, typer.Option(help="Samples per task and length.")] = None,
     limit: Annotated[int | None, typer.Option(help="At most this many samples per task.")] = None,
     engine: Annotated[
-        str, typer.Option(help="transformers, vllm, or the URL of an OpenAI-compatible server.")
-    ] = "transformers",
+        str,
+        typer.Option(
+            help="auto (vLLM for tasks where it can serve the models, transformers for text), transformers, vllm, or "
+            "the URL of an OpenAI-compatible server."
+        ),
+    ] = "auto",
     kv_rank: KvRank = 1.0,
     kv_bits: KvBits = WIDEST,
     dtype: Annotated[str, typer.Option(help="Precision to run in; auto is float32 on a CPU.")] = "auto",
     template: Annotated[
-        str,
-        typer.Option(help="Around prompts: base; chat for the tokenizer's own; RULER's: meta-llama3, Phi3, ..."),
-    ] = "base",
+        str | None,
+        typer.Option(
+            help="Around prompts: base; chat for the tokenizer's own; auto for chat where there is one; RULER's: "
+            "meta-llama3, Phi3, ... By default the suite's: auto in quick, base in all others."
+        ),
+    ] = None,
     essay: Annotated[Path | None, typer.Option(help="Essays for RULER: PaulGrahamEssays.json, or a text file.")] = None,
     squad: Annotated[Path | None, typer.Option(help="SQuAD 2.0's dev-v2.0.json, for RULER's qa_1.")] = None,
     hotpotqa: Annotated[Path | None, typer.Option(help="hotpot_dev_distractor_v1.json, for RULER's qa_2.")] = None,
@@ -64,7 +72,7 @@ def evaluate(
     ] = False,
     drift_tokens: Annotated[int | None, typer.Option(help="Tokens over which suite drift follows the models.")] = None,
     text: Annotated[
-        Path | None, typer.Option(help="Held-out text for perplexity; by default the model's heldout.txt.")
+        Path | None, typer.Option(help="Held-out text, a UTF-8 file; by default the kinds that come with kvcompress.")
     ] = None,
     margin: Annotated[float, typer.Option(help="Loss in points that the verdict tolerates.")] = 1.0,
     serving_context: Annotated[int, typer.Option(help="Also measure decode speed after this many tokens.")] = 0,
@@ -82,6 +90,7 @@ def evaluate(
     """Measure what compression cost. Exit code 1 when the verdict is 'worse'."""
     from kvcompress_eval.evaluate import run
     from kvcompress_eval.report import write_report, write_table
+    from kvcompress_eval.report.wording import measured_sentence
     from kvcompress_eval.tasks.ruler.sources import Sources
 
     with progress() as report:
@@ -115,6 +124,7 @@ def evaluate(
             noise_floor=noise_floor,
             resume=resume,
             progress=report,
+            say=lambda line: print(line, file=sys.stderr, flush=True),
         )
     write_report(results, out / "report.html")
     write_table(results, out / "table.md")
@@ -122,6 +132,7 @@ def evaluate(
         print_json(results)
     else:
         _show(results)
+        print(measured_sentence(results))
         print(f"{out / 'report.html'}: the report; {out / 'results.json'}: the figures; {out / 'table.md'}: a table")
     if any(row["verdict"] == "worse" for row in results["overall"]):
         raise typer.Exit(1)
@@ -137,6 +148,9 @@ def _numbers(lengths: str | None) -> list[int] | None:
 
 
 def _show(results: Mapping[str, Any]) -> None:
+    from kvcompress_eval.report.figures import divergences
+    from kvcompress_eval.report.wording import tail_sentence, verdict_sentence
+
     rows = [
         (row["task"], str(row["length"]), row["model"], f"{row['score']:.2f}", _interval(row["ci95"]), _delta(row))
         for row in results["tasks"]
@@ -145,18 +159,42 @@ def _show(results: Mapping[str, Any]) -> None:
         ("all tasks", "", row["model"], f"{row['score']:.2f}", _interval(row["ci95"]), _delta(row))
         for row in results["overall"]
     ]
+    rows += [row for model in results["perplexity"].get("models", []) for row in _text_rows(model)]
     rows += [
-        ("perplexity", "", row["model"], f"{row['perplexity']:.4f}", "", "")
-        for row in results["perplexity"].get("models", [])
-    ]
-    rows += [
-        ("next-token agreement", "", row["model"], f"{row['text']['top1']:.4f}", "", "")
+        (
+            f"KL, {source}: mean, 99 %, 99.9 %",
+            "",
+            row["model"],
+            divergences(row[source]) or "-",
+            "",
+            _agreed(row[source]),
+        )
         for row in results["agreement"].get("models", [])
-        if "text" in row
+        for source in ("text", "tasks")
+        if source in row
     ]
     table("Results", ("task", "length", "model", "score", "95 % interval", "against the baseline"), rows)
+    agreement = {row["model"]: row.get("text") for row in results["agreement"].get("models", [])}
+    for row in results["overall"]:
+        if row["verdict"]:
+            sentence = verdict_sentence(row, results["margin"], results["multiplicity"]["overall"])
+            print(f"{row['model']}: {sentence} {tail_sentence(agreement.get(row['model']))}".rstrip())
     for row in results["skipped"]:
         print(f"left out: {row['task']} at {row['length']}: {row['reason']}")
+
+
+def _text_rows(model: Mapping[str, Any]) -> list[tuple[str, str, str, str, str, str]]:
+    """Perplexity over all text, and of each kind."""
+    kinds = [("perplexity", model), *((f"perplexity, {kind['kind']}", kind) for kind in model["kinds"])]
+    return [(what, "", model["model"], f"{row['perplexity']:.3f}", "", _increase(row)) for what, row in kinds]
+
+
+def _increase(row: Mapping[str, Any]) -> str:
+    return "" if row.get("increase") is None else f"{100 * row['increase']:+.2f} %"
+
+
+def _agreed(row: Mapping[str, Any]) -> str:
+    return f"{100 * row['top1']:.1f} % same next token, {row['tokens']:,} tokens"
 
 
 def _interval(bounds: list[float]) -> str:

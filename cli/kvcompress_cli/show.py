@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -42,28 +43,36 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     console.print(view)
 
 
+EVERY = 30.0
+"""Seconds between two lines about the same step, away from a terminal."""
+
+
 @contextmanager
 def progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar per step on standard error; away from a terminal, one line when a step starts and ends."""
+    """A bar with the time left per step on standard error; away from a terminal, a line when a step starts and ends,
+    and every half a minute in between one with what is done and how long is left."""
     if not sys.stderr.isatty():
-        finished: dict[str, bool] = {}
-
-        def line(step: str, done: int, total: int) -> None:
-            end = done >= total
-            if finished.get(step) != end:
-                finished[step] = end
-                print(f"{step}: {'done' if end else 'started'}", file=sys.stderr, flush=True)
-
-        yield line
+        yield Lines(lambda line: print(line, file=sys.stderr, flush=True), time.monotonic)
         return
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         TaskProgressColumn(),
         TimeElapsedColumn(),
+        TextColumn("left:"),
+        TimeRemainingColumn(elapsed_when_finished=False),
+        # Steps of minutes: an estimate from the last half minute alone would be of nothing.
+        speed_estimate_period=3600,
         console=Console(stderr=True),
     ) as bars:
         tasks: dict[str, Any] = {}
@@ -74,3 +83,51 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
             bars.update(tasks[step], completed=done, total=total)
 
         yield bar
+
+
+class Lines:
+    """Progress as lines of text.
+
+    Args:
+        write: takes a line.
+        clock: seconds, from any beginning.
+    """
+
+    def __init__(self, write: Callable[[str], None], clock: Callable[[], float]) -> None:
+        self._write, self._clock = write, clock
+        self._began: dict[str, tuple[float, int]] = {}
+        """Per step: when it was first heard of, and how much was done then."""
+        self._last: dict[str, float] = {}
+        self._finished: set[str] = set()
+
+    def __call__(self, step: str, done: int, total: int) -> None:
+        now, finished = self._clock(), done >= total
+        if step not in self._began or (step in self._finished and not finished):
+            self._began[step] = now, done
+            self._finished.discard(step)
+            if not finished:
+                self._tell(step, "started", now)
+        if finished:
+            if step not in self._finished:
+                self._finished.add(step)
+                self._tell(step, "done", now)
+        elif now - self._last[step] >= EVERY:
+            began, before = self._began[step]
+            left = (now - began) / (done - before) * (total - done) if done > before else None
+            share = f"{done:,} of {total:,}" if total <= MOST_COUNTED else f"{100 * done / total:.0f} %"
+            self._tell(step, share + ("" if left is None else f", about {duration(left)} left"), now)
+
+    def _tell(self, step: str, text: str, now: float) -> None:
+        self._last[step] = now
+        self._write(f"{step}: {text}")
+
+
+MOST_COUNTED = 9999
+"""Larger totals are bytes or tokens, of which only the share says something."""
+
+
+def duration(seconds: float) -> str:
+    """Rounded to what matters: seconds below two minutes, minutes below two hours."""
+    if seconds < 120:
+        return f"{max(1, round(seconds))} s"
+    return f"{round(seconds / 60)} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kvcompress_eval.engines import Engine, Generation
@@ -17,15 +18,34 @@ def run_questions(engine: Engine, file: RowFile, unit: Unit, *, progress: Callab
     assert questions is not None, "RULER's units are run by the records"
     while len(file.rows) < len(questions.items):
         batch = questions.items[len(file.rows) :][: engine.batch_size]
-        first = engine.generate([item.prompt for item in batch], unit.max_tokens)
+        turns = 1 if questions.follow_up is None else 2
+        told = _Told(progress, len(file.rows), len(questions.items), turns)
+        first = engine.generate([item.prompt for item in batch], unit.max_tokens, answered=told)
         seconds: Sequence[tuple[Question, Generation] | None] = [None] * len(batch)
         if questions.follow_up is not None:
             asked = [questions.follow_up.ask(item, made.text) for item, made in zip(batch, first, strict=True)]
-            made = engine.generate([item.prompt for item in asked], questions.follow_up.max_tokens)
+            again = replace(told, answers=len(batch))
+            prompts = [item.prompt for item in asked]
+            made = engine.generate(prompts, questions.follow_up.max_tokens, answered=again)
             seconds = list(zip(asked, made, strict=True))
         for item, answer, second in zip(batch, first, seconds, strict=True):
             file.append({"index": len(file.rows), **_row(questions, item, answer, second)})
         progress(len(file.rows), len(questions.items))
+
+
+@dataclass(frozen=True)
+class _Told:
+    """Turns answers into samples done: `before` were done before the batch, `answers` of it are given already, and
+    `turns` make a sample."""
+
+    progress: Callable[[int, int], None]
+    before: int
+    total: int
+    turns: int
+    answers: int = 0
+
+    def __call__(self, count: int) -> None:
+        self.progress(self.before + (self.answers + count) // self.turns, self.total)
 
 
 def _row(

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from kvcompress_eval.rows import RowFile
-from kvcompress_eval.tasks.ruler import task_score
 from kvcompress_eval.units import Unit
 
 
@@ -29,7 +28,7 @@ def breakdown(units: Sequence[Unit], files: Mapping[str, Sequence[RowFile]]) -> 
                     groups.setdefault(key, []).append(score)
             for (by, value), scores in sorted(groups.items(), key=lambda item: item[0]):
                 place = {"task": unit.task, "length": unit.length, "model": model, "by": by, "value": value}
-                found.append({**place, "score": task_score(scores), "n": len(scores)})
+                found.append({**place, "score": unit.points(scores), "n": len(scores)})
     return found
 
 

@@ -21,6 +21,15 @@ def environment() -> dict[str, Any]:
     }
 
 
+def computed_in(dtype: str) -> str:
+    """The precision that `dtype` means on this machine."""
+    import torch
+
+    if dtype != "auto":
+        return dtype
+    return "the checkpoint's dtype" if torch.cuda.is_available() else "float32"
+
+
 def _version(package: str) -> str | None:
     try:
         return version(package)

@@ -7,24 +7,30 @@ evaluation continues where it stopped.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from kvcompress.codec.nested import WIDEST
-from kvcompress_eval.engines import check_engine, is_url, open_engine
-from kvcompress_eval.models import Model, describe_models
+from kvcompress_eval.engines import check_engine, is_url
+from kvcompress_eval.engines.choosing import choose_engines
+from kvcompress_eval.engines.names import AUTO
+from kvcompress_eval.models import Model, describe_models, end_tokens, read_config
+from kvcompress_eval.results import summarise
+from kvcompress_eval.running import Run
 from kvcompress_eval.suite import Suite, find_suite
-from kvcompress_eval.tasks.agreement import Reference
 from kvcompress_eval.tasks.catalogue import TASKS, check_task
 from kvcompress_eval.tasks.data_files import DataSource
 from kvcompress_eval.tasks.ruler import BASE, CHAT, NO_FILES, Sources, model_template, provenance
 from kvcompress_eval.tokenizer import TextTokenizer
 from kvcompress_eval.units import Progress
-from kvcompress_eval.work import Work, default_cache_dir, prepare
+from kvcompress_eval.work import default_cache_dir, prepare
 
 RESULTS = "results.json"
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64", "half")
 
 
 def run(
@@ -37,13 +43,13 @@ def run(
     lengths: Sequence[int] | None = None,
     samples: int | None = None,
     limit: int | None = None,
-    engine: str = "transformers",
+    engine: str = AUTO,
     engine_options: Mapping[str, Any] | None = None,
     kv_rank: float = 1.0,
     kv_bits: int = WIDEST,
     dtype: str = "auto",
     seed: int = 42,
-    template: str = "base",
+    template: str | None = None,
     sources: Sources = NO_FILES,
     data: str | Path | None = None,
     allow_network: bool = False,
@@ -57,6 +63,7 @@ def run(
     resume: bool = False,
     cache_dir: str | Path | None = None,
     progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Evaluate and write `OUT/results.json` and `OUT/samples/`.
 
@@ -66,17 +73,19 @@ def run(
         suite: name of a suite, or one's own.
         tasks: tasks in place of the suite's; `lengths`, `samples` and `drift_tokens` likewise.
         limit: at most this many samples per task.
-        engine: transformers, vllm, or the URL of a server that serves the one model given.
-        engine_options: further arguments of the engine's class.
+        engine: transformers, vllm, the URL of a server that serves the one model given, or auto: vLLM for tasks where
+            it can serve every model, and transformers for text. An engine that is named runs everything.
+        engine_options: further arguments of the class of the engine named.
         kv_rank: share of the stored channels at which compressed models run.
         kv_bits: the most bits in which they store a channel.
         dtype: of the computation; auto is the checkpoint's, float32 on a CPU.
-        template: base; chat to ask through the tokenizer's chat template where a benchmark allows it; or, for RULER
-            only, one of its own templates (meta-llama3, Phi3, ...).
+        template: the suite's by default; base; chat to ask through the tokenizer's chat template where a benchmark
+            allows it; auto for chat if the tokenizer has such a template; or, for RULER only, one of its own
+            templates (meta-llama3, Phi3, ...).
         sources: local files that some RULER tasks are made from.
         data: folder with the files of LongBench, as they ship.
         allow_network: download what `data` does not hold, through the `datasets` library.
-        text: held-out text file; by default the `heldout.txt` of a model folder.
+        text: held-out text file; by default the several kinds of text that this package brings.
         margin: loss in points that the verdict tolerates.
         full_generations: generate every token, even once all references have been found. Scores are the same.
         serving_context: tokens of a prompt after which decode speed is measured; 0 leaves it out.
@@ -84,6 +93,7 @@ def run(
         resume: reuse rows in OUT that the same models, seed and engine made.
         cache_dir: where generated prompts are kept.
         progress: called with what is done, how much, and of how much.
+        say: called with remarks of one line: which engine was chosen, and why; that it did not start.
 
     Returns:
         What results.json holds.
@@ -91,10 +101,16 @@ def run(
     Raises:
         ValueError: bad arguments, models that do not belong together, or lengths a model cannot take.
     """
+    began = time.monotonic()
     check_engine(engine)
+    check_numbers(margin=margin, serving_context=serving_context, serving_tokens=serving_tokens, dtype=dtype)
     chosen = choose_suite(suite, tasks=tasks, lengths=lengths, samples=samples, limit=limit, drift_tokens=drift_tokens)
-    if template not in (BASE.name, CHAT) and any(name in TASKS for name in chosen.tasks):
-        raise ValueError(f"found template {template!r}; expected base or chat: only RULER has templates of its own")
+    template = chosen.template if template is None else template
+    if template not in (BASE.name, CHAT, AUTO) and any(name in TASKS for name in chosen.tasks):
+        raise ValueError(
+            f"found template {template!r}; expected base, chat or auto: only RULER has templates of its own"
+        )
+    check_folder(Path(out))
     given = [model_dir] if isinstance(model_dir, str | Path) else list(model_dir)
     models = describe_models(given, baseline, kv_rank, kv_bits)
     smaller: dict[str, Any] = {} if kv_rank == 1.0 else {"kv_rank": kv_rank}
@@ -104,8 +120,13 @@ def run(
         raise ValueError(f"a server has its own: give {words} to `kvcompress serve`, and leave it out here")
     if is_url(engine) and len(models) > 1:
         raise ValueError("a URL serves one model: evaluate the models one by one, without a baseline")
+    if engine == AUTO and engine_options:
+        raise ValueError(f"found options {', '.join(engine_options)} of an engine, and no engine that is named")
     tell = progress or _silent
     tokenizer = shared_tokenizer(models)
+    ends = {model.name: end_tokens(model.folder, tokenizer) for model in models}
+    if template == AUTO:
+        template = CHAT if tokenizer.has_chat else BASE.name
     prompts: dict[str, Any] = {
         "cache_dir": Path(cache_dir).expanduser() if cache_dir else default_cache_dir(),
         "progress": tell,
@@ -129,8 +150,9 @@ def run(
     again = None
     if noise_floor and work.units:
         again = prepare(tasks_only(chosen), models[:1], tokenizer, seed=seed + 1, **prompts)
+    configs = {model.name: read_config(model.folder) for model in models}
+    engines = choose_engines(engine, configs, tasks=[unit.task for unit in work.units], dtype=dtype)
     how = {
-        "engine": engine,
         "engine_options": {**(engine_options or {}), **smaller},
         "dtype": dtype,
         "full_generations": full_generations,
@@ -139,62 +161,14 @@ def run(
         "template": template,
         "files": provenance(sources),
     }
-    results = _run_models(models, work, tokenizer, Path(out), how, margin=margin, again=again, resume=resume, tell=tell)
+    running = Run(models, work, again, tokenizer, Path(out), how, ends, resume=resume, tell=tell)
+    records, repeated, engines = running.everything(engines, say or _silent_line)
+    results = summarise(
+        records, work, margin=margin, seed=seed, how=how, engines=engines, repeated=repeated, again=again
+    )
+    results["environment"]["minutes"] = round((time.monotonic() - began) / 60, 2)
     _write_json(Path(out) / RESULTS, results)
     return results
-
-
-def _run_models(
-    models: Sequence[Model],
-    work: Work,
-    tokenizer: TextTokenizer,
-    out: Path,
-    how: Mapping[str, Any],
-    *,
-    margin: float,
-    again: Work | None,
-    resume: bool,
-    tell: Progress,
-) -> dict[str, Any]:
-    """Run what is missing of each model in turn, one model in memory at a time; the first one on `again`, too."""
-    from kvcompress_eval.records import Records
-    from kvcompress_eval.results import summarise
-
-    base = models[0] if models[0].role == "baseline" else None
-    records = [
-        Records(model, None if model is base else base, work, out / "samples", how, resume=resume) for model in models
-    ]
-    repeated = None
-    if again is not None:
-        seeded = {**how, "seed": how["seed"] + 1}
-        repeated = Records(models[0], None, again, out / "samples" / "noise-floor", seeded, resume=resume)
-    reference: Reference | None = None
-    for record in records:
-        repeats = repeated if record is records[0] and repeated is not None and repeated.pending else None
-        gives_reference = record.model is base and any(other.needs_agreement for other in records)
-        if not (record.pending or record.needs_agreement or gives_reference or repeats):
-            continue
-        tell(f"starting {how['engine']}: {record.model.name}", 0, 1)
-        engine = open_engine(
-            how["engine"],
-            record.model.folder,
-            tokenizer,
-            max_context=max(item.max_context for item in (work, again) if item is not None),
-            dtype=how["dtype"],
-            **how["engine_options"],
-        )
-        try:
-            for part in (record, repeats):
-                if part is not None:
-                    part.complete(engine, full_generations=how["full_generations"], tell=tell)
-            if gives_reference:
-                reference = record.collect_reference(engine, tell=tell)
-            elif record.needs_agreement:
-                assert reference is not None, "the baseline comes first"
-                record.measure_agreement(engine, reference, seed=how["seed"], tell=tell)
-        finally:
-            engine.close()
-    return summarise(records, work, margin=margin, seed=how["seed"], how=how, repeated=repeated, again=again)
 
 
 def choose_suite(
@@ -234,7 +208,7 @@ def choose_suite(
 
 def tasks_only(suite: Suite) -> Suite:
     """The suite without its text and agreement."""
-    return replace(suite, perplexity_tokens=0, agreement_windows=0, agreement_prompts=0)
+    return replace(suite, text_tokens=0, agreement_prompts=0)
 
 
 def shared_tokenizer(models: Sequence[Model]) -> TextTokenizer:
@@ -250,8 +224,39 @@ def shared_tokenizer(models: Sequence[Model]) -> TextTokenizer:
     return first
 
 
+def check_folder(out: Path) -> None:
+    """Refuse a place for results that cannot be a folder.
+
+    Raises:
+        ValueError: it, or what should hold it, is a file.
+    """
+    for place in (out, *out.parents):
+        if place.exists():
+            if not place.is_dir():
+                raise ValueError(f"--out {out}: {place} is a file; expected a folder, or a name that is free")
+            return
+
+
+def check_numbers(*, margin: float, serving_context: int, serving_tokens: int, dtype: str) -> None:
+    """Refuse numbers and names that could only fail later.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    if not (math.isfinite(margin) and 0 <= margin <= 100):
+        raise ValueError(f"found --margin {margin}; expected points, 0 to 100")
+    if serving_context < 0 or serving_tokens < 0:
+        raise ValueError(f"found --serving-context {serving_context}; expected a number of tokens, or 0 for none")
+    if dtype not in DTYPES:
+        raise ValueError(f"found --dtype {dtype!r}; expected {', '.join(DTYPES)}")
+
+
 def _silent(what: str, done: int, total: int) -> None:
     """Progress that nobody watches."""
+
+
+def _silent_line(line: str) -> None:
+    """A remark that nobody reads."""
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

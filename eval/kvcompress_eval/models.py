@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvcompress.checkpoint.json_file import read_object
 from kvcompress.codec.nested import WIDEST, cut_spec
 from kvcompress.codec.spec import CodecSpec
 from kvcompress.geometry import ModelGeometry
+from kvcompress.model_config import FAMILIES, parse
+from kvcompress_eval.tokenizer import TextTokenizer
 
 MANIFEST = "kvcompress/manifest.json"
 CODEC = "kvcompress/codec.safetensors"
@@ -42,16 +45,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a model folder.
 
     Raises:
-        ValueError: there is none, or it is not JSON.
+        ValueError: there is none, or it is not a JSON object.
     """
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} has no config.json; expected a model folder")
-    try:
-        config: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    return config
+    return read_object(path)
 
 
 def is_compressed(folder: Path) -> bool:
@@ -61,19 +60,49 @@ def is_compressed(folder: Path) -> bool:
 
 def codec_spec(config: dict[str, Any]) -> CodecSpec | None:
     """The codec that config.json describes, if any."""
-    section = config.get("quantization_config") or {}
-    if section.get("quant_method") != "kvcompress" or not section.get("codec"):
+    section = config.get("quantization_config")
+    if not isinstance(section, dict) or section.get("quant_method") != "kvcompress" or not section.get("codec"):
         return None
     return CodecSpec.from_json(section["codec"])
 
 
-def end_tokens(folder: Path) -> set[int]:
-    """Tokens that end a sequence, from generation_config.json, else config.json."""
-    path = folder / "generation_config.json"
-    ends = json.loads(path.read_text("utf-8")).get("eos_token_id") if path.is_file() else None
-    if ends is None:
-        ends = read_config(folder).get("eos_token_id")
-    return set(ends) if isinstance(ends, list) else set() if ends is None else {int(ends)}
+def end_tokens(folder: Path, tokenizer: TextTokenizer) -> frozenset[int]:
+    """Tokens that end a sequence, the same for every engine: generation_config.json's, else config.json's, else the
+    tokenizer's own. Empty where none of them names any.
+
+    What a chat template writes behind a turn is not asked: a server would not stop there either.
+
+    Raises:
+        ValueError: a file is not JSON, or names something that is no token of the vocabulary.
+    """
+    generation = folder / "generation_config.json"
+    named = (
+        _named_tokens(read_object(path).get("eos_token_id"), f"{path}: eos_token_id", tokenizer)
+        for path in (generation, folder / "config.json")
+        if path.is_file()
+    )
+    return next((found for found in named if found), frozenset(tokenizer.end))
+
+
+def _check_end_ids(config: dict[str, Any], path: Path) -> None:
+    """Refuse what no model class can read, before the tokenizer is loaded, which needs config.json, too."""
+    named = config.get("eos_token_id")
+    for item in named if isinstance(named, list) else [] if named is None else [named]:
+        if type(item) is not int:
+            raise ValueError(f"{path}: eos_token_id: found {json.dumps(named)}; expected an id, or a list of ids")
+
+
+def _named_tokens(value: Any, where: str, tokenizer: TextTokenizer) -> frozenset[int]:
+    """Ids of a token, or of a list of them, given by id or by text; a null names none."""
+    found = set()
+    for item in value if isinstance(value, list) else [value]:
+        token = tokenizer.token_id(item) if isinstance(item, str) else item
+        if item is not None and (type(token) is not int or not 0 <= token < tokenizer.size):
+            raise ValueError(
+                f"{where}: found {json.dumps(item)}; expected ids below {tokenizer.size}, or tokens of the tokenizer"
+            )
+        found |= set() if token is None else {token}
+    return frozenset(found)
 
 
 def describe_models(
@@ -115,30 +144,59 @@ def _describe(
     while name in taken:
         name, number = f"{stem}-{number}", number + 1
     manifest = folder / MANIFEST
+    _check_end_ids(config, folder / "config.json")
+    try:
+        size, context = bytes_per_token(config, spec), _context(config)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
     return Model(
         name=name,
         path=path,
         folder=folder,
         role=role,
         compressed=spec is not None,
-        bytes_per_token=bytes_per_token(config, spec),
+        bytes_per_token=size,
         manifest_sha256=hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else None,
-        context=config.get("max_position_embeddings"),
+        context=context,
         fingerprint=fingerprint(folder),
     )
 
 
 def bytes_per_token(config: dict[str, Any], spec: CodecSpec | None) -> float | None:
-    """KV cache bytes per token of one model, at the dtype its config names; None for an unknown architecture."""
-    try:
-        geometry = ModelGeometry.from_config(config)
-    except ValueError:
+    """KV cache bytes per token of one model, as it is served; None for an unknown architecture."""
+    geometry = _geometry(config)
+    if geometry is None:
         return None
     plain = geometry.kv_bytes_per_token()
     if spec is None:
         return plain
     plain_layer = plain / geometry.num_layers
     return sum(plain_layer if layer is None else layer.bytes_per_token for layer in spec.layers)
+
+
+def _geometry(config: dict[str, Any]) -> ModelGeometry | None:
+    """Sizes of a model; None for one that we know nothing of, which may still be evaluated as it is.
+
+    Raises:
+        ValueError: an architecture that we know, with keys that its model class cannot read.
+    """
+    names = config.get("architectures")
+    if not isinstance(names, list) or not names or names[0] not in FAMILIES:
+        return None
+    parse(config)
+    try:
+        return ModelGeometry.from_config(config)
+    except ValueError:  # heads of a size that our records do not take
+        return None
+
+
+def _context(config: dict[str, Any]) -> int | None:
+    """Tokens the model can take, what RoPE scaling adds included; None where config.json does not say."""
+    geometry = _geometry(config)
+    if geometry is not None:
+        return geometry.context
+    found = config.get("max_position_embeddings")
+    return found if type(found) is int and found > 0 else None
 
 
 def fingerprint(folder: Path) -> str:

@@ -13,7 +13,6 @@ from typing import Any
 from kvcompress_eval.records import Records
 from kvcompress_eval.scores import equal_weights, flat, unit_scores
 from kvcompress_eval.statistics import independent_interval
-from kvcompress_eval.tasks.ruler import task_score
 from kvcompress_eval.work import Work
 
 
@@ -31,7 +30,7 @@ def noise_floor(first: Records, work: Work, second: Records, again: Work, seed: 
     if not pairs:
         return {}
     tasks = [
-        {"task": unit.task, "length": unit.length, **_pair(task_score(one), task_score(two))}
+        {"task": unit.task, "length": unit.length, **_pair(unit.points(one), unit.points(two))}
         for unit, one, two in pairs
     ]
     ones, twos = [one for _, one, _ in pairs], [two for _, _, two in pairs]

@@ -145,7 +145,7 @@ def _partings(model: Model, tokenizer: TextTokenizer, out: Path, unit: Unit) -> 
             at = first_difference(one["tokens"], two["tokens"])
             if at is None:
                 continue
-            end = min(end_tokens(model.folder), default=0)
+            end = min(end_tokens(model.folder, tokenizer), default=0)
             token, other = (row["tokens"][at] if at < len(row["tokens"]) else end for row in (one, two))
             known = Difference(
                 model=model.name,

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from kvcompress_eval.asking import answer_row, run_questions
-from kvcompress_eval.engines import Engine
+from kvcompress_eval.engines import Engine, Scores
 from kvcompress_eval.models import Model
 from kvcompress_eval.rows import RowFile
-from kvcompress_eval.tasks import agreement, drift, perplexity, serving
+from kvcompress_eval.tasks import agreement, drift, serving
 from kvcompress_eval.units import Progress, Unit, prompt_sha256
 from kvcompress_eval.work import Work
 
-ROWS_VERSION = 2
+ROWS_VERSION = 3
 """Raised whenever rows made earlier would mean something else."""
+
+DECODE_COST = 4
+"""Tokens of a prompt that take about as long as one generated token. Only the time left is estimated with it."""
 
 
 class Records:
@@ -27,6 +30,9 @@ class Records:
 
     Args:
         how: engine, dtype, seed and tokenizer: what rows depend on besides the model and their own input.
+        text_engine: the engine that reads text and gives distributions, which may be another than that of the tasks.
+        ends: tokens at which the model stops.
+        label: the model's name in what is told of the progress.
         reference_model: the model that agreement is measured against; None where there is none.
     """
 
@@ -39,85 +45,132 @@ class Records:
         how: Mapping[str, Any],
         *,
         resume: bool,
+        text_engine: str | None = None,
+        ends: Iterable[int] = (),
+        label: str | None = None,
     ) -> None:
         self.model = model
+        self._label = label or model.name
         self._work = work
+        asked = {**how, "end_tokens": sorted(ends)}
 
-        def rows(unit: str, suffix: str, *inputs: Any) -> RowFile:
-            parts = [ROWS_VERSION, model.fingerprint, dict(how), *inputs]
+        def rows(unit: str, suffix: str, *inputs: Any, engine: str | None = None) -> RowFile:
+            parts = [ROWS_VERSION, model.fingerprint, asked | ({"engine": engine} if engine else {}), *inputs]
             digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
             return RowFile(folder / f"{unit}-{model.name}.{suffix}", run=digest, resume=resume)
 
         self.tasks = [rows(f"{unit.task}-{unit.length}", "jsonl", unit.max_tokens) for unit in work.units]
         for file, unit in zip(self.tasks, work.units, strict=True):
             _keep_matching(file, unit)
+        against = None if reference_model is None else reference_model.fingerprint
         text = [[window.tokens, window.scored] for window in work.windows]
-        self.perplexity = rows("perplexity", "jsonl", text)
+        self.text = rows("text", "jsonl", text, against, engine=text_engine)
         self.serving = rows("serving", "json", work.serving_prompt, work.serving_tokens)
         self.agreement: RowFile | None = None
-        if reference_model is not None and (work.agreement_texts or work.agreement_prompts or work.drift_prompts):
-            asked = [work.agreement_texts, work.agreement_prompts, work.suite.agreement_new_tokens]
-            asked += [work.drift_prompts, work.suite.drift_tokens]
-            self.agreement = rows("agreement", "json", reference_model.fingerprint, asked)
+        if reference_model is not None and (work.agreement_prompts or work.drift_prompts):
+            asked_of_both = [work.agreement_prompts, work.suite.agreement_new_tokens]
+            asked_of_both += [work.drift_prompts, work.suite.drift_tokens]
+            self.agreement = rows("agreement", "json", against, asked_of_both, engine=text_engine)
 
     @property
     def needs_agreement(self) -> bool:
         return self.agreement is not None and not self.agreement.rows
 
     @property
-    def pending(self) -> bool:
-        """Whether anything but the agreement is missing."""
+    def missing_windows(self) -> range:
+        """Numbers of the windows of text that have no row."""
+        return range(len(self.text.rows), len(self._work.windows))
+
+    @property
+    def tasks_pending(self) -> bool:
+        """Whether an answer or the decode speed is missing."""
         units = zip(self.tasks, self._work.units, strict=True)
-        return (
-            any(len(file.rows) < len(unit.prompts) for file, unit in units)
-            or len(self.perplexity.rows) < len(self._work.windows)
-            or (bool(self._work.serving_prompt) and not self.serving.rows)
+        return any(len(file.rows) < len(unit.prompts) for file, unit in units) or (
+            bool(self._work.serving_prompt) and not self.serving.rows
         )
 
-    def complete(self, engine: Engine, *, full_generations: bool, tell: Progress) -> None:
-        """Run what is missing, except the agreement."""
+    def costs(self) -> dict[str, float]:
+        """Tokens that each step of `run_tasks` and `run_text` has to do, by the step's name; a measure of its time."""
+        found = {}
         for file, unit in zip(self.tasks, self._work.units, strict=True):
-            what = f"{unit.task} at {unit.length}: {self.model.name}"
+            tokens = sum(map(len, unit.prompts)) + DECODE_COST * unit.max_tokens * len(unit.prompts)
+            found[self._step(f"{unit.task} at {unit.length}")] = tokens if len(file.rows) < len(unit.prompts) else 0
+        if self.missing_windows:
+            found[self._step("text")] = sum(len(window.tokens) for window in self._work.windows)
+        if self.needs_agreement or self.agreement is None:
+            new = self._work.suite.agreement_new_tokens
+            found[self._step("agreement")] = sum(
+                2 * len(prompt) + (1 + DECODE_COST) * new for prompt in self._work.agreement_prompts
+            )
+            found[self._step("drift")] = sum(
+                (1 + DECODE_COST * (self.agreement is None)) * self._work.suite.drift_tokens
+                for _ in self._work.drift_prompts
+            )
+        return {step: float(cost) for step, cost in found.items() if cost}
+
+    def _step(self, what: str) -> str:
+        return f"{what}: {self._label}"
+
+    def run_tasks(self, engine: Engine, *, full_generations: bool, tell: Progress) -> None:
+        """Ask what has no answer yet; measure the decode speed."""
+        for file, unit in zip(self.tasks, self._work.units, strict=True):
+            told = partial(tell, self._step(f"{unit.task} at {unit.length}"))
+            if len(file.rows) < len(unit.prompts):
+                told(len(file.rows), len(unit.prompts))
             if unit.questions is not None:
-                run_questions(engine, file, unit, progress=partial(tell, what))
+                run_questions(engine, file, unit, progress=told)
                 continue
-            _run_unit(engine, file, unit, full_generations=full_generations, progress=partial(tell, what))
-        windows = self._work.windows
-        missing = windows[len(self.perplexity.rows) :]
-        for losses in perplexity.window_losses(engine, missing):
-            self.perplexity.append({"window": len(self.perplexity.rows), "nll": [round(loss, 6) for loss in losses]})
-            tell(f"perplexity: {self.model.name}", len(self.perplexity.rows), len(windows))
+            _run_unit(engine, file, unit, full_generations=full_generations, progress=told)
         if self._work.serving_prompt and not self.serving.rows:
-            tell(f"decode speed: {self.model.name}", 0, 1)
+            tell(self._step("decode speed"), 0, 1)
             new_tokens = self._work.serving_tokens
             self.serving.append(serving.measure(engine, self._work.serving_prompt, new_tokens=new_tokens))
+            tell(self._step("decode speed"), 1, 1)
+
+    def run_text(
+        self,
+        engine: Engine,
+        *,
+        tell: Progress,
+        reference: agreement.Reference | None = None,
+        again: range | None = None,
+    ) -> dict[int, tuple[agreement.Part, Scores]]:
+        """Read the windows that have no row.
+
+        Args:
+            reference: the base model's scores, for a candidate.
+            again: further windows, whose scores are wanted by others; those of all windows read are then returned.
+        """
+        keep: dict[int, tuple[agreement.Part, Scores]] | None = None if again is None else {}
+        first = min([self.missing_windows.start, *(again or ())[:1]])
+        numbers = range(first, len(self._work.windows))
+        if numbers:
+            tell(self._step("text"), first, len(self._work.windows))
+        for row in agreement.text_rows(engine, self._work.windows, numbers, reference=reference, keep=keep):
+            if row["window"] == len(self.text.rows):
+                self.text.append(row)
+            tell(self._step("text"), row["window"] + 1, len(self._work.windows))
+        return keep or {}
 
     def collect_reference(self, engine: Engine, *, tell: Progress) -> agreement.Reference:
-        """What this model says where the others are to agree with it."""
+        """What this model answers to the prompts on which the others are to agree with it."""
         work = self._work
+        told = partial(tell, self._step("agreement"))
         reference = agreement.collect_reference(
-            engine,
-            work.agreement_texts,
-            work.agreement_prompts,
-            new_tokens=work.suite.agreement_new_tokens,
-            progress=partial(tell, f"agreement: {self.model.name}"),
+            engine, work.agreement_prompts, new_tokens=work.suite.agreement_new_tokens, progress=told
         )
-        told = partial(tell, f"drift: {self.model.name}")
+        told = partial(tell, self._step("drift"))
         continued = drift.collect_reference(engine, work.drift_prompts, work.suite.drift_tokens, progress=told)
         return replace(reference, drift=continued)
 
     def measure_agreement(self, engine: Engine, reference: agreement.Reference, *, seed: int, tell: Progress) -> None:
-        """Compare this model with the reference."""
+        """Compare this model's answers with the reference."""
         assert self.agreement is not None
-        found = agreement.measure(
-            engine,
-            reference,
-            new_tokens=self._work.suite.agreement_new_tokens,
-            seed=seed,
-            progress=partial(tell, f"agreement: {self.model.name}"),
-        )
+        told = partial(tell, self._step("agreement"))
+        new_tokens = self._work.suite.agreement_new_tokens
+        found = agreement.measure(engine, reference, new_tokens=new_tokens, seed=seed, progress=told)
         if reference.drift:
-            told = partial(tell, f"drift: {self.model.name}")
+            told = partial(tell, self._step("drift"))
             found["drift"] = drift.measure(engine, reference.drift, seed=seed, progress=told)
         self.agreement.append(found)
 
@@ -138,7 +191,8 @@ def _run_unit(engine: Engine, file: RowFile, unit: Unit, *, full_generations: bo
         end = min(start + engine.batch_size, total)
         prompts, references = unit.prompts[start:end], unit.references[start:end]
         until = None if full_generations else references
-        made = engine.generate(prompts, unit.max_tokens, until)
+        told = partial(_tell_answers, progress, start, total)
+        made = engine.generate(prompts, unit.max_tokens, until, answered=told)
         labels = unit.labels[start:end] or [{}] * len(prompts)
         for prompt, expected, generation, label in zip(prompts, references, made, labels, strict=True):
             file.append(
@@ -149,4 +203,7 @@ def _run_unit(engine: Engine, file: RowFile, unit: Unit, *, full_generations: bo
                     "score": unit.score(generation.text, expected),
                 }
             )
-        progress(end, total)
+
+
+def _tell_answers(progress: Any, before: int, total: int, answered: int) -> None:
+    progress(before + answered, total)

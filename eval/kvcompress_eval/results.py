@@ -7,16 +7,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvcompress_eval.breakdown import breakdown
-from kvcompress_eval.environment import environment
+from kvcompress_eval.engines.choosing import Engines
+from kvcompress_eval.environment import computed_in, environment
 from kvcompress_eval.models import MANIFEST, Model
 from kvcompress_eval.noise import noise_floor
 from kvcompress_eval.records import Records
 from kvcompress_eval.scores import Settings, depth_rows, multiplicity, overall_rows, task_rows
 from kvcompress_eval.tasks import perplexity
+from kvcompress_eval.tasks.agreement import by_position
+from kvcompress_eval.tasks.agreement import summarise as agreed
 from kvcompress_eval.work import Work
 
-FORMAT_VERSION = 2
-"""Raised when a field changes its meaning or goes; new ones may come without. 1: verdicts without multiplicity."""
+FORMAT_VERSION = 3
+"""Raised when a field changes its meaning or goes; new ones may come without. 1: verdicts without multiplicity. 2: one
+text, whose agreement was measured on other windows than its perplexity."""
+
+Row = dict[str, Any]
 
 
 def summarise(
@@ -26,6 +32,7 @@ def summarise(
     margin: float,
     seed: int,
     how: Mapping[str, Any],
+    engines: Engines,
     repeated: Records | None = None,
     again: Work | None = None,
 ) -> dict[str, Any]:
@@ -51,11 +58,18 @@ def summarise(
         "depths": depth_rows(records, work),
         "skipped": [vars(item) for item in work.skipped],
         "perplexity": _perplexity(records, base, work, seed),
-        "agreement": _agreement(records, base),
-        "drift": _drift(records),
+        "agreement": _agreement(records, base, seed),
+        "drift": _drift(records, base, work),
         "serving": _serving(records),
         "margin": margin,
-        "environment": {**environment(), **how},
+        "environment": {
+            **environment(),
+            "engine": engines.tasks,
+            "text_engine": engines.text,
+            "engine_reason": engines.reason,
+            "computed_in": computed_in(how["dtype"]),
+            **how,
+        },
         "seed": seed,
     }
 
@@ -86,27 +100,53 @@ def _layer(layer: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _perplexity(records: Sequence[Records], base: Records | None, work: Work, seed: int) -> dict[str, Any]:
-    if not work.windows or work.text is None:
+    if not work.windows:
         return {}
     models = []
     for record in records:
-        losses = [row["nll"] for row in record.perplexity.rows]
-        row = {"model": record.model.name, **perplexity.summarise(losses, seed=seed)}
-        if base is not None and base is not record:
-            base_losses = [entry["nll"] for entry in base.perplexity.rows]
-            row |= perplexity.summarise_increase(base_losses, losses, seed=seed)
-        models.append(row)
-    text = {"name": work.text.name, "sha256": work.text.sha256}
-    return {"text": text, "window": work.window, "stride": work.stride, "models": models}
+        other = None if base is None or base is record else base
+        row = _losses(record.text.rows, None if other is None else other.text.rows, seed)
+        kinds = [
+            {"kind": kind, **_losses(rows, None if other is None else _kinds(other)[kind], seed)}
+            for kind, rows in _kinds(record).items()
+        ]
+        models.append({"model": record.model.name, **row, "kinds": kinds})
+    texts = [{"kind": text.kind, "name": text.name, "sha256": text.sha256} for text in work.texts]
+    return {"texts": texts, "window": work.window, "stride": work.stride, "models": models}
 
 
-def _drift(records: Sequence[Records]) -> dict[str, Any]:
-    """Distance from the baseline by position: along its own generation, else on the held-out text of the agreement."""
+def _losses(rows: Sequence[Row], base: Sequence[Row] | None, seed: int) -> dict[str, Any]:
+    losses = [row["nll"] for row in rows]
+    found = perplexity.summarise(losses, seed=seed)
+    if base is not None:
+        found |= perplexity.summarise_increase([row["nll"] for row in base], losses, seed=seed)
+    return found
+
+
+def _kinds(record: Records) -> dict[str, list[Row]]:
+    """The rows of text by kind; nothing where there is one kind only."""
+    found: dict[str, list[Row]] = {}
+    for row in record.text.rows:
+        found.setdefault(row["kind"], []).append(row)
+    return found if len(found) > 1 else {}
+
+
+def _drift(records: Sequence[Records], base: Records | None, work: Work) -> dict[str, Any]:
+    """Distance from the baseline by position: along its own generation, else in the windows of held-out text."""
     measured = {record.model.name: row for record in records if record.agreement for row in record.agreement.rows}
     if any("drift" in row for row in measured.values()):
         curves = {name: row["drift"]["points"] for name, row in measured.items() if "drift" in row}
         return _curves("the baseline's own generation", curves)
-    return _curves("held-out text", {name: row["positions"] for name, row in measured.items() if "positions" in row})
+    starts = [len(window.tokens) - 1 - window.scored for window in work.windows]
+    return _curves(
+        "held-out text",
+        {
+            record.model.name: points
+            for record in records
+            if base is not None and base is not record and record.text.rows
+            if (points := by_position(record.text.rows, starts))
+        },
+    )
 
 
 def _curves(source: str, points: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,15 +154,22 @@ def _curves(source: str, points: Mapping[str, Any]) -> dict[str, Any]:
     return {"source": source, "models": models} if models else {}
 
 
-def _agreement(records: Sequence[Records], base: Records | None) -> dict[str, Any]:
+def _agreement(records: Sequence[Records], base: Records | None, seed: int) -> dict[str, Any]:
+    """Agreement of each candidate with the base: on text, in all and by kind, and on the base's answers."""
     if base is None:
         return {}
-    models = [
-        {"model": record.model.name}
-        | {key: value for key, value in record.agreement.rows[0].items() if key not in ("positions", "drift")}
-        for record in records
-        if record.agreement is not None and record.agreement.rows
-    ]
+    models = []
+    for record in records:
+        if record is base:
+            continue
+        found: dict[str, Any] = {}
+        if record.text.rows:
+            kinds = [{"kind": kind, **agreed(rows, seed=seed)} for kind, rows in _kinds(record).items()]
+            found["text"] = {**agreed(record.text.rows, seed=seed), "kinds": kinds}
+        for row in record.agreement.rows if record.agreement is not None else ():
+            found |= {key: value for key, value in row.items() if key != "drift"}
+        if found:
+            models.append({"model": record.model.name, **found})
     return {"baseline": base.model.name, "models": models} if models else {}
 
 

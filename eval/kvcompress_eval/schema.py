@@ -124,12 +124,12 @@ class Skipped(Row):
 
 
 class Text(Row):
+    kind: str
     name: str
     sha256: str
 
 
-class ModelPerplexity(Row):
-    model: str
+class Losses(Row):
     perplexity: float
     nll: float
     ci95: Interval
@@ -139,8 +139,17 @@ class ModelPerplexity(Row):
     increase_ci95: Interval | None = None
 
 
+class KindPerplexity(Losses):
+    kind: str = Field(description="of text")
+
+
+class ModelPerplexity(Losses):
+    model: str
+    kinds: list[KindPerplexity] = Field(description="by kind of text; empty where there is one kind only")
+
+
 class Perplexity(Row):
-    text: Text
+    texts: list[Text]
     window: int
     stride: int
     models: list[ModelPerplexity]
@@ -152,6 +161,17 @@ class Agreed(Row):
     top1_ci95: Interval
     kl: float | None = Field(description="mean KL(base || candidate), nats per token")
     kl_ci95: Interval | None
+    kl_p99: float | None = Field(description="99 % quantile over tokens, nats")
+    kl_p999: float | None = Field(description="99.9 % quantile over tokens, nats")
+    kl_tokens: int = Field(description="tokens whose whole distributions were compared")
+
+
+class KindAgreed(Agreed):
+    kind: str = Field(description="of text")
+
+
+class TextAgreed(Agreed):
+    kinds: list[KindAgreed] = Field(description="by kind of text; empty where there is one kind only")
 
 
 class Divergence(Row):
@@ -163,7 +183,7 @@ class Divergence(Row):
 
 class ModelAgreement(Row):
     model: str
-    text: Agreed | None = None
+    text: TextAgreed | None = None
     tasks: Agreed | None = None
     divergence: Divergence | None = None
 
@@ -209,7 +229,7 @@ class Serving(BaseModel):
 class Results(BaseModel):
     """results.json. A part that was not measured is an empty object or list."""
 
-    format_version: Literal[2]
+    format_version: Literal[3]
     models: list[Model]
     overall: list[Compared]
     tasks: list[Task]

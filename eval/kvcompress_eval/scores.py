@@ -9,7 +9,6 @@ from typing import Any
 
 from kvcompress_eval.records import Records
 from kvcompress_eval.statistics import ALPHA, Comparison, compare, mean_interval, verdicts
-from kvcompress_eval.tasks.ruler import task_score
 from kvcompress_eval.units import Unit
 from kvcompress_eval.work import Work
 
@@ -30,7 +29,8 @@ def task_rows(records: Sequence[Records], base: Records | None, work: Work, sett
             scores = unit_scores(record, index, unit)
             other = None if base is None or base is record else unit_scores(base, index, unit)
             names = {"task": unit.task, "length": unit.length, "model": record.model.name}
-            rows.append({**names, "mean_length": unit.mean_length, **compared(scores, other, settings)})
+            row = {**compared(scores, other, settings), "score": unit.points(scores)}
+            rows.append({**names, "mean_length": unit.mean_length, **row})
     return with_verdicts(rows)
 
 
@@ -63,7 +63,7 @@ def depth_rows(records: Sequence[Records], work: Work) -> list[dict[str, Any]]:
                     found[row["depth"]].append(row["score"])
             names = {"task": unit.task, "length": unit.length, "model": record.model.name}
             rows += [
-                {**names, "depth": depth, "score": task_score(scores), "n": len(scores)}
+                {**names, "depth": depth, "score": unit.points(scores), "n": len(scores)}
                 for depth, scores in sorted(found.items())
             ]
     return rows

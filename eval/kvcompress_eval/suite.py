@@ -8,6 +8,7 @@ from kvcompress_eval.tasks.catalogue import INFINITEBENCH, LONGBENCH, MRCR
 from kvcompress_eval.tasks.ruler.registry import ALL, OFFICIAL, SYNTHETIC
 
 LONG = (4096, 8192, 16384, 32768)
+AUTO = "auto"
 LONGBENCH_SAMPLES = 503
 """No file of LongBench, v1 or v2, has more records."""
 NEED_JIEBA = ("longbench_multifieldqa_zh", "longbench_dureader", "longbench_vcsum")
@@ -25,11 +26,13 @@ class Suite:
     lengths: tuple[int, ...] = ()
     samples: int = 0
     """Per task and length."""
-    perplexity_tokens: int = 0
+    text_tokens: int = 0
+    """Of held-out text, shared evenly by its kinds, for perplexity and, with a baseline, agreement."""
     window: int = 1024
     stride: int = 512
-    agreement_windows: int = 0
-    """Windows of held-out text, of `stride` tokens each."""
+    """Tokens of a window, after the first one of a kind, that are new and count."""
+    template: str = "base"
+    """Around prompts, where the user names none: base, chat, or chat only where the tokenizer has a template (auto)."""
     agreement_prompts: int = 0
     """Task prompts, taken from all tasks in turn."""
     agreement_new_tokens: int = 64
@@ -41,14 +44,13 @@ class Suite:
 
 SUITES: dict[str, Suite] = {
     "quick": Suite(
-        summary="five retrieval tasks, perplexity and agreement; minutes for a small model on two cores",
-        tasks=("niah_single_1", "niah_noise_multikey", "niah_noise_multivalue", "niah_noise_multiquery", "vt_2hop"),
-        lengths=(1024,),
-        samples=20,
-        perplexity_tokens=8192,
-        agreement_windows=4,
-        agreement_prompts=5,
-        agreement_new_tokens=32,
+        summary="four retrieval tasks, and text of six kinds; minutes for a small model on two cores",
+        tasks=("niah_single_1", "niah_noise_multikey", "niah_multikey_2", "niah_noise_multivalue"),
+        lengths=(512,),
+        samples=8,
+        text_tokens=6144,
+        stride=1024,
+        template=AUTO,
     ),
     "ruler": Suite(
         summary="the six RULER tasks that need no download, as the benchmark defines them",
@@ -83,8 +85,7 @@ SUITES: dict[str, Suite] = {
     ),
     "text": Suite(
         summary="perplexity and agreement on held-out text only",
-        perplexity_tokens=32768,
-        agreement_windows=16,
+        text_tokens=32768,
     ),
     "longbench": Suite(
         summary="the 21 data sets of LongBench, from their files; three need jieba",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kvcompress.calibration import chat, tokenizer
+from kvcompress.calibration.chat import Dialogues
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model")
 
@@ -29,6 +30,31 @@ class TextTokenizer:
             self._fast.no_truncation()
             self._fast.no_padding()
 
+    @property
+    def size(self) -> int:
+        """Ids below this are tokens: added ones are counted."""
+        return max(self._tokenizer.get_vocab().values(), default=-1) + 1
+
+    @property
+    def end(self) -> list[int]:
+        """The tokenizer's own end of a sequence, if it has one."""
+        token = self._tokenizer.eos_token_id
+        return [] if token is None else [int(token)]
+
+    def token_id(self, token: str) -> int | None:
+        """Id of a token given as its text, or None where the vocabulary has none like it."""
+        found: int | None = self._tokenizer.get_vocab().get(token)
+        return found
+
+    @cached_property
+    def has_chat(self) -> bool:
+        """Whether a chat template is there that shows a message as it is."""
+        try:
+            self.chat_turn()
+        except ValueError:
+            return False
+        return True
+
     def count(self, text: str) -> int:
         """Tokens of the text, special tokens not added: `len(tokenize(text))`."""
         with self._in_words():
@@ -40,7 +66,7 @@ class TextTokenizer:
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of the text, with the tokens that the tokenizer puts around a prompt if `special`."""
         with self._in_words():
-            return [int(token) for token in self._tokenizer.encode(text, add_special_tokens=special)]
+            return [int(token) for token in self._tokenizer.encode(text, add_special_tokens=special, verbose=False)]
 
     def encode_prompt(self, text: str) -> list[int]:
         """Token ids of a whole prompt; what the tokenizer puts before one is not put there twice."""
@@ -57,6 +83,14 @@ class TextTokenizer:
         if not chat.has_template(self._tokenizer):
             raise ValueError(f"the tokenizer of {self.model} has no chat template; ask without --template chat")
         return chat.render(self._tokenizer, messages, open_answer=True)
+
+    @cached_property
+    def _dialogues(self) -> Dialogues:
+        return Dialogues(self._tokenizer)
+
+    def conversation(self, messages: Sequence[dict[str, str]]) -> str:
+        """A finished conversation as text: in the chat template as far as that shows it, or plainly."""
+        return self._dialogues.render(messages)
 
     def chat_turn(self) -> tuple[str, str]:
         """What the chat template puts before and after a user's only message, up to where the assistant speaks.

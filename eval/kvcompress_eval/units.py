@@ -7,14 +7,15 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import partial, reduce
 from itertools import count
+from operator import add
 from typing import Any
 
 from kvcompress_eval.suite import Suite
 from kvcompress_eval.tasks import catalogue
 from kvcompress_eval.tasks.questions import Ask, Questions
-from kvcompress_eval.tasks.ruler import NotApplicableError, Sample, ruler_task, score, side_by_side
+from kvcompress_eval.tasks.ruler import NotApplicableError, Sample, ruler_task, score, side_by_side, task_score
 from kvcompress_eval.tokenizer import TextTokenizer
 
 MAX_THREADS = 8
@@ -41,6 +42,13 @@ class Unit:
     """Per prompt, what its row carries besides the answer (see `rows`); nothing where empty."""
     questions: Questions | None = None
     """Where the task is not RULER's: the same prompts, how they are judged, and what is asked after them."""
+
+    def points(self, scores: Sequence[float]) -> float:
+        """Score of the task in points, rounded as its benchmark rounds: LongBench multiplies by 100 before it divides
+        by the number of samples, RULER after it."""
+        if self.questions is None:
+            return task_score(scores)
+        return round(100 * reduce(add, scores) / len(scores), 2)
 
 
 @dataclass(frozen=True)

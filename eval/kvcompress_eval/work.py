@@ -15,7 +15,7 @@ from kvcompress_eval.tasks.data_files import DataSource
 from kvcompress_eval.tasks.perplexity import Window, windows
 from kvcompress_eval.tasks.questions import Ask
 from kvcompress_eval.tasks.ruler import ModelTemplate, Sources, check_sources, generate
-from kvcompress_eval.tasks.text import HeldOutText, find_text, read_text
+from kvcompress_eval.tasks.text import HeldOutText, read_texts
 from kvcompress_eval.tokenizer import TextTokenizer
 from kvcompress_eval.units import Progress, Skipped, Unit, fitted, other_units, ruler_units
 
@@ -27,11 +27,10 @@ class Work:
     suite: Suite
     units: list[Unit]
     skipped: list[Skipped]
-    text: HeldOutText | None
+    texts: list[HeldOutText]
     windows: list[Window]
     window: int
     stride: int
-    agreement_texts: list[list[int]]
     agreement_prompts: list[list[int]]
     serving_prompt: list[int]
     serving_tokens: int
@@ -81,10 +80,12 @@ def prepare(
     units, skipped = units + asked, skipped + not_asked
     units = [fitted(unit, limit, len(tokenizer.prefix)) for unit in units]
     window = min(suite.window, limit - 1) if limit else suite.window
-    stride = min(suite.stride, window // 2)
-    held_out, cut, texts = _text(suite, models, tokenizer, text, window, stride)
+    disjoint = suite.stride == suite.window
+    stride = window - len(tokenizer.prefix) if disjoint else min(suite.stride, window // 2)
+    texts = _texts(suite, tokenizer, text)
+    cut = _windows(suite, texts, tokenizer, window, stride)
     prompts = _agreement_prompts(units, suite, limit)
-    drift = _drift_prompts(suite, held_out, tokenizer, limit)
+    drift = _drift_prompts(suite, texts, tokenizer, limit)
     serving = _serving_prompt(units, texts, serving_context) if serving_context else []
     if serving and limit and serving_context + serving_tokens + 1 > limit:
         raise ValueError(
@@ -93,7 +94,7 @@ def prepare(
     needs = [len(prompt) + unit.max_tokens for unit in units for prompt in unit.prompts]
     needs += [unit.questions.needs for unit in units if unit.questions is not None]
     needs += [len(prompt) + suite.drift_tokens + 1 for prompt in drift]
-    needs += [len(window.tokens) + 1 for window in cut] + [len(item) + 1 for item in texts]
+    needs += [len(window.tokens) + 1 for window in cut]
     needs += [len(prompt) + suite.agreement_new_tokens + 1 for prompt in prompts]
     needs += [len(serving) + serving_tokens + 1] if serving else []
     if not needs:
@@ -103,11 +104,10 @@ def prepare(
         suite=suite,
         units=units,
         skipped=skipped,
-        text=held_out,
+        texts=texts if cut or drift else [],
         windows=cut,
         window=window,
         stride=stride,
-        agreement_texts=texts if suite.agreement_windows else [],
         agreement_prompts=prompts,
         serving_prompt=serving,
         serving_tokens=serving_tokens,
@@ -121,38 +121,28 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvcompress"
 
 
-def _text(
-    suite: Suite,
-    models: Sequence[Model],
-    tokenizer: TextTokenizer,
-    text: str | Path | None,
-    window: int,
-    stride: int,
-) -> tuple[HeldOutText | None, list[Window], list[list[int]]]:
-    wanted = max(
-        suite.perplexity_tokens, suite.agreement_windows * suite.stride, suite.drift_prompts * suite.drift_context
-    )
-    if not wanted:
-        return None, [], []
-    path = find_text(text, [model.folder for model in models])
-    if path is None:
-        raise ValueError(
-            "perplexity, agreement and drift need a text, and no model folder has a heldout.txt; name one with --text"
-        )
-    held_out = read_text(path, tokenizer, wanted)
-    cut: list[Window] = []
-    if suite.perplexity_tokens:
-        cut = list(windows(held_out.tokens[: suite.perplexity_tokens], window, stride, tokenizer.prefix))
-    starts = range(0, min(len(held_out.tokens), suite.agreement_windows * stride), stride)
-    pieces = (held_out.tokens[start : start + stride] for start in starts)
-    return held_out, cut, [[*tokenizer.prefix, *piece] for piece in pieces if len(piece) > 1]
+def _texts(suite: Suite, tokenizer: TextTokenizer, given: str | Path | None) -> list[HeldOutText]:
+    wanted = max(suite.text_tokens, suite.drift_prompts * suite.drift_context)
+    return read_texts(given, tokenizer, wanted) if wanted else []
+
+
+def _windows(
+    suite: Suite, texts: Sequence[HeldOutText], tokenizer: TextTokenizer, window: int, stride: int
+) -> list[Window]:
+    """Windows of every kind of text, kind by kind."""
+    if not suite.text_tokens:
+        return []
+    each = -(-suite.text_tokens // len(texts))
+    return [
+        found for text in texts for found in windows(text.tokens[:each], window, stride, tokenizer.prefix, text.kind)
+    ]
 
 
 def _drift_prompts(
-    suite: Suite, held_out: HeldOutText | None, tokenizer: TextTokenizer, limit: int | None
+    suite: Suite, texts: Sequence[HeldOutText], tokenizer: TextTokenizer, limit: int | None
 ) -> list[list[int]]:
-    """Beginnings of text that the baseline will continue."""
-    if not suite.drift_prompts or held_out is None:
+    """Beginnings of text that the baseline will continue, the kinds of text in turn."""
+    if not suite.drift_prompts:
         return []
     size = suite.drift_context
     if limit and len(tokenizer.prefix) + size + suite.drift_tokens + 1 > limit:
@@ -160,15 +150,20 @@ def _drift_prompts(
             f"drift over {suite.drift_tokens} tokens after {size} does not fit a model made for {limit} tokens; choose "
             "fewer with --drift-tokens"
         )
-    if len(held_out.tokens) < size:
-        raise ValueError(f"{held_out.name} has {len(held_out.tokens)} tokens; drift needs at least {size}")
-    count = min(suite.drift_prompts, len(held_out.tokens) // size)
-    return [[*tokenizer.prefix, *held_out.tokens[at * size : (at + 1) * size]] for at in range(count)]
+    longest = max(len(text.tokens) for text in texts)
+    if longest < size:
+        raise ValueError(f"{texts[0].name} has {longest} tokens; drift needs at least {size}")
+    starts = [
+        (text, at) for at in range(0, longest - size + 1, size) for text in texts if len(text.tokens) >= at + size
+    ]
+    return [[*tokenizer.prefix, *text.tokens[at : at + size]] for text, at in starts[: suite.drift_prompts]]
 
 
-def _serving_prompt(units: Sequence[Unit], texts: Sequence[Sequence[int]], context: int) -> list[int]:
+def _serving_prompt(units: Sequence[Unit], texts: Sequence[HeldOutText], context: int) -> list[int]:
     """A prompt of `context` tokens made of the longest prompt at hand, repeated."""
-    source = max([*(prompt for unit in units for prompt in unit.prompts), *texts], key=len, default=[1])
+    source = max(
+        [*(prompt for unit in units for prompt in unit.prompts), *(text.tokens for text in texts)], key=len, default=[1]
+    )
     return (list(source) * (context // len(source) + 1))[:context]
 
 

@@ -68,7 +68,9 @@ def evaluate_tasks(base: Path, models: list[Path], out: Path, samples: int) -> d
 
 def evaluate_text(base: Path, models: list[Path], out: Path) -> dict[str, Any]:
     """Perplexity and agreement through transformers in float32, which gives whole distributions."""
-    results = evaluate("text", base, models, out / "eval-text")
+    # Text of the kind that the bundled model was trained on; other models have the texts that come with kvcompress.
+    own = base / "heldout.txt"
+    results = evaluate("text", base, models, out / "eval-text", *(("--text", own) if own.is_file() else ()))
     return {name: results[name] for name in ("perplexity", "agreement", "drift")}
 
 

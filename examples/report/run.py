@@ -25,7 +25,8 @@ RECIPES = ("half", "balanced", "aggressive", "matryoshka", "xkv", "gear", "trans
 PARTS = ("perplexity", "agreement", "drift")
 """Of results.json, what the run on text measures."""
 
-TEXT = replace(SUITES["text"], perplexity_tokens=8192, agreement_windows=8)
+TEXT = replace(SUITES["text"], text_tokens=8192)
+HELDOUT = f"{BASE}/heldout.txt"
 
 
 def main() -> None:
@@ -43,7 +44,9 @@ def main() -> None:
     )
     shared: dict[str, Any] = {"baseline": BASE, "dtype": "float32", "resume": True, "progress": tell}
     # Text first: vLLM leaves this process with its own settings.
-    text = kvcompress_eval.run(models, suite=TEXT, out=options.work / "text", **shared)
+    text = kvcompress_eval.run(
+        models, suite=TEXT, text=HELDOUT, engine="transformers", out=options.work / "text", **shared
+    )
     results = kvcompress_eval.run(
         models,
         suite=options.suite,

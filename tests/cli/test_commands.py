@@ -322,7 +322,9 @@ def test_eval_hands_ruler_its_tasks_lengths_template_and_files(
     def evaluate(models: list[str], **options: Any) -> dict[str, Any]:
         asked.update(options)
         skipped = [{"task": "cwe", "length": 1024, "reason": "too short: the smallest prompt takes 1108 tokens"}]
-        return {"overall": [], "tasks": [], "perplexity": {}, "agreement": {}, "skipped": skipped}
+        environment = {"engine": "vllm", "text_engine": "vllm", "computed_in": "float32", "template": "chat"}
+        found = {"overall": [], "tasks": [], "perplexity": {}, "agreement": {}, "drift": {}, "skipped": skipped}
+        return {**found, "environment": environment}
 
     monkeypatch.setattr(kvcompress_eval.evaluate, "run", evaluate)
     monkeypatch.setattr(kvcompress_eval.report, "write_report", lambda *parts: None)

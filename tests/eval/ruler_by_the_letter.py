@@ -77,9 +77,12 @@ def draw_until_it_fits(
 ) -> tuple[str, list[str], int]:
     """Draw at n, smaller by inc after each miss; at inc and below, again and again."""
     for _ in range(200 + n // inc):
-        prompt, answers = make(n)
-        if tokens(prompt) <= limit:
-            return prompt, answers, tokens(prompt)
+        try:
+            prompt, answers = make(n)
+            if tokens(prompt) <= limit:
+                return prompt, answers, tokens(prompt)
+        except IndexError:
+            pass  # nothing came of this draw: a miss like any other
         if n > inc:
             n -= inc
     raise TooShort
@@ -212,8 +215,10 @@ def vt(
         while len(set(names)) < links * chains:
             names += [name(3 if example else 5)]
         statements, first_value = [], ""
-        for c in range(chains):
-            mine = names[c * links : (c + 1) * links]
+        # Every name has its place in a chain, those that were drawn because others came twice, too: then the last
+        # chain has too few, and asking for its next name is an IndexError.
+        for first in range(0, len(names), links):
+            mine = names[first : first + links]
             value = "12345" if example else str(np.random.randint(10000, 99999))
             first_value = first_value or value
             rest = [f"VAR {mine[i]} = VAR {mine[i - 1]} " for i in range(1, links)]
@@ -227,17 +232,25 @@ def vt(
         prompt = prompt_template("vt", ("", "") if example else around).replace("{num_v}", str(hops + 1))
         return prompt.replace("{query}", first_value).replace("{context}", body), names[:links]
 
+    def counted(m: int, example: bool) -> int:
+        """Tokens of a draw, in the estimate and the search: an unlucky one ends the benchmark; we draw once more."""
+        while True:
+            try:
+                return tokens(sample(m, example)[0])
+            except IndexError:
+                continue
+
     # The in-context example: the same routine, one sample, at most 500 tokens, nothing generated, inc 5.
-    per_unit = tokens(sample(5, True)[0]) / 5
-    n = best_size(lambda m: tokens(sample(m, True)[0]) - 500, 5, max(int(500 / per_unit * 3), 10))
+    per_unit = counted(5, True) / 5
+    n = best_size(lambda m: counted(m, True) - 500, 5, max(int(500 / per_unit * 3), 10))
     prompt, answers, _ = draw_until_it_fits(lambda m: sample(m, True), tokens, n, 5, 500)
     shown = prompt + " " + " ".join(answers) + "\n"
     shown_tokens = tokens(shown)
 
     inc = 5 if length < 4096 else 10
-    per_unit = tokens(sample(inc, False)[0]) / inc
+    per_unit = counted(inc, False) / inc
     size = best_size(
-        lambda m: tokens(sample(m, False)[0]) + shown_tokens + generated - length,
+        lambda m: counted(m, False) + shown_tokens + generated - length,
         inc,
         max(int(length / per_unit * 3), 2 * inc),
     )

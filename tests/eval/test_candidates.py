@@ -86,7 +86,13 @@ def test_a_wrong_recipe_stops_before_any_is_applied(base: Path, recipes: list[st
 @pytest.fixture
 def options(tmp_path: Path) -> dict[str, Any]:
     suite = Suite(summary="", tasks=("fwe",), lengths=(400,), samples=2)
-    return {"suite": suite, "out": tmp_path / "out", "cache_dir": tmp_path / "cache", "seed": 1}
+    return {
+        "suite": suite,
+        "out": tmp_path / "out",
+        "cache_dir": tmp_path / "cache",
+        "seed": 1,
+        "engine": "transformers",
+    }
 
 
 def test_the_command_compares_and_goes_on(
@@ -95,7 +101,7 @@ def test_the_command_compares_and_goes_on(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     out = tmp_path / "out"
     words = ["kvcompress", "eval", "--compare", str(base), *recipes, "--suite", "ruler", "--lengths", "400"]
-    words += ["--samples", "1", "--noise-floor", "--resume", "--out", str(out)]
+    words += ["--samples", "1", "--noise-floor", "--resume", "--engine", "transformers", "--out", str(out)]
     for _ in range(2):
         monkeypatch.setattr("sys.argv", words)
         with pytest.raises(SystemExit) as ended:

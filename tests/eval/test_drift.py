@@ -82,8 +82,7 @@ def test_another_rule_never_agrees_with_the_bases_text() -> None:
 
 
 def test_engines_without_distributions_give_top1_and_loss() -> None:
-    blind = FakeEngine(certainty=0.6)
-    blind.has_distribution = False
+    blind = FakeEngine(certainty=0.6, blind=True)
     reference = drift.collect_reference(FakeEngine(), PROMPTS, 20, progress=silent)
     for row in drift.measure(blind, reference, seed=0, progress=silent)["points"]:
         assert (row["top1"], row["kl"], row["kl_tokens"]) == (1.0, None, 0)

@@ -11,7 +11,7 @@ from typing import Any
 
 import kvcompress_eval
 import pytest
-from kvcompress_eval import evaluate, schema
+from kvcompress_eval import evaluate, running, schema
 from kvcompress_eval.engines import transformers_engine
 from kvcompress_eval.models import bytes_per_token, codec_spec, describe_models, read_config
 from kvcompress_eval.suite import SUITES, Suite
@@ -28,18 +28,18 @@ SMALL = Suite(
     tasks=("fwe", "niah_multikey_3"),
     lengths=(400,),
     samples=2,
-    perplexity_tokens=300,
+    text_tokens=300,
     window=128,
     stride=64,
-    agreement_windows=2,
     agreement_prompts=1,
     agreement_new_tokens=6,
 )
 
 
 @pytest.fixture
-def options(tmp_path: Path) -> dict[str, Any]:
-    return {"suite": SMALL, "out": tmp_path / "out", "cache_dir": tmp_path / "cache", "seed": 1}
+def options(base: Path, tmp_path: Path) -> dict[str, Any]:
+    folders = {"out": tmp_path / "out", "cache_dir": tmp_path / "cache"}
+    return {"suite": SMALL, "seed": 1, "engine": "transformers", "text": base / "heldout.txt", **folders}
 
 
 def test_results_have_the_documented_shape(
@@ -60,7 +60,7 @@ def test_results_have_the_documented_shape(
     assert [model["name"] for model in results["models"]] == names
     assert [model["role"] for model in results["models"]] == ["baseline", "candidate", "candidate"]
     sizes = [model["bytes_per_token"] for model in results["models"]]
-    assert sizes[0] == 2 * tiny.NUM_LAYERS * tiny.NUM_KV_HEADS * tiny.HEAD_DIM * 4
+    assert sizes[0] == 2 * tiny.NUM_LAYERS * tiny.NUM_KV_HEADS * tiny.HEAD_DIM * 2
     assert sizes[0] > sizes[1] > sizes[2]
     assert results["models"][0]["manifest_sha256"] is None
     assert len(results["models"][1]["manifest_sha256"]) == 64
@@ -85,7 +85,11 @@ def test_results_have_the_documented_shape(
     assert set(agreement) == {"compressed", "crushed"}
     assert agreement["compressed"]["text"]["kl"] < agreement["crushed"]["text"]["kl"]
     assert agreement["compressed"]["text"]["top1"] > agreement["crushed"]["text"]["top1"]
-    assert [point["position"] for point in results["drift"]["models"][0]["points"]] == [0]
+    assert [point["position"] for point in results["drift"]["models"][0]["points"]] == [0, 64]
+    for row in results["agreement"]["models"]:
+        assert row["text"]["tokens"] == row["text"]["kl_tokens"] == 300
+        assert row["text"]["kl"] <= row["text"]["kl_p99"] <= row["text"]["kl_p999"]
+        assert row["text"]["kinds"] == [], "one text has no kinds"
     floor = results["noise_floor"]
     assert (floor["model"], floor["seeds"]) == ("base", [1, 2])
     assert [row["task"] for row in floor["tasks"]] == ["fwe"]
@@ -94,7 +98,10 @@ def test_results_have_the_documented_shape(
     assert results["serving"]["context_tokens"] == 64
     assert all(row["decode_tokens_per_s"] > 0 for row in results["serving"]["models"])
     assert results["environment"]["engine"] == "transformers"
-    assert any("perplexity" in what for what, _, _ in told)
+    assert any("text: crushed" in what for what, _, _ in told)
+    whole = [(done, total) for what, done, total in told if what == "evaluation"]
+    assert whole == sorted(whole), "the whole never goes back"
+    assert whole[-1][0] == whole[-1][1]
     assert all(0 <= done <= total for _, done, total in told)
 
 
@@ -110,7 +117,7 @@ def test_one_model_alone_and_no_network(
     assert [row["n"] for row in alone["tasks"]] == [1]
     assert alone["tasks"][0]["verdict"] is None
     assert alone["agreement"] == {}
-    candidate = kvcompress_eval.run(compressed, limit=1, text=base / "heldout.txt", **options)
+    candidate = kvcompress_eval.run(compressed, limit=1, **options)
     assert [model["role"] for model in candidate["models"]] == ["candidate"]
 
 
@@ -174,7 +181,8 @@ def test_rows_say_how_deep_the_answer_stands(base: Path, options: dict[str, Any]
 
 
 def without_clock(results: dict[str, Any]) -> str:
-    return json.dumps({key: value for key, value in results.items() if key != "serving"}, sort_keys=True)
+    environment = {key: value for key, value in results["environment"].items() if key != "minutes"}
+    return json.dumps({**results, "serving": None, "environment": environment}, sort_keys=True)
 
 
 def test_an_interrupted_run_continues(
@@ -231,7 +239,7 @@ def test_bad_input_is_refused_before_any_model_is_loaded(
     def load(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(evaluate, "open_engine", load)
+    monkeypatch.setattr(running, "open_engine", load)
 
     def refused(match: str, model: Any = base, **changes: Any) -> None:
         with pytest.raises(ValueError, match=match):
@@ -248,6 +256,15 @@ def test_bad_input_is_refused_before_any_model_is_loaded(
     refused("unknown prompt template 'llama'", template="llama")
     refused("niah_single_2: .* name the file with --essay", tasks=["vt", "niah_single_2"])
     refused("no text file at", text=tmp_path / "missing.txt")
+    refused("is a folder; expected a UTF-8 text file", text=tmp_path)
+    refused("found --margin nan", margin=float("nan"))
+    refused("found --margin -1", margin=-1)
+    refused("found --dtype 'foo'", dtype="foo")
+    refused("found --serving-context -5", serving_context=-5)
+    (tmp_path / "taken").write_text("")
+    for out in (tmp_path / "taken", tmp_path / "taken" / "deeper"):
+        refused("taken is a file; expected a folder", out=out)
+    refused("no engine that is named", engine="auto", engine_options={"cache": "int4"})
     refused("a URL serves one model", model=compressed, baseline=base, engine="http://127.0.0.1:9")
     refused("at least one model", model=[])
     (tmp_path / "empty").mkdir()
@@ -258,8 +275,6 @@ def test_bad_input_is_refused_before_any_model_is_loaded(
     shutil.copytree(base, other)
     train_tokenizer(other, 900, single_digits=False)
     refused("another tokenizer", model=other, baseline=base)
-    (other / "heldout.txt").unlink()
-    refused("no model folder has a heldout.txt", model=other)
 
 
 def test_the_tokens_a_tokenizer_adds_do_not_make_a_length_impossible(

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from kvcompress_eval.tasks import perplexity
+from kvcompress_eval.tasks.agreement import text_rows
 from kvcompress_eval.tasks.perplexity import windows
-from kvcompress_eval.tasks.text import find_text, read_text
+from kvcompress_eval.tasks.text import read_texts
 from kvcompress_eval.tokenizer import TextTokenizer
 
 from tests.eval.fake_engine import FakeEngine
@@ -43,11 +44,12 @@ def test_impossible_windows_are_refused() -> None:
 def test_perplexity_is_the_exponential_of_the_mean_loss() -> None:
     tokens = [at % 16 for at in range(200)]
     tokens[50] = 3
-    losses = list(perplexity.window_losses(FakeEngine(), list(windows(tokens, 32, 16))))
+    cut = list(windows(tokens, 32, 16))
+    losses = [row["nll"] for row in text_rows(FakeEngine(), cut, range(len(cut)))]
     summary = perplexity.summarise(losses, seed=0)
     hit, miss = -np.log(0.9), -np.log(0.1 / 15)
     # Token 50 is unexpected, and so is 51 after it.
-    assert summary["nll"] == pytest.approx((197 * hit + 2 * miss) / 199, rel=1e-6)
+    assert summary["nll"] == pytest.approx((197 * hit + 2 * miss) / 199, rel=1e-5)
     assert summary["perplexity"] == pytest.approx(np.exp(summary["nll"]))
     assert summary["tokens"] == 199
     assert summary["ci95"][0] <= summary["perplexity"] <= summary["ci95"][1]
@@ -64,18 +66,41 @@ def test_increase_is_paired_by_window() -> None:
     assert perplexity.summarise_increase(base, base, seed=0)["increase"] == 0.0
 
 
-def test_text_is_found_read_and_cut(tmp_path: Path, small_tokenizer: TextTokenizer) -> None:
-    assert find_text(None, [tmp_path]) is None
-    (tmp_path / "heldout.txt").write_text("the jalapeño was hot " * 50, "utf-8")
-    path = find_text(None, [tmp_path / "none", tmp_path])
-    assert path == tmp_path / "heldout.txt"
-    read = read_text(path, small_tokenizer, 30)
+def test_a_given_text_is_read_and_cut(tmp_path: Path, small_tokenizer: TextTokenizer) -> None:
+    path = tmp_path / "novel.txt"
+    path.write_text("the jalapeño was hot " * 50, "utf-8")
+    [read] = read_texts(path, small_tokenizer, 30)
+    assert (read.kind, read.name) == ("novel", "novel.txt")
     assert read.tokens == tuple(small_tokenizer.encode("the jalapeño was hot " * 50, special=False)[:30])
-    with pytest.raises(ValueError, match="no text file at"):
-        find_text(tmp_path / "other.txt", [])
-    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(ValueError, match="not UTF-8"):
-        read_text(tmp_path / "latin.txt", small_tokenizer, 30)
-    (tmp_path / "empty.txt").write_text("")
-    with pytest.raises(ValueError, match="has 0 tokens"):
-        read_text(tmp_path / "empty.txt", small_tokenizer, 30)
+
+
+def test_the_texts_that_come_along_share_the_tokens(small_tokenizer: TextTokenizer) -> None:
+    read = read_texts(None, small_tokenizer, 600)
+    assert {"prose", "code", "technical", "dialogue", "tables", "languages"} <= {text.kind for text in read}
+    assert {len(text.tokens) for text in read} == {-(-600 // len(read))}
+    dialogue = next(text for text in read if text.kind == "dialogue")
+    assert "messages" not in small_tokenizer.decode(dialogue.tokens), "conversations are read as text"
+    again = read_texts(None, small_tokenizer, 600)
+    assert again == read
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("missing.txt", None, "no text file at"),
+        ("latin.txt", b"caf\xe9", "latin.txt is not UTF-8"),
+        ("empty.txt", b"", "has 0 tokens"),
+        ("image.txt", b"abc\0def" * 40, "holds zero bytes"),
+        ("mark.txt", b"\xef\xbb\xbf", "has 0 tokens"),
+    ],
+)
+def test_what_is_no_text_is_refused(
+    tmp_path: Path, small_tokenizer: TextTokenizer, name: str, content: bytes | None, match: str
+) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=match):
+        read_texts(path, small_tokenizer, 30)
+    with pytest.raises(ValueError, match="is a folder"):
+        read_texts(tmp_path, small_tokenizer, 30)

@@ -109,12 +109,29 @@ def results() -> dict[str, Any]:
         },
         "skipped": [{"task": "cwe", "length": 2048, "reason": "too short: because"}],
         "perplexity": {
-            "text": {"name": "held.txt", "sha256": "cd" * 32},
+            "texts": [
+                {"kind": "prose", "name": "held.txt", "sha256": "cd" * 32},
+                {"kind": "code", "name": "code.txt", "sha256": "ef" * 32},
+            ],
             "window": 1024,
             "stride": 512,
             "models": [
-                {"model": "base", "perplexity": 5.25},
-                {"model": "good", "perplexity": 5.355, "increase": 0.02},
+                {
+                    "model": "base",
+                    "perplexity": 5.25,
+                    "tokens": 2000,
+                    "kinds": [{"kind": "prose", "perplexity": 7.5}, {"kind": "code", "perplexity": 3.125}],
+                },
+                {
+                    "model": "good",
+                    "perplexity": 5.355,
+                    "tokens": 2000,
+                    "increase": 0.02,
+                    "kinds": [
+                        {"kind": "prose", "perplexity": 7.5375, "increase": 0.005},
+                        {"kind": "code", "perplexity": 3.25, "increase": 0.04},
+                    ],
+                },
             ],
         },
         "agreement": {
@@ -122,7 +139,17 @@ def results() -> dict[str, Any]:
             "models": [
                 {
                     "model": "good",
-                    "text": {"top1": 0.975, "kl": 0.0123},
+                    "text": {
+                        "top1": 0.975,
+                        "kl": 0.0123,
+                        "kl_p99": 0.25,
+                        "kl_p999": 0.8125,
+                        "kl_tokens": 2000,
+                        "kinds": [
+                            {"kind": "prose", "top1": 0.98, "kl": 0.0111, "kl_p99": 0.2, "kl_p999": 0.4375},
+                            {"kind": "code", "top1": 0.97, "kl": 0.0222, "kl_p99": 0.3, "kl_p999": 0.9375},
+                        ],
+                    },
                     "tasks": {"top1": 0.99, "kl": None},
                     "divergence": {"prompts": 8, "identical": 0.75},
                 }
@@ -136,7 +163,11 @@ def results() -> dict[str, Any]:
         "margin": 1.0,
         "environment": {
             "engine": "vllm",
-            "dtype": "float32",
+            "text_engine": "transformers",
+            "computed_in": "float32",
+            "minutes": 3.25,
+            "template": "chat",
+            "dtype": "auto",
             "python": "3.11.7",
             "packages": {"torch": "2.13.0"},
             "accelerator": None,
@@ -157,7 +188,13 @@ def test_report_holds_every_number(results: dict[str, Any], tmp_path: Path) -> N
         "512 (8.00x smaller)",
         "5.250",
         "5.355 (+2.00 %)",
-        "97.5 %, KL 0.0123",
+        "97.5 %",
+        "0.0123, 0.250, 0.812",
+        "KL divergence on text 0.012 nats, 99.9 %: 0.81 nats (the 2 largest of 2,000 tokens).",
+        "7.537 (+0.50 %); KL 0.0111, 0.200, 0.438",
+        "1 task, 600 samples at 2,048 tokens (template chat); 2,000 tokens of text (2 kinds); engines vllm (tasks) and "
+        "transformers (text), float32, 3.2 minutes.",
+        "ef" * 32,
         "75 % of 8",
         "123,456",
         "45.7",
@@ -319,7 +356,7 @@ def test_table_file_says_what_it_rests_on(results: dict[str, Any], tmp_path: Pat
     write_table(results, tmp_path / "table.md")
     text = (tmp_path / "table.md").read_text("utf-8")
     assert text.startswith(markdown_table(results, tasks=True))
-    assert "1 task at 2,048 tokens, 600 samples in all, seed 42, engine vllm, dtype float32." in text
+    assert "1 task at 2,048 tokens, 600 samples in all, seed 42, engine vllm, float32." in text
     assert "any of the 2 over all tasks is wrong is at most 5 %" in text
     assert "seed 43 against seed 42, differs by -1.5 points [-4.8, +1.5] overall and by 2.2 points per task" in text
     assert f"`{'ab' * 32}` (good)" in text

@@ -28,6 +28,7 @@ from kvcompress_eval.tasks.ruler import (
 )
 from kvcompress_eval.tasks.ruler.generation import write_samples
 from kvcompress_eval.tasks.ruler.prose import prose
+from kvcompress_eval.tasks.ruler.sizing import Drawn, MissedDrawError, draw_fitting
 from kvcompress_eval.tasks.ruler.vt import Vt
 from kvcompress_eval.tasks.ruler.words import WordKeys, word_keys, word_pool
 from kvcompress_eval.tokenizer import TextTokenizer
@@ -297,3 +298,49 @@ def test_tokenizer_counts_what_tokenize_returns(small_tokenizer: TextTokenizer) 
 def test_missing_tokenizer_is_a_value_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has no tokenizer that transformers can read"):
         TextTokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(("seed", "where"), [(1050, ["drawing"]), (2316, ["drawing"]), (35, ["searching"]), (42, [])])
+def test_a_name_that_is_drawn_twice_is_a_miss(seed: int, where: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In 3-letter names of the in-context example it happens to one seed of two hundred."""
+    reference = TextTokenizer(Path(__file__).parents[2] / "assets" / "reference-model")
+    missed: list[str] = []
+    draw, search = Vt._draw, Vt._search
+
+    def watched_draw(*args: Any, **options: Any) -> Any:
+        try:
+            return draw(*args, **options)
+        except MissedDrawError:
+            missed.append("drawing")
+            raise
+
+    def watched_search(*args: Any, **options: Any) -> Any:
+        before = len(missed)
+        found = search(*args, **options)
+        missed[before:] = ["searching"] * (len(missed) - before)
+        return found
+
+    monkeypatch.setattr(Vt, "_draw", watched_draw)
+    monkeypatch.setattr(Vt, "_search", watched_search)
+    made = make("vt", reference, 1024, seed=seed)
+    assert missed == where
+    assert plain(made) == letter.task("vt", reference.count, 1024, SAMPLES, seed)
+
+
+def test_a_missed_draw_shrinks_like_one_that_does_not_fit() -> None:
+    asked: list[int] = []
+
+    def draw(size: int) -> Drawn:
+        asked.append(size)
+        if len(asked) < 5:
+            raise MissedDrawError("twice")
+        return Drawn("", [], 10)
+
+    assert draw_fitting(draw, 20, 5, 10).tokens == 10
+    assert asked == [20, 15, 10, 5, 5]
+
+    def never(size: int) -> Drawn:
+        raise MissedDrawError("twice")
+
+    with pytest.raises(NotApplicableError, match="too short"):
+        draw_fitting(never, 20, 5, 10)

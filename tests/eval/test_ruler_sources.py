@@ -80,8 +80,22 @@ def test_files_that_are_not_what_they_should_be(tmp_path: Path) -> None:
         squad(written("b.json", "{}"))
     with pytest.raises(ValueError, match=r"c\.json is not HotpotQA in the distractor setting"):
         hotpotqa(written("c.json", '[{"context": ["a"], "question": "?", "answer": "!"}]'))
-    with pytest.raises(ValueError, match=r"d\.json has no questions"):
+    with pytest.raises(ValueError, match=r"d\.json holds no question that can be answered"):
         hotpotqa(written("d.json", "[]"))
+    article = {"context": "A cat.", "qas": [{"question": "?", "answers": [{"text": None}], "is_impossible": False}]}
+    with pytest.raises(ValueError, match=r'i\.json, question 1: found \["\?", null\]; expected its text and at least'):
+        squad(written("i.json", json.dumps({"data": [{"paragraphs": [article]}]})))
+    article["qas"][0]["answers"] = []
+    with pytest.raises(ValueError, match=r'j\.json, question 1: found \["\?"\]'):
+        squad(written("j.json", json.dumps({"data": [{"paragraphs": [article]}]})))
+    for context in (5, None, ["a"], {"a": 1}):
+        article["context"] = context
+        with pytest.raises(ValueError, match=r"k\.json is not SQuAD 2.0"):
+            squad(written("k.json", json.dumps({"data": [{"paragraphs": [article]}]})))
+    for answer in (None, 3, ["cat"], ""):
+        row = {"context": [["On cats", ["A cat."]]], "question": "?", "answer": answer}
+        with pytest.raises(ValueError, match=r"l\.json, question 1: found"):
+            hotpotqa(written("l.json", json.dumps([row])))
     with pytest.raises(ValueError, match=r"e\.json holds no essay"):
         essay(written("e.json", '{"title": "On files"}'))
     with pytest.raises(ValueError, match=r"f\.txt holds no essay"):
@@ -164,6 +178,7 @@ def test_sentences_of_nltk_are_used_where_its_model_is_installed(
 
     try:
         installed(without_model)
+        monkeypatch.setitem(sys.modules, "punkt.data", None)
         assert sentence_splitter() == ("marks", split_after_marks)
         assert provenance(sources)["sentences"] == "marks"
         installed(lambda text: [text])
@@ -173,6 +188,20 @@ def test_sentences_of_nltk_are_used_where_its_model_is_installed(
         assert provenance(Sources()) == {}
     finally:
         sentence_splitter.cache_clear()
+
+
+def test_the_packaged_parameters_of_nltk_split_where_marks_would_not() -> None:
+    sentence_splitter.cache_clear()
+    name, split = sentence_splitter()
+    text = 'Dr. Smith paid $3.50 in the U.S. last year. "Too much?" he asked. See p. 12 of Mr. Hale\'s book.'
+    assert name == "nltk punkt"
+    assert split(text) == [
+        "Dr. Smith paid $3.50 in the U.S. last year.",
+        '"Too much?"',
+        "he asked.",
+        "See p. 12 of Mr. Hale's book.",
+    ]
+    assert len(split_after_marks(text)) > 4, "marks end sentences after titles, too"
 
 
 def test_generated_prose_is_long_and_the_same_everywhere() -> None:

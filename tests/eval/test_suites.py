@@ -59,7 +59,13 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def options(tmp_path: Path, files: Path) -> dict[str, Any]:
-    return {"out": tmp_path / "out", "cache_dir": tmp_path / "cache", "data": files, "seed": 3}
+    return {
+        "out": tmp_path / "out",
+        "cache_dir": tmp_path / "cache",
+        "data": files,
+        "seed": 3,
+        "engine": "transformers",
+    }
 
 
 def samples(out: Path) -> dict[str, list[dict[str, Any]]]:

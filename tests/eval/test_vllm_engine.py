@@ -64,7 +64,7 @@ def test_an_evaluation_gives_the_same_scores_on_both_engines(base: Path, compres
         tasks=("fwe", "multi_turn"),
         lengths=(700,),
         samples=2,
-        perplexity_tokens=300,
+        text_tokens=300,
         window=128,
         stride=64,
     )
@@ -75,6 +75,7 @@ def test_an_evaluation_gives_the_same_scores_on_both_engines(base: Path, compres
             suite=suite,
             engine=kind,
             dtype="float32",
+            text=base / "heldout.txt",
             out=tmp_path / kind,
             cache_dir=tmp_path / "cache",
             serving_context=64,

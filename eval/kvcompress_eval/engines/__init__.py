@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from kvcompress_eval.engines.base import Engine, Generation, Scores
+from kvcompress_eval.engines.names import ENGINES, TRANSFORMERS, VLLM
 from kvcompress_eval.tokenizer import TextTokenizer
 
 __all__ = ["Engine", "Generation", "Scores", "check_engine", "open_engine"]
-
-ENGINES = ("transformers", "vllm")
 
 
 def check_engine(kind: str) -> None:
@@ -33,16 +32,16 @@ def open_engine(
     """Start an engine on a model folder.
 
     Args:
-        kind: transformers, vllm, or the URL of a server that serves this model.
+        kind: transformers, vllm, or the URL of a server that serves this model. (What `auto` means is chosen before.)
         max_context: longest prompt plus continuation in tokens.
         options: handed to the engine's class.
     """
     check_engine(kind)
-    if kind == "transformers":
+    if kind == TRANSFORMERS:
         from kvcompress_eval.engines.transformers_engine import TransformersEngine
 
         return TransformersEngine(model, tokenizer, dtype=dtype, **options)
-    if kind == "vllm":
+    if kind == VLLM:
         from kvcompress_eval.engines.vllm_engine import VllmEngine
 
         return VllmEngine(model, tokenizer, max_context=max_context, dtype=dtype, **options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -44,8 +44,8 @@ class Engine(Protocol):
         """Prompts worth handing over in one call."""
 
     @property
-    def has_distribution(self) -> bool:
-        """Whether `score` can return whole distributions."""
+    def vocabulary(self) -> int | None:
+        """Size of the whole distributions that `score` can return; None where it cannot."""
 
     def generate(
         self,
@@ -54,6 +54,7 @@ class Engine(Protocol):
         until: Sequence[Sequence[str]] | None = None,
         *,
         ignore_end: bool = False,
+        answered: Callable[[int], None] | None = None,
     ) -> list[Generation]:
         """Greedy continuations of at most `max_tokens` tokens, ended by the model's end-of-sequence token.
 
@@ -61,6 +62,7 @@ class Engine(Protocol):
             until: per prompt, texts after all of which (case ignored) a continuation may end early. A score that
                 counts references found cannot change from there on.
             ignore_end: continue past the end-of-sequence token, which is then part of the continuation.
+            answered: called with the number of continuations that are finished, as each of them is.
         """
 
     def score(self, tokens: Sequence[int], *, distribution: bool = False, rows: Sequence[int] | None = None) -> Scores:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ class OpenAIEngine:
 
     name = "openai"
     batch_size = 16
-    has_distribution = False
+    vocabulary = None
 
     def __init__(
         self,
@@ -51,10 +51,15 @@ class OpenAIEngine:
         until: Sequence[Sequence[str]] | None = None,
         *,
         ignore_end: bool = False,
+        answered: Callable[[int], None] | None = None,
     ) -> list[Generation]:
         # `until` only permits an early end; a server has no way to be told.
         with ThreadPoolExecutor(self.batch_size) as pool:
-            return list(pool.map(lambda prompt: self._continue(prompt, max_tokens, ignore_end), prompts))
+            waiting = [pool.submit(self._continue, prompt, max_tokens, ignore_end) for prompt in prompts]
+            for count, _ in enumerate(as_completed(waiting), start=1):
+                if answered is not None:
+                    answered(count)
+            return [each.result() for each in waiting]
 
     def _continue(self, prompt: Sequence[int], max_tokens: int, ignore_end: bool) -> Generation:
         # ignore_eos is vLLM's; a server without it may refuse the field, so it is sent only where it matters.

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from kvcompress.codec.nested import WIDEST
 from kvcompress_eval.engines.base import Generation, Scores, contains_all
-from kvcompress_eval.models import is_compressed, read_config
+from kvcompress_eval.models import end_tokens, is_compressed, read_config
 from kvcompress_eval.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
@@ -38,7 +38,6 @@ class TransformersEngine:
 
     name = "transformers"
     batch_size = 1
-    has_distribution = True
 
     def __init__(
         self,
@@ -64,8 +63,11 @@ class TransformersEngine:
         self._new_empty_cache = cache_factory(model, cache, kv_rank, kv_bits)
         self._model: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, trust_remote_code=False)
         self._model.to(device).eval()
-        ends = self._model.generation_config.eos_token_id
-        self._ends = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
+        self._ends: AbstractSet[int] = end_tokens(model, tokenizer)
+
+    @property
+    def vocabulary(self) -> int:
+        return int(self._model.get_output_embeddings().weight.shape[0])
 
     def generate(
         self,
@@ -74,10 +76,16 @@ class TransformersEngine:
         until: Sequence[Sequence[str]] | None = None,
         *,
         ignore_end: bool = False,
+        answered: Callable[[int], None] | None = None,
     ) -> list[Generation]:
         wanted = until or [()] * len(prompts)
         ends = set() if ignore_end else self._ends
-        return [self._continue(prompt, max_tokens, texts, ends) for prompt, texts in zip(prompts, wanted, strict=True)]
+        made: list[Generation] = []
+        for prompt, texts in zip(prompts, wanted, strict=True):
+            made.append(self._continue(prompt, max_tokens, texts, ends))
+            if answered is not None:
+                answered(len(made))
+        return made
 
     def _continue(
         self, prompt: Sequence[int], max_tokens: int, wanted: Sequence[str], ends: AbstractSet[int]

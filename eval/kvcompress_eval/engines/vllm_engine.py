@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ class VllmEngine:
 
     name = "vllm"
     batch_size = 32
-    has_distribution = False
+    vocabulary = None
 
     def __init__(
         self,
@@ -73,11 +73,12 @@ class VllmEngine:
         spec = codec_spec(read_config(model))
         self._exact_steps = spec is not None and any(isinstance(layer, GroupSpec) for layer in spec.layers)
         self._tokenizer = tokenizer
-        self._ends = end_tokens(model)
+        self._ends = end_tokens(model, tokenizer)
         arguments = {
             "enforce_eager": not torch.cuda.is_available(),
             "max_num_seqs": self.batch_size,
             "disable_log_stats": True,
+            "generation_config": "vllm",  # whose end tokens are read above
             **options,
         }
         self._llm: Any = LLM(model=str(model), dtype=dtype, max_model_len=max_context, **arguments)
@@ -90,6 +91,7 @@ class VllmEngine:
         until: Sequence[Sequence[str]] | None = None,
         *,
         ignore_end: bool = False,
+        answered: Callable[[int], None] | None = None,
     ) -> list[Generation]:
         # The engine is stepped by hand, so that a continuation can be ended by what its text contains.
         from vllm import SamplingParams
@@ -118,10 +120,12 @@ class VllmEngine:
                     continue
                 tokens = [token for token in output.outputs[0].token_ids if token not in ends]
                 text = self._tokenizer.decode(tokens)
-                answered = bool(until and until[index]) and contains_all(text, until[index] if until else ())
-                if output.finished or answered:
+                found = bool(until and until[index]) and contains_all(text, until[index] if until else ())
+                if output.finished or found:
                     done[index] = Generation(tuple(tokens), text, output.num_cached_tokens)
-                if answered and not output.finished:
+                    if answered is not None:
+                        answered(len(done) - done.count(None))
+                if found and not output.finished:
                     engine.abort_request([output.request_id])
         assert all(item is not None for item in done), "vLLM dropped a request"
         return [item for item in done if item is not None]

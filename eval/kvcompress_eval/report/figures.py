@@ -43,8 +43,15 @@ def summary_figures(results: Results) -> list[Figure]:
         increase = f" ({100 * row['increase']:+.2f} %)" if "increase" in row else ""
         return f"{row['perplexity']:.3f}{increase}"
 
-    def agreed(source: str) -> Callable[[str], str | None]:
-        return lambda name: _agreed(agreement.get(name, {}).get(source))
+    def same(source: str) -> Callable[[str], str | None]:
+        def value(name: str) -> str | None:
+            row = agreement.get(name, {}).get(source)
+            return None if row is None else f"{100 * row['top1']:.1f} %"
+
+        return value
+
+    def divergence(source: str) -> Callable[[str], str | None]:
+        return lambda name: divergences(agreement.get(name, {}).get(source))
 
     def identical(name: str) -> str | None:
         row = agreement.get(name, {}).get("divergence")
@@ -62,9 +69,11 @@ def summary_figures(results: Results) -> list[Figure]:
         ("KV cache, bytes per token", "all layers, every scale and gain counted", size),
         ("Tokens the cache holds", "as the engine reports it, same memory", served("capacity_tokens_reported", 0)),
         ("Score", "mean over tasks, 0 to 100, with 95 % interval", score),
-        ("Perplexity", "held-out text, sliding window", loss),
-        ("Same next token as base, text", "teacher-forced; KL in nats per token", agreed("text")),
-        ("Same next token as base, tasks", "on the base model's own answers", agreed("tasks")),
+        ("Perplexity", "held-out text", loss),
+        ("Same next token as base, text", "teacher-forced, held-out text", same("text")),
+        ("KL from base, text: mean, 99 %, 99.9 %", "nats per token; answers turn in the tail", divergence("text")),
+        ("Same next token as base, tasks", "on the base model's own answers", same("tasks")),
+        ("KL from base, tasks: mean, 99 %, 99.9 %", "nats per token", divergence("tasks")),
         ("Answers identical to base", "greedy, token for token", identical),
         ("Decode, tokens per second", f"one sequence, after {context:,} tokens" if context else "one sequence",
          served("decode_tokens_per_s", 1)),
@@ -90,11 +99,11 @@ def difference(row: Mapping[str, Any]) -> str:
     return f"{row['delta']:+.1f} [{row['delta_ci95'][0]:+.1f}, {row['delta_ci95'][1]:+.1f}]"
 
 
-def _agreed(row: Mapping[str, Any] | None) -> str | None:
-    if row is None:
+def divergences(row: Mapping[str, Any] | None) -> str | None:
+    """Mean, 99 % and 99.9 % quantile of the KL divergence over tokens; None where it was not measured."""
+    if row is None or row["kl"] is None:
         return None
-    divergence = "" if row["kl"] is None else f", KL {row['kl']:.4f}"
-    return f"{100 * row['top1']:.1f} %{divergence}"
+    return f"{row['kl']:.4f}, {row['kl_p99']:.3f}, {row['kl_p999']:.3f}"
 
 
 def by_model(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:

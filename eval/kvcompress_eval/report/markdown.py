@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kvcompress_eval.report.figures import Results, by_model, difference, scored, summary_figures
-from kvcompress_eval.report.wording import notes
+from kvcompress_eval.report.wording import notes, tail_sentence, verdict_sentence
 
 
 def markdown_table(results: Results, *, tasks: bool = False) -> str:
@@ -37,10 +37,22 @@ def write_table(results: Results, path: str | Path) -> None:
     hashes = [
         f"`{model['manifest_sha256']}` ({model['name']})" for model in results["models"] if model["manifest_sha256"]
     ]
-    lines = [markdown_table(results, tasks=True), *notes(results)]
+    lines = [markdown_table(results, tasks=True), *_verdict_lines(results), *notes(results)]
     lines += [f"Manifests (sha256): {', '.join(hashes)}."] if hashes else []
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     atomic_write(Path(path), ("\n".join(lines) + "\n").encode())
+
+
+def _verdict_lines(results: Results) -> list[str]:
+    """The verdict on each candidate in words, with the tail of its divergence."""
+    agreement = by_model(results["agreement"].get("models", []))
+    family = results["multiplicity"]["overall"]
+    found = []
+    for row in results["overall"]:
+        if row["verdict"]:
+            tail = tail_sentence(agreement.get(row["model"], {}).get("text"))
+            found.append(f"{row['model']}: {verdict_sentence(row, results['margin'], family)} {tail}".strip())
+    return found
 
 
 def _heading(model: dict[str, Any]) -> str:

@@ -12,12 +12,13 @@ from kvcompress_eval.report.figures import (
     baseline,
     by_model,
     difference,
+    divergences,
     scored,
     summary_figures,
 )
 from kvcompress_eval.report.heat import depth_maps, task_map
 from kvcompress_eval.report.plots import Line, Point, drift, forest, layer_errors, pareto
-from kvcompress_eval.report.wording import notes, verdict_sentence
+from kvcompress_eval.report.wording import measured_sentence, notes, tail_sentence, verdict_sentence
 
 MINUS = "\N{MINUS SIGN}"
 
@@ -75,6 +76,8 @@ def render(results: Results, *, title: str = "KV cache compression, measured") -
         task_map=task_map(results),
         depth_maps=depth_maps(results),
         notes=notes(results),
+        measured=measured_sentence(results),
+        text_kinds=_text_kinds(results),
         crowded=len(models) > MOST_UNFOLDED,
         forest=lambda **values: Markup(forest(**values)),
         recipes={model["name"]: json.dumps(model["recipe"], indent=2) for model in models if model["recipe"]},
@@ -116,12 +119,14 @@ def _verdicts(results: Results, colours: dict[str, int]) -> list[dict[str, Any]]
         for model in results["models"]
         if model["bytes_per_token"]
     }
+    agreement = by_model(results["agreement"].get("models", []))
     return [
         {
             "model": row["model"],
             "colour": colours[row["model"]],
             "verdict": row["verdict"],
             "sentence": verdict_sentence(row, results["margin"], results["multiplicity"]["overall"]),
+            "tail": tail_sentence(agreement.get(row["model"], {}).get("text")),
             "size": sizes.get(row["model"], ""),
             "score": scored(row),
             "difference": difference(row).replace("-", MINUS),
@@ -170,6 +175,31 @@ def _tasks(results: Results, colours: dict[str, int]) -> list[dict[str, Any]]:
             }
         )
     return groups
+
+
+def _text_kinds(results: Results) -> list[dict[str, Any]]:
+    """One row per kind of text: perplexity and divergence of every model."""
+    losses = {
+        (row["model"], kind["kind"]): kind
+        for row in results["perplexity"].get("models", [])
+        for kind in row.get("kinds", [])
+    }
+    agreed = {
+        (row["model"], kind["kind"]): kind
+        for row in results["agreement"].get("models", [])
+        for kind in row.get("text", {}).get("kinds", [])
+    }
+    cells = {key: _text_cell(loss, agreed.get(key)) for key, loss in losses.items()}
+    kinds = dict.fromkeys(kind for _, kind in losses)
+    return [
+        {"kind": kind, "cells": {model: cell for (model, of), cell in cells.items() if of == kind}} for kind in kinds
+    ]
+
+
+def _text_cell(loss: dict[str, Any], agreed: dict[str, Any] | None) -> str:
+    increase = f" ({100 * loss['increase']:+.2f} %)".replace("-", MINUS) if loss.get("increase") is not None else ""
+    found = divergences(agreed)
+    return f"{loss['perplexity']:.3f}{increase}" + (f"; KL {found}" if found else "")
 
 
 def _pareto(results: Results, colours: dict[str, int]) -> str | None:

@@ -7,6 +7,9 @@ from typing import Any
 
 from kvcompress_eval.report.figures import Results
 
+FEW = 10
+"""Tokens above a quantile, from which on it is steady enough to stand without a remark."""
+
 
 def verdict_sentence(row: Mapping[str, Any], margin: float, family: int = 1) -> str:
     """What a verdict says, in words.
@@ -29,6 +32,55 @@ def verdict_sentence(row: Mapping[str, Any], margin: float, family: int = 1) -> 
     return f"{text} More samples narrow this."
 
 
+def tail_sentence(row: Mapping[str, Any] | None) -> str:
+    """How far the next-token distribution of a model is from the base's, its tail included; empty if not measured.
+
+    Args:
+        row: agreement on held-out text, as `results.json` has it.
+    """
+    if row is None or row["kl"] is None:
+        return ""
+    return f"KL divergence on text {row['kl']:.2g} nats, 99.9 %: {row['kl_p999']:.2g} nats{_rests_on(row)}."
+
+
+def _rests_on(row: Mapping[str, Any]) -> str:
+    """What the 99.9 % quantile rests on, where that is so little that it should be said."""
+    above = round(row["kl_tokens"] / 1000)
+    if above >= FEW:
+        return ""
+    tokens = f"{row['kl_tokens']:,} tokens"
+    return f" (of {tokens}: the largest, more or less)" if above < 2 else f" (the {above} largest of {tokens})"
+
+
+def measured_sentence(results: Results) -> str:
+    """In one line, what was measured: tasks, samples, text, engines, precision, time."""
+    environment, rows = results["environment"], results["tasks"]
+    parts = []
+    if rows:
+        one = [row for row in rows if row["model"] == rows[0]["model"]]
+        lengths = ", ".join(f"{length:,}" for length in sorted({row["length"] for row in rows}))
+        tasks, samples = len({row["task"] for row in rows}), sum(row["n"] for row in one)
+        parts.append(
+            f"{_count(tasks, 'task')}, {_count(samples, 'sample')} at {lengths} tokens "
+            f"(template {environment['template']})"
+        )
+    texts = results["perplexity"]
+    if texts:
+        kinds = len(texts["texts"])
+        named = texts["texts"][0]["name"] if kinds == 1 else f"{kinds} kinds"
+        parts.append(f"{texts['models'][0]['tokens']:,} tokens of text ({named})")
+    if results["drift"] and not texts:
+        parts.append("agreement by position")
+    engine, other = environment["engine"], environment["text_engine"]
+    engines = f"engine {engine}" if engine == other else f"engines {engine} (tasks) and {other} (text)"
+    minutes = f", {environment['minutes']:.1f} minutes" if "minutes" in environment else ""
+    return f"measured: {'; '.join(parts)}; {engines}, {environment['computed_in']}{minutes}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' * (number != 1)}"
+
+
 def points(number: float) -> str:
     return f"{number:g} point" + ("" if number == 1 else "s")
 
@@ -49,7 +101,7 @@ def notes(results: Results) -> list[str]:
         where = ", ".join(f"{length:,}" for length in lengths)
         found.append(
             f"{tasks} task{'s' * (tasks != 1)} at {where} tokens, {results['overall'][0]['n']:,} samples in all, seed "
-            f"{results['seed']}, engine {environment['engine']}, dtype {environment['dtype']}. "
+            f"{results['seed']}, engine {environment['engine']}, {environment['computed_in']}. "
             "Every model saw the same prompts."
         )
     if families["overall"]:
@@ -58,6 +110,13 @@ def notes(results: Results) -> list[str]:
             f"The chance that any of the {families['overall']} over all tasks is wrong is at most "
             f"{100 * families['alpha']:g} % (Holm), and likewise for the {families['tasks']} on single tasks. "
             "Intervals are of single comparisons."
+        )
+    compared = [row["text"] for row in results["agreement"].get("models", []) if "text" in row]
+    if compared and compared[0]["kl"] is not None:
+        tokens = compared[0]["kl_tokens"]
+        found.append(
+            f"KL divergence of the base model's next token from the candidate's over {tokens:,} tokens of text; above "
+            f"its 99 % and 99.9 % quantiles lie {round(tokens / 100):,} and {round(tokens / 1000):,} of them."
         )
     floor = results["noise_floor"]
     if floor:

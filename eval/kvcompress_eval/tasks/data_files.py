@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from kvcompress_eval.tasks.fields import Reader
 
 Record = dict[str, Any]
 
@@ -18,13 +20,13 @@ class DataSource:
     folder: Path | None = None
     network: bool = False
 
-    def read(self, task: str, names: Sequence[str], url: str, fields: Sequence[str], most: int) -> list[Record]:
+    def read(self, task: str, names: Sequence[str], url: str, fields: Mapping[str, Reader], most: int) -> list[Record]:
         """The first records of a data set.
 
         Args:
             names: file names to look for in the folder and in its `data` folder, first match wins.
             url: the same file on the Hugging Face hub, as `datasets` spells it.
-            fields: what each record must have.
+            fields: what each record must have, and how each field is read.
             most: records wanted.
 
         Raises:
@@ -46,14 +48,7 @@ class DataSource:
             )
         if not records:
             raise ValueError(f"{where} holds no records")
-        for number, record in enumerate(records, start=1):
-            missing = [name for name in fields if name not in record]
-            if missing:
-                raise ValueError(
-                    f"record {number} of {where} has no field {missing[0]!r}; expected {', '.join(fields)}, as the "
-                    "data set ships them"
-                )
-        return records
+        return [_checked(record, fields, f"record {at} of {where}") for at, record in enumerate(records, start=1)]
 
     def _find(self, names: Sequence[str]) -> Path | None:
         if self.folder is None:
@@ -64,6 +59,21 @@ class DataSource:
         return next((path for path in places if path.is_file()), None)
 
 
+def _checked(record: Record, fields: Mapping[str, Reader], where: str) -> Record:
+    missing = [name for name in fields if name not in record]
+    if missing:
+        raise ValueError(
+            f"{where} has no field {missing[0]!r}; expected {', '.join(fields)}, as the data set ships them"
+        )
+    found = {}
+    for name, read in fields.items():
+        try:
+            found[name] = read(record[name])
+        except ValueError as error:
+            raise ValueError(f"{where}, field {name!r}: {error}") from None
+    return found
+
+
 def read_records(path: Path, most: int) -> list[Record]:
     """The first records of a .jsonl file, or of a .json file that holds one list.
 
@@ -72,16 +82,16 @@ def read_records(path: Path, most: int) -> list[Record]:
     """
     try:
         if path.suffix == ".json":
-            records = json.loads(path.read_text("utf-8"))[:most]
+            records = json.loads(path.read_text("utf-8-sig"))[:most]
         else:
             records = []
-            with path.open(encoding="utf-8") as lines:
+            with path.open(encoding="utf-8-sig") as lines:
                 for line in lines:
                     if len(records) == most:
                         break
                     if line.strip():
                         records.append(json.loads(line))
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, RecursionError, TypeError) as error:
         raise ValueError(f"{path} is not a file of JSON records: {error}") from error
     if not all(isinstance(record, dict) for record in records):
         raise ValueError(f"{path} holds something else than JSON objects; expected one per record")

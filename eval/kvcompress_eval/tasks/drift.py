@@ -42,7 +42,7 @@ def collect_reference(
     for prompt in prompts:
         tokens = (*prompt, *engine.generate([prompt], new_tokens, ignore_end=True)[0].tokens)
         rows = [len(prompt) - 1 + at for at in compared(len(tokens) - len(prompt))]
-        scores = engine.score(tokens, distribution=engine.has_distribution, rows=rows)
+        scores = engine.score(tokens, distribution=engine.vocabulary is not None, rows=rows)
         found.append(Continued(tokens, len(prompt), rows, scores))
         progress(len(found), len(prompts))
     return found
@@ -64,7 +64,7 @@ def measure(
     divergences: list[tuple[int, float]] = []
     for done, item in enumerate(reference, start=1):
         base = item.scores
-        whole = base.distribution_TV is not None and engine.has_distribution
+        whole = base.distribution_TV is not None and engine.vocabulary is not None
         scored = engine.score(item.tokens, distribution=whole, rows=item.rows)
         start = item.context - 1
         same.append(scored.top1_T[start:] == base.top1_T[start:])

@@ -14,12 +14,17 @@ from typing import Any
 
 import yaml
 
+from kvcompress_eval.tasks import fields
 from kvcompress_eval.tasks.fitting import cut_middle
 from kvcompress_eval.tasks.questions import Ask, FollowUp, Question, Questions, prompt_tokens
 from kvcompress_eval.tasks.ruler import NotApplicableError
 
 CHOICES = ("choice_A", "choice_B", "choice_C", "choice_D")
-FIELDS = ("question", *CHOICES, "answer", "context", "difficulty", "length")
+FIELDS: dict[str, fields.Reader] = {
+    **dict.fromkeys(("question", *CHOICES), fields.text),
+    "answer": fields.letter,
+    **dict.fromkeys(("context", "difficulty", "length"), fields.text),
+}
 URL = "hf://datasets/zai-org/LongBench-v2/data.json"
 SPLIT_BY = ("difficulty", "words")
 
@@ -72,7 +77,7 @@ def make(ask: Ask, *, thought: bool = False) -> Questions:
     for index, record in enumerate(records):
         tokens, was_cut = prompt(first.fill(record), first.max_tokens)
         details = {"index": index, "cut": was_cut, "difficulty": record["difficulty"], "words": record["length"]}
-        items.append(Question(tokens, (str(record["answer"]),), details))
+        items.append(Question(tokens, (record["answer"],), details))
     if not thought:
         return Questions(items, first.max_tokens, score, split_by=SPLIT_BY)
 

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvcompress_eval.engines.base import Engine
 from kvcompress_eval.statistics import bootstrap_interval
 
 
@@ -19,9 +18,13 @@ class Window:
 
     tokens: tuple[int, ...]
     scored: int
+    kind: str = ""
+    """Of text."""
 
 
-def windows(tokens: Sequence[int], window: int, stride: int, prefix: Sequence[int] = ()) -> Iterator[Window]:
+def windows(
+    tokens: Sequence[int], window: int, stride: int, prefix: Sequence[int] = (), kind: str = ""
+) -> Iterator[Window]:
     """Cut a text into windows of at most `window` tokens, `prefix` included, that advance by `stride`.
 
     The first window scores all it can; each later one scores the tokens that no window before it did, at most `stride`
@@ -37,18 +40,11 @@ def windows(tokens: Sequence[int], window: int, stride: int, prefix: Sequence[in
     scored_to = 0 if prefix else 1
     end = min(room, len(tokens))
     while True:
-        yield Window((*prefix, *tokens[max(0, end - room) : end]), end - scored_to)
+        yield Window((*prefix, *tokens[max(0, end - room) : end]), end - scored_to, kind)
         scored_to = end
         if end == len(tokens):
             return
         end = min(end + stride, len(tokens))
-
-
-def window_losses(engine: Engine, cut: Sequence[Window]) -> Iterator[list[float]]:
-    """Negative log-likelihood, in nats, of each scored token, window by window."""
-    for item in cut:
-        log_probs = engine.score(item.tokens).log_probs_T
-        yield (-log_probs[-item.scored :].astype(float)).tolist()
 
 
 def summarise(losses: Sequence[Sequence[float]], *, seed: int) -> dict[str, Any]:

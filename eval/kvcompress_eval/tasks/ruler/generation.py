@@ -18,7 +18,7 @@ from kvcompress_eval.tasks.ruler.sources import NO_FILES, OPTIONS, Sources
 from kvcompress_eval.tasks.ruler.strings import strings_text
 from kvcompress_eval.tasks.ruler.templates import BASE, ModelTemplate
 
-GENERATOR_VERSION = 2
+GENERATOR_VERSION = 3
 """Raised whenever the generators would produce other bytes for the same request."""
 
 

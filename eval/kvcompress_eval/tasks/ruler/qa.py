@@ -8,6 +8,7 @@ Specification: NVIDIA/RULER v1.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -127,7 +128,7 @@ def squad(path: Path) -> Questions:
                     for item in paragraph["qas"]
                     if not item["is_impossible"]
                 ]
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not SQuAD 2.0: {_lacking(error)}") from error
     return _checked(path, questions, texts)
 
@@ -155,12 +156,19 @@ def hotpotqa(path: Path) -> Questions:
 def _documents(contexts: Iterator[str]) -> tuple[list[str], dict[str, int]]:
     """The sorted set, and the place of each text in it."""
     texts = sorted(set(contexts))
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("a document that is no text")
     return texts, {text: place for place, text in enumerate(texts)}
 
 
 def _checked(path: Path, questions: list[Question], texts: list[str]) -> Questions:
-    if not all(question.outputs for question in questions) or not questions:
-        raise ValueError(f"{path} has no questions with answers in every one")
+    if not questions:
+        raise ValueError(f"{path} holds no question that can be answered")
+    for number, question in enumerate(questions, start=1):
+        found = [question.query, *question.outputs]
+        if len(found) < 2 or not all(isinstance(text, str) and text for text in found):
+            shown = json.dumps(found, ensure_ascii=False, default=str)[:80]
+            raise ValueError(f"{path}, question {number}: found {shown}; expected its text and at least one answer")
     return Questions(questions, texts)
 
 

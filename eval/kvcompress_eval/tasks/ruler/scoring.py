@@ -24,5 +24,5 @@ def score(prediction: str, references: Sequence[str], metric: Metric = "all") ->
 
 
 def task_score(scores: Sequence[float]) -> float:
-    """Score of a task: 100 times the mean over samples, two decimals."""
-    return round(100 * sum(scores) / len(scores), 2)
+    """Score of a task: the mean over samples times 100, two decimals, rounded as the benchmark rounds."""
+    return round(sum(scores) / len(scores) * 100, 2)

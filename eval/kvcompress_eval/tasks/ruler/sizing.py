@@ -11,7 +11,12 @@ from dataclasses import dataclass
 from kvcompress_eval.tasks.ruler.sample import NotApplicableError
 
 MAX_REDRAWS = 200
-"""The benchmark redraws without end at the smallest size; after this many misses the length is called impossible."""
+"""At the smallest size the benchmark redraws until a sample fits; after this many misses the length is called
+impossible."""
+
+
+class MissedDrawError(ValueError):
+    """A draw from which no sample can be made; another one can. Counts as a sample that does not fit."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +50,20 @@ def draw_fitting(draw: Callable[[int], Drawn], size: int, step: int, budget: int
     redraws = 0
     shortest = None
     while redraws <= MAX_REDRAWS:
-        drawn = draw(size)
-        if drawn.tokens <= budget:
+        try:
+            drawn = draw(size)
+        except MissedDrawError:
+            drawn = None
+        if drawn is not None and drawn.tokens <= budget:
             return drawn
         if size > step:
             size -= step
-        else:
-            redraws += 1
+            continue
+        redraws += 1
+        if drawn is not None:
             shortest = min(drawn.tokens, shortest or drawn.tokens)
+    if shortest is None:
+        raise NotApplicableError(f"too short: {redraws} draws of the smallest prompt gave no sample")
     raise NotApplicableError(
         f"too short: with this tokenizer the smallest prompt takes {shortest} tokens, {budget} are left for it"
     )

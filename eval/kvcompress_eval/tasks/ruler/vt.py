@@ -15,7 +15,7 @@ from random import Random
 import numpy as np
 
 from kvcompress_eval.tasks.ruler.sample import NotApplicableError, Request, Sample, split_sample
-from kvcompress_eval.tasks.ruler.sizing import Drawn, draw_fitting, search_size
+from kvcompress_eval.tasks.ruler.sizing import Drawn, MissedDrawError, draw_fitting, search_size
 from kvcompress_eval.tasks.ruler.strings import strings
 from kvcompress_eval.tasks.ruler.task import Task
 
@@ -72,22 +72,32 @@ class Vt(Task):
         self, streams: Streams, template: str, request: Request, step: int, budget: int, *, is_example: bool = False
     ) -> int:
         def tokens_at(size: int) -> int:
-            return request.count(self._draw(streams, template, size, is_example=is_example)[0])
+            while True:
+                try:
+                    return request.count(self._draw(streams, template, size, is_example=is_example)[0])
+                except MissedDrawError:  # ends the benchmark's script; there are no bytes to be the same as
+                    continue
 
         upper = max(int(request.length / (tokens_at(step) / step) * 3), 2 * step)
         return search_size(tokens_at, step, upper, budget)
 
     def _draw(self, streams: Streams, template: str, size: int, *, is_example: bool = False) -> tuple[str, list[str]]:
-        """One prompt over `size` noise lines, and the names of its first chain."""
+        """One prompt over `size` noise lines, and the names of its first chain.
+
+        Raises:
+            MissedDrawError: a name was drawn twice. The names that replace it make a chain of their own, which is too
+                short; it takes a value from the stream like the others.
+        """
         names_per_chain = self.hops + 1
         wanted = self.chains * names_per_chain
         letters = 3 if is_example else 5
         names = [streams.name(letters) for _ in range(wanted)]
         while len(set(names)) < wanted:
             names.append(streams.name(letters))
-        chains = [names[start : start + names_per_chain] for start in range(0, wanted, names_per_chain)]
+        chains = [names[start : start + names_per_chain] for start in range(0, len(names), names_per_chain)]
         values = [EXAMPLE_VALUE if is_example else streams.value() for _ in chains]
-
+        if len(chains[-1]) < names_per_chain:
+            raise MissedDrawError("a name was drawn twice")
         if size < names_per_chain:
             raise NotApplicableError(f"too short: {names_per_chain} assignments need as many lines, {size} fit")
         lines = [strings("niah").noise] * size

@@ -1,0 +1,6 @@
+"""Names of the engines."""
+
+AUTO = "auto"
+TRANSFORMERS = "transformers"
+VLLM = "vllm"
+ENGINES = (AUTO, TRANSFORMERS, VLLM)
