@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kvcompress.calibration.corpus import Calibration
-from kvcompress.calibration.finite import is_finite, refuse_overflow, require_finite_weight
+from kvcompress.calibration.overflow import is_finite, refuse_overflow
 from kvcompress.checkpoint.quantized import read_weight
 from kvcompress.checkpoint.reader import Checkpoint
 from kvcompress.checkpoint.rows import read_rows
@@ -58,16 +58,13 @@ class LayerRunner:
         """Hidden states before the first layer, `[samples, length, hidden]`. Reads only the rows that occur."""
         tokens_NT = torch.from_numpy(calibration.tokens_NT)
         used, inverse = tokens_NT.unique(return_inverse=True)
-        rows_UC = read_rows(self.checkpoint, _EMBEDDING, used)
-        cast_UC = rows_UC.to(self.device, self.dtype)
-        for number, stored_C, cast_C in zip(used.tolist(), rows_UC, cast_UC, strict=True):
-            require_finite_weight(_EMBEDDING, stored_C, number)
-            if not is_finite(cast_C):
-                raise ValueError(
-                    f"{_EMBEDDING}: row {number} does not fit {str(self.dtype).removeprefix('torch.')}; calibrate with "
-                    "--dtype float32 or --dtype bfloat16"
-                )
-        return cast_UC[inverse.to(self.device)]
+        rows_UC = read_rows(self.checkpoint, _EMBEDDING, used).to(self.device, self.dtype)
+        if not is_finite(rows_UC):
+            raise ValueError(
+                f"{_EMBEDDING} has values too large for {str(self.dtype).removeprefix('torch.')}; calibrate with --dtype "
+                "float32 or --dtype bfloat16"
+            )
+        return rows_UC[inverse.to(self.device)]
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
@@ -89,7 +86,6 @@ class LayerRunner:
                 raise ValueError(
                     f"{prefix}{name} has shape {tuple(tensor.shape)}; config.json asks for {tuple(parameter.shape)}"
                 )
-            require_finite_weight(prefix + name, tensor)
             # Norms multiply activations without a product that casts: in another dtype they would give it to them.
             state[name] = tensor.to(self.device, self.dtype if tensor.ndim == 1 else tensor.dtype)
         layer.load_state_dict(state, assign=True)

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from kvcompress.calibration.capture import LayerRunner, cast_rows, stored_linear
-from kvcompress.calibration.finite import require_finite_weight
 from kvcompress.checkpoint.rows import read_rows
 
 _HEAD, _EMBEDDING, _NORM = "lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"
@@ -113,14 +112,11 @@ class LossHead:
     def __init__(self, runner: LayerRunner) -> None:
         checkpoint = runner.checkpoint
         self.norm: Any = runner.model.norm
-        norm_C = checkpoint.read(_NORM)
-        require_finite_weight(_NORM, norm_C)
-        self.norm.load_state_dict({"weight": norm_C.to(runner.device, runner.dtype)}, assign=True)
+        self.norm.load_state_dict({"weight": checkpoint.read(_NORM).to(runner.device, runner.dtype)}, assign=True)
         self.norm.requires_grad_(False)
         name = _HEAD if _HEAD in checkpoint.tensors else _EMBEDDING
         rows = torch.arange(checkpoint.tensors[name].shape[0])
         self.weight_VC = read_rows(checkpoint, name, rows).to(runner.device)
-        require_finite_weight(name, self.weight_VC)
 
     def gradient(self, hidden_TC: Tensor, tokens_T: Tensor) -> tuple[float, Tensor]:
         """Sum of a sample's next-token cross-entropies, and its gradient by the last layer's output `[length, hidden]`.

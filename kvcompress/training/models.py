@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from kvcompress.calibration.capture import exact_attention
-from kvcompress.calibration.finite import require_finite_weight
 from kvcompress.checkpoint.reader import Checkpoint
 
 RoundTrip = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -33,8 +32,6 @@ def load_model(checkpoint: Checkpoint, device: str, dtype: torch.dtype, attentio
     _register()
     options = {} if attention is None else {"attn_implementation": attention}
     model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=dtype, trust_remote_code=False, **options)
-    for name, parameter in model.named_parameters():
-        require_finite_weight(name, parameter)
     return model.to(device).eval().requires_grad_(False)
 
 

@@ -160,7 +160,7 @@ def test_parts_that_carry_nothing_are_no_trouble(part: str, stages: list[str], t
 def test_weights_that_are_not_finite_are_named(tensor: str, number: float, stages: list[str], tmp_path: Path) -> None:
     base = model(tmp_path / "base")
     edit(base, lambda tensors: tensors[tensor].view(-1)[7:8000].fill_(number))
-    with pytest.raises(ValueError, match=f"^{tensor.replace('.', '[.]')} has values that are not finite"):
+    with pytest.raises(ValueError, match=f"'{tensor.replace('.', '[.]')}' holds .* infinite or not a number"):
         compressed(base, tmp_path / "out", *stages)
     assert not (tmp_path / "out").exists()
 

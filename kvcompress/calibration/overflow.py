@@ -1,4 +1,7 @@
-"""Numbers that are none, and numbers that are too large for a dtype: found where they appear, and named."""
+"""Numbers that grow too large for the dtype of the computation: found where they appear, and named.
+
+Weights themselves are finite: `checkpoint.finite` has seen to that before any work.
+"""
 
 from __future__ import annotations
 
@@ -17,23 +20,6 @@ def is_finite(x: Tensor) -> bool:
     if not x.is_floating_point() or x.element_size() == 1:
         return True
     return all(bool(part.isfinite().all()) for part in x.flatten().split(_ELEMENTS))
-
-
-def require_finite_weight(name: str, stored: Tensor, number: int | None = None) -> None:
-    """Refuse a tensor of the checkpoint with NaN or infinity in it.
-
-    Args:
-        number: of its row, where `stored` is one.
-
-    Raises:
-        ValueError: naming the tensor.
-    """
-    if not is_finite(stored):
-        where = "" if number is None else f" in row {number}"
-        raise ValueError(
-            f"{name} has values that are not finite (NaN or infinity){where}; the checkpoint is damaged, or was "
-            "converted to a dtype that its weights do not fit; get another copy of the model"
-        )
 
 
 def refuse_overflow(layer: Any, index: int, dtype: torch.dtype, run: Callable[[], object]) -> None:
