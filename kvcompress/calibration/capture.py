@@ -60,10 +60,8 @@ class LayerRunner:
         used, inverse = tokens_NT.unique(return_inverse=True)
         rows_UC = read_rows(self.checkpoint, _EMBEDDING, used).to(self.device, self.dtype)
         if not is_finite(rows_UC):
-            raise ValueError(
-                f"{_EMBEDDING} has values too large for {str(self.dtype).removeprefix('torch.')}; calibrate with --dtype "
-                "float32 or --dtype bfloat16"
-            )
+            dtype = str(self.dtype).removeprefix("torch.")
+            raise ValueError(f"{_EMBEDDING} has values too large for {dtype}; calibrate with --dtype float32 or bfloat16")
         return rows_UC[inverse.to(self.device)]
 
     @contextmanager
