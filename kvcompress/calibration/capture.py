@@ -61,7 +61,7 @@ class LayerRunner:
         rows_UC = read_rows(self.checkpoint, _EMBEDDING, used).to(self.device, self.dtype)
         if not is_finite(rows_UC):
             dtype = str(self.dtype).removeprefix("torch.")
-            raise ValueError(f"{_EMBEDDING} has values too large for {dtype}; calibrate with --dtype float32 or bfloat16")
+            raise ValueError(f"{_EMBEDDING} has values that {dtype} cannot hold; use --dtype float32 or bfloat16")
         return rows_UC[inverse.to(self.device)]
 
     @contextmanager
