@@ -170,8 +170,8 @@ def test_an_overflow_names_layer_module_and_remedy(stages: list[str], tmp_path: 
     base = model(tmp_path / "base")
     edit(base, lambda tensors: tensors[f"{ATTENTION}v_proj.weight"].mul_(30000))
     with pytest.raises(ValueError, match=r"^layer 1: the output of self_attn\.v_proj overflows float16.* --dtype"):
-        compressed(base, tmp_path / "out", *stages, dtype="float16")
-    compressed(base, tmp_path / "again", *stages, dtype="float32")
+        compressed(base, tmp_path / "float16", *stages, dtype="float16")
+    compressed(base, tmp_path / "out", *stages, dtype="float32")
 
 
 @pytest.mark.parametrize(

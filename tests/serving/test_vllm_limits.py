@@ -27,6 +27,7 @@ def config(**changes: Any) -> Any:
             "get_total_num_kv_heads": lambda: tiny.NUM_KV_HEADS,
         },
         "cache_config": {"cache_dtype": "auto", "block_size": 32},
+        "load_config": {"load_format": "auto"},
         "parallel_config": {"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1},
     }
     for path, value in changes.items():
@@ -68,6 +69,7 @@ def test_an_ordinary_engine_and_layer_pass() -> None:
         ({"model_config__hf_text_config": SimpleNamespace(num_hidden_layers=5)}, "codec has 4 layers and the model 5"),
         ({"model_config__use_mla": True}, "multi-head latent attention"),
         ({"cache_config__cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
+        ({"load_config__load_format": "dummy"}, "--load-format dummy"),
         ({"cache_config__cache_dtype": "bfloat16"}, "leave the option at auto"),
         ({"cache_config__block_size": 40}, "--block-size 40; .* such as 48"),
         ({"parallel_config__decode_context_parallel_size": 2}, "--decode-context-parallel-size 2"),

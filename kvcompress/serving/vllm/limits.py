@@ -12,6 +12,7 @@ from kvcompress.codec.shared import SharedCodec
 from kvcompress.codec.shared_spec import GroupSpec, PromptSpec, SharedSpec, check_groups
 from kvcompress.codec.spec import CacheSpec, CodecSpec
 from kvcompress.ops import cuda, cuda_library
+from kvcompress.serving.loading import CANARY, canary_is_asked_for
 from kvcompress.serving.vllm import compat
 
 
@@ -35,6 +36,11 @@ def check_engine(config: compat.VllmConfig, codec: CodecSpec) -> None:
         raise ValueError(
             f"found --kv-cache-dtype {config.cache_config.cache_dtype}; the codec decides how the cache is stored; "
             "leave the option at auto"
+        )
+    if config.load_config.load_format == "dummy" and canary_is_asked_for():
+        raise ValueError(
+            "found --load-format dummy; the codec does not fit the keys and values of random weights, and the start-up "
+            f"canary would say so; leave the option out, or to measure time alone set {CANARY}=0"
         )
     block_size = config.cache_config.block_size
     if block_size % PART_ALIGNMENT:
