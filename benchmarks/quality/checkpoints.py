@@ -93,8 +93,6 @@ class Compressed:
         import torch
         from transformers import AutoModelForCausalLM
 
-        import kvcompress.serving.transformers  # noqa: F401  # so that transformers reads compressed checkpoints
-
         stages = json.loads((self.folder / MANIFEST).read_text())["recipe"]["stages"]
         if {registry.METHODS[stage["method"]].kind for stage in stages} <= {"basis", "encoding"}:
             return self.base
