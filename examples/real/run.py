@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 MODEL = Path("build/models/SmolLM2-135M-Instruct")
 RECIPES = ("half", "balanced")
-QUESTION = "Name three planets of the solar system, and one fact about each."
+QUESTION = "What is the capital of France, and what is it known for?"
 ANSWER_TOKENS = 120
 
 
