@@ -65,7 +65,7 @@ def make(base: Path, folder: Path) -> dict[str, Any]:
     recipe = Path("examples/recipes") / f"{folder.name}.yaml"
     plan: dict[str, Any] = json.loads(kvcompress("plan", base, "--recipe", recipe, "--json", quiet=True))
     if not folder.is_dir():
-        kvcompress("compress", base, "--recipe", recipe, "--out", folder, "--resume")
+        kvcompress("compress", base, "--recipe", recipe, "--out", folder, "--resume", threads=1)
     kvcompress("verify", folder)
     return {name: plan[name] for name in ("bytes_per_token", "weights_bytes", "capacity_tokens", "context")}
 
