@@ -93,12 +93,9 @@ class Compressed:
         import torch
         from transformers import AutoModelForCausalLM
 
-        from kvcompress.serving.transformers import register
-
         stages = json.loads((self.folder / MANIFEST).read_text())["recipe"]["stages"]
         if {registry.METHODS[stage["method"]].kind for stage in stages} <= {"basis", "encoding"}:
             return self.base
-        register()
         return AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
 
     @cached_property
