@@ -9,9 +9,6 @@ from pathlib import Path
 
 from kvcompress_eval.tokenizer import TextTokenizer
 
-from kvcompress.calibration import chat
-from kvcompress.calibration.tokenizer import load
-
 SUFFIXES = (".txt", ".jsonl")
 
 
@@ -83,11 +80,10 @@ def read_text(file: Path, tokenizer: TextTokenizer) -> str:
         raise ValueError(f"{file} is not UTF-8 text; expected plain text") from None
     if file.suffix != ".jsonl":
         return text
-    dialogues = chat.Dialogues(load(tokenizer.model))
     made = []
     for number, line in enumerate(text.splitlines(), 1):
         try:
-            made.append(dialogues.render(json.loads(line)["messages"]))
+            made.append(tokenizer.conversation(json.loads(line)["messages"]))
         except (json.JSONDecodeError, KeyError, TypeError):
             expected = '{"messages": [{"role": ..., "content": ...}, ...]}'
             raise ValueError(f"{file} line {number} is no conversation; expected {expected}") from None
