@@ -78,11 +78,19 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
         tasks: dict[str, Any] = {}
 
         def bar(step: str, done: int, total: int) -> None:
+            if is_remark(done, total) and step not in tasks:
+                bars.console.print(step, markup=False, highlight=False)
+                return
             if step not in tasks:
                 tasks[step] = bars.add_task(step, total=total)
             bars.update(tasks[step], completed=done, total=total)
 
         yield bar
+
+
+def is_remark(done: int, total: int) -> bool:
+    """Whether a step that was never begun is none, but something to be said: it has one part, and that is done."""
+    return done == total == 1
 
 
 class Lines:
@@ -102,6 +110,9 @@ class Lines:
 
     def __call__(self, step: str, done: int, total: int) -> None:
         now, finished = self._clock(), done >= total
+        if is_remark(done, total) and step not in self._began:
+            self._write(step)
+            return
         if step not in self._began or (step in self._finished and not finished):
             self._began[step] = now, done
             self._finished.discard(step)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from kvcompress_cli.options import Directory, Json
-from kvcompress_cli.show import print_json
+from kvcompress_cli.show import print_json, progress
 
 
 def register(app: typer.Typer) -> None:
@@ -33,7 +33,17 @@ def verify(
 
     folder = resolve(directory)
     recorded = record(folder, accept or [])
-    report = run(folder)
+    total = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    with progress() as tell:
+        hashed = 0
+
+        def advance(count: int) -> None:
+            nonlocal hashed
+            hashed += count
+            tell("hashing", min(hashed, total), total)
+
+        report = run(folder, advance)
+        tell("hashing", total, total)
     if json:
         print_json(report.to_json())
     else:

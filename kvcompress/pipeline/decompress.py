@@ -40,8 +40,8 @@ def decompress(directory: str | Path, out: str | Path, progress: Progress) -> No
             f"{directory} is not compressed by kvcompress; expected a folder with kvcompress/manifest.json"
         )
     target = check_output(out, resume=True)
-    progress("verifying", 0, 1)
-    require_verified(verify(checkpoint.path), directory)
+    hashed = bytes_progress(progress, "verifying", checkpoint.weights_bytes)
+    require_verified(verify(checkpoint.path, hashed), directory)
     manifest = Manifest.load(checkpoint.path)
     dense = Dense(checkpoint)
     check_free_space(target, dense.weights_bytes + (1 << 20))
