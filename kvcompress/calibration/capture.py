@@ -61,8 +61,8 @@ class LayerRunner:
         rows_UC = read_rows(self.checkpoint, _EMBEDDING, used).to(self.device, self.dtype)
         if not is_finite(rows_UC):
             raise ValueError(
-                f"{_EMBEDDING} has values too large for {str(self.dtype).removeprefix('torch.')}; calibrate with --dtype "
-                "float32 or --dtype bfloat16"
+                f"{_EMBEDDING} has values too large for {str(self.dtype).removeprefix('torch.')}; "
+                "calibrate with --dtype float32 or --dtype bfloat16"
             )
         return rows_UC[inverse.to(self.device)]
 
