@@ -352,6 +352,9 @@ def _without_unused_window(config: DecoderConfig) -> DecoderConfig:
         if not window:
             return config.model_copy(update={"sliding_window": None, "layer_types": None})
         return config
+    if name == "LlamaForCausalLM" and kinds is not None:
+        # vLLM windows the layers named here, and they keep their cache; transformers does not, which calibration bears.
+        return config if window and SLIDING in kinds else config.model_copy(update={"sliding_window": None})
     if kinds is not None and SLIDING in kinds:
         raise ValueError(
             f"config.json has layers of sliding_attention in layer_types, which transformers does not read in a {name} "

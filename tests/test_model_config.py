@@ -85,6 +85,13 @@ def test_windows_of_qwen_are_those_of_its_layers(use: bool, kinds: list[str] | N
     assert parse(config).windows == tuple(layer.self_attn.sliding_window for layer in model.model.layers)
 
 
+def test_layers_of_a_llama_that_vllm_windows() -> None:
+    kinds = ["full_attention", "sliding_attention"] * 2
+    config = named("LlamaForCausalLM", **SMALL | {"layer_types": kinds})
+    assert parse(config).windows == (None,) * 4
+    assert parse(config | {"sliding_window": 64}).windows == (None, 64, None, 64)
+
+
 def test_context_is_what_the_model_was_stretched_to() -> None:
     def context(**rope: Any) -> int:
         return parse(named("LlamaForCausalLM", **SMALL, rope_scaling=rope)).context
@@ -118,7 +125,6 @@ def test_context_is_what_the_model_was_stretched_to() -> None:
         ({"dtype": "int3"}, "dtype 'int3'"),
         ({"torch_dtype": 16}, "dtype 16"),
         ({"sliding_window": 128}, "sliding_window 128, which transformers does not apply .* vLLM does"),
-        ({"layer_types": ["sliding_attention"] * 4}, "sliding_attention in layer_types"),
         ({"layer_types": ["full_attention"] * 3}, "3 layer_types and 4 layers"),
         ({"layer_types": ["linear"] * 4}, "layer_types"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
@@ -144,6 +150,8 @@ def test_mistral() -> None:
     whole = named("MistralForCausalLM", **{key: value for key, value in SMALL.items() if key != "sliding_window"})
     assert parse(whole).windows == (4096,) * 4
     assert parse(whole | {"sliding_window": None}).windows == (None,) * 4
+    with pytest.raises(ValueError, match="sliding_attention in layer_types"):
+        parse(whole | {"layer_types": ["sliding_attention"] * 4})
     with pytest.raises(ValueError, match="sliding_window 0"):
         parse(whole | {"sliding_window": 0})
     with pytest.raises(ValueError, match="attention_bias True, which transformers does not read"):
