@@ -67,6 +67,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--recipes", nargs="*", default=RECIPES, help="examples, .yaml files, compressed checkpoints")
     parser.add_argument("--peers", nargs="*", default=list(PEERS), help=f"of {', '.join(PEERS)}")
     parser.add_argument("--machine", default="cpu", help="short name of the machine for the file's name")
+    parser.add_argument("--note", default="", help="what else a reader must know of this run")
     parser.add_argument("--out", type=Path, help="result file; default: benchmarks/results/DATE-MACHINE-peers.json")
     parser.add_argument("--resume", action="store_true", help="keep the scores that --work has already")
     return parser.parse_args()
@@ -89,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
     rows += [peer_row(name, model, config, lambda: calibration_windows(args.model)) for name in args.peers]
     kept = Kept(args.work / "scores", fingerprint(args.model))
     out = args.out or ROOT / "benchmarks" / "results" / f"{datetime.date.today()}-{args.machine}-peers.json"
-    write = partial(write_results, out, args.model, rows, windows)
+    write = partial(write_results, out, args.model, args.note, rows, windows)
     table.show(write(measure(model, rows, windows, kept, args.resume, write)))
     print(out)
 
@@ -111,7 +112,9 @@ def load(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def write_results(out: Path, model: Path, rows: list[Row], windows: list[Window], found: Found) -> dict[str, Any]:
+def write_results(
+    out: Path, model: Path, note: str, rows: list[Row], windows: list[Window], found: Found
+) -> dict[str, Any]:
     """What is found so far, as a file and as what the file holds."""
     full_bytes = ModelGeometry.from_config(read_config(model)).kv_bytes_per_token(ELEMENT_BYTES)
     results = {
@@ -119,6 +122,7 @@ def write_results(out: Path, model: Path, rows: list[Row], windows: list[Window]
         "bytes_per_token": full_bytes,
         "windows": [{"kind": window.kind, "tokens": len(window.tokens)} for window in windows],
         "environment": environment(),
+        "note": note,
         "rows": [result_row(row, full_bytes, found[row.name]) for row in rows if found[row.name]],
     }
     out.parent.mkdir(parents=True, exist_ok=True)

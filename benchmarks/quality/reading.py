@@ -16,12 +16,19 @@ def sentences(results: dict[str, Any], length: str) -> list[str]:
     """One per row of ours that has a peer of its size or smaller: who is better at that length of windows."""
     rows = [row for row in results["rows"] if length in row["lengths"]]
     peers = [row for row in rows if not row["ours"]]
+    if not peers:
+        return []
     said = []
     for row in sorted((row for row in rows if row["ours"]), key=lambda row: row["lengths"][length]["ratio"]):
         mine = row["lengths"][length]
         rivals = [peer for peer in peers if peer["lengths"][length]["ratio"] >= SIZE * mine["ratio"]]
         if not rivals:
-            said.append(f"`{row['name']}` ({_figures(mine)}): no peer here is as small.")
+            nearest = max(peers, key=lambda peer: peer["lengths"][length]["ratio"])
+            theirs = nearest["lengths"][length]
+            said.append(
+                f"`{row['name']}` ({_figures(mine)}): no peer here is as small; the smallest is {nearest['name']} "
+                f"({_figures(theirs)})."
+            )
             continue
         best = min(rivals, key=lambda peer: peer["lengths"][length]["kl"])
         theirs = best["lengths"][length]

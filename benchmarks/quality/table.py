@@ -45,7 +45,8 @@ def title(results: dict[str, Any], length: str) -> str:
             kinds[window["kind"]] = kinds.get(window["kind"], 0) + 1
     counted = ", ".join(kind if count == 1 else f"{count} of {kind}" for kind, count in kinds.items())
     base = next(row["lengths"][length] for row in results["rows"] if length in row["lengths"])["base_perplexity"]
-    return f"windows of {int(length):,} tokens ({counted}); base perplexity {base:.2f}"
+    note = f"; {results['note']}" if results["note"] else ""
+    return f"windows of {int(length):,} tokens ({counted}); base perplexity {base:.2f}{note}"
 
 
 def markdown(results: dict[str, Any], length: str) -> str:

@@ -26,6 +26,7 @@ def row(name: str, ours: bool, ratio: float, kl: float, long: float | None = Non
 
 RESULTS = {
     "model": "M",
+    "note": "",
     "windows": [{"kind": "prose", "tokens": 1024}, {"kind": "prose", "tokens": 1024}, {"kind": "code", "tokens": 4096}],
     "rows": [
         row("small", True, 8.0, 2.0),
@@ -43,7 +44,8 @@ def test_a_rival_is_as_small_or_a_tenth_larger() -> None:
     assert half.startswith("`half` (2.00x, KL 0.0020)")
     assert "is eighth bits (2.00x, KL 0.010), with 5.0 times its KL" in half
     assert quarter == "`quarter` (4.00x, KL 0.100): **loses** to four bits (3.75x, KL 0.050): 2.0 times its KL."
-    assert small == "`small` (8.00x, KL 2.00): no peer here is as small."
+    smallest = "three bits (5.00x, KL 0.200)"
+    assert small == f"`small` (8.00x, KL 2.00): no peer here is as small; the smallest is {smallest}."
 
 
 def test_close_figures_are_even() -> None:
