@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 CHUNK_BYTES = 4 << 20
@@ -35,7 +35,16 @@ def sha256_range(path: Path, offset: int, nbytes: int) -> str | None:
     return digest.hexdigest() if found == nbytes else None
 
 
-def sha256_file(path: Path) -> str:
-    """sha256 of a whole file."""
+def sha256_file(path: Path, progress: Callable[[int], None] | None = None) -> str:
+    """sha256 of a whole file.
+
+    Args:
+        progress: called with the number of bytes read since the last call.
+    """
+    digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        for chunk in read_chunks(file, path.stat().st_size):
+            digest.update(chunk)
+            if progress:
+                progress(len(chunk))
+    return digest.hexdigest()

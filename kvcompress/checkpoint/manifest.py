@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Self
@@ -49,11 +50,15 @@ class Parent(_Part):
     files: dict[str, str]
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, source: str | Path) -> Parent:
-        """Hash a checkpoint: every byte is read once."""
+    def of(cls, checkpoint: Checkpoint, source: str | Path, progress: Callable[[int], None] | None = None) -> Parent:
+        """Hash a checkpoint: every byte is read once.
+
+        Args:
+            progress: called with the number of bytes hashed since the last call.
+        """
         names = [CONFIG_FILE, *([INDEX_FILE] if checkpoint.index is not None else []), *checkpoint.shards]
         with ThreadPoolExecutor(2) as pool:
-            digests = pool.map(sha256_file, map(checkpoint.file, names))
+            digests = pool.map(partial(sha256_file, progress=progress), map(checkpoint.file, names))
         return cls(source=str(source), files=dict(zip(names, digests, strict=True)))
 
 

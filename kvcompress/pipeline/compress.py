@@ -98,9 +98,9 @@ def compress(model: str, recipe: Recipe, out: str | Path, options: Options, prog
     cut = None if text.own else text.sample(options.samples, length)
     prompt = partial(_prompt, text, plan.geometry.vocab_size)
     check_finite(checkpoint, stages.bytes_progress(progress, "checking the base model", checkpoint.weights_bytes))
-    progress("hashing the base model", 0, 1)
-    parent = Parent.of(checkpoint, model)
-    progress("hashing the base model", 1, 1)
+    parent = Parent.of(
+        checkpoint, model, stages.bytes_progress(progress, "hashing the base model", checkpoint.weights_bytes)
+    )
     record = Calibration(
         name=SELF if cut is None else cut.name,
         sha256="" if cut is None else cut.sha256,

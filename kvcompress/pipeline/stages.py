@@ -7,6 +7,7 @@ of the weights per stage until the run is over.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from kvcompress.checkpoint import json_file, writer
@@ -102,12 +103,13 @@ def run(recipe: Recipe, checkpoint: Checkpoint, context_of: Callable[[Checkpoint
 
 
 def bytes_progress(progress: Progress, step: str, total: int) -> Callable[[int], None]:
-    """Adds up the counts that a reader or writer reports, for a progress that wants how much is done."""
-    done = 0
+    """Adds up the counts that readers or writers report, from any thread, for a progress that wants how much is done."""
+    done, one_at_a_time = 0, Lock()
 
     def advance(count: int) -> None:
         nonlocal done
-        done += count
-        progress(step, min(done, total), total)
+        with one_at_a_time:
+            done += count
+            progress(step, min(done, total), total)
 
     return advance
