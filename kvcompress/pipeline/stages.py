@@ -103,7 +103,7 @@ def run(recipe: Recipe, checkpoint: Checkpoint, context_of: Callable[[Checkpoint
 
 
 def bytes_progress(progress: Progress, step: str, total: int) -> Callable[[int], None]:
-    """Adds up the counts that readers or writers report, from any thread, for a progress that wants how much is done."""
+    """Adds up the counts that readers or writers report, from any thread, for a progress that wants what is done."""
     done, one_at_a_time = 0, Lock()
 
     def advance(count: int) -> None:
