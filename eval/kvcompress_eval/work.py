@@ -123,7 +123,8 @@ def default_cache_dir() -> Path:
 
 def _texts(suite: Suite, tokenizer: TextTokenizer, given: str | Path | None) -> list[HeldOutText]:
     wanted = max(suite.text_tokens, suite.drift_prompts * suite.drift_context)
-    return read_texts(given, tokenizer, wanted) if wanted else []
+    whole = suite.drift_context if suite.drift_prompts else 0
+    return read_texts(given, tokenizer, wanted, each=whole) if wanted else []
 
 
 def _windows(

@@ -92,7 +92,7 @@ def test_a_sample_that_differs_is_shown_with_its_margin(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One engine's second answer has another third token; everything else is the same."""
-    from kvcompress_eval import evaluate
+    from kvcompress_eval import running
 
     class Scripted(FakeEngine):
         """The rule says 72 after 71 with probability 0.9, and shares the rest among the other 1,023 tokens."""
@@ -126,7 +126,7 @@ def test_a_sample_that_differs_is_shown_with_its_margin(
             self.seed = seed
             yield
 
-    monkeypatch.setattr(evaluate, "open_engine", lambda kind, *args, **more: Scripted(kind))
+    monkeypatch.setattr(running, "open_engine", lambda kind, *args, **more: Scripted(kind))
     monkeypatch.setattr(parity, "TransformersEngine", lambda *args, **more: Scripted("transformers"))
     suite = Suite(summary="", tasks=("fwe",), lengths=(400,), samples=3)
     results, [found] = compare_engines(
@@ -157,7 +157,7 @@ def test_a_sample_that_differs_is_shown_with_its_margin(
 
 
 def test_a_second_answer_that_differs_is_found(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kvcompress_eval import evaluate
+    from kvcompress_eval import running
 
     seen: list[tuple[int, ...]] = []
 
@@ -178,7 +178,7 @@ def test_a_second_answer_that_differs_is_found(base: Path, tmp_path: Path, monke
         def disturbed(self, error: float, seed: int) -> nullcontext[None]:
             return nullcontext()
 
-    monkeypatch.setattr(evaluate, "open_engine", lambda kind, *args, **more: Scripted(kind))
+    monkeypatch.setattr(running, "open_engine", lambda kind, *args, **more: Scripted(kind))
     monkeypatch.setattr(parity, "TransformersEngine", lambda *args, **more: Scripted("transformers"))
     suite = Suite(summary="", tasks=("multi_turn",), lengths=(800,), samples=1)
     _, [found] = compare_engines([base], out=tmp_path, baseline=None, suite=suite, cache_dir=tmp_path / "cache")

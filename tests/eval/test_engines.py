@@ -146,7 +146,7 @@ def test_sequences_do_not_leak_into_each_other(compressed: Path, tokenizer: Text
 
 
 def test_unknown_engine_is_refused(base: Path, tokenizer: TextTokenizer) -> None:
-    with pytest.raises(ValueError, match="unknown engine 'triton'; expected transformers, vllm"):
+    with pytest.raises(ValueError, match="unknown engine 'triton'; expected auto, transformers, vllm"):
         open_engine("triton", base, tokenizer, max_context=64)
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import kvcompress_eval
 import pytest
-from kvcompress_eval import evaluate
+from kvcompress_eval import evaluate, running
 from kvcompress_eval.engines import Generation
 from kvcompress_eval.schema import Results
 from kvcompress_eval.suite import SUITES
@@ -111,8 +111,9 @@ def test_suites_run_on_the_reference_model(
     def load(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a finished suite was run again")
 
-    monkeypatch.setattr(evaluate, "open_engine", load)
+    monkeypatch.setattr(running, "open_engine", load)
     again = kvcompress_eval.run(REFERENCE, suite=suite, resume=True, **changes, **options)
+    again["environment"]["minutes"] = results["environment"]["minutes"]
     assert json.dumps(again, sort_keys=True) == json.dumps(results, sort_keys=True)
     # The model finds needles, so these two do measure something.
     if suite in ("needle-grid", "multi-turn"):
@@ -212,6 +213,7 @@ class Oracle(FakeEngine):
         until: Sequence[Sequence[str]] | None = None,
         *,
         ignore_end: bool = False,
+        answered: Callable[[int], None] | None = None,
     ) -> list[Generation]:
         if Oracle.fail_after is not None and Oracle.asked >= Oracle.fail_after:
             raise KeyboardInterrupt
@@ -223,7 +225,7 @@ class Oracle(FakeEngine):
 def oracle(monkeypatch: pytest.MonkeyPatch) -> type[Oracle]:
     prepare, made = evaluate.prepare, []
     monkeypatch.setattr(evaluate, "prepare", lambda *args, **kwargs: made.append(prepare(*args, **kwargs)) or made[-1])
-    monkeypatch.setattr(evaluate, "open_engine", lambda *args, **kwargs: Oracle(made[-1]))
+    monkeypatch.setattr(running, "open_engine", lambda *args, **kwargs: Oracle(made[-1]))
     Oracle.asked, Oracle.fail_after = 0, None
     return Oracle
 
@@ -270,7 +272,7 @@ def test_what_cannot_be_done_is_refused_in_one_sentence(
     def load(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(evaluate, "open_engine", load)
+    monkeypatch.setattr(running, "open_engine", load)
 
     def refused(match: str, **changes: Any) -> None:
         with pytest.raises(ValueError, match=match) as error:

@@ -26,6 +26,9 @@ from kvcompress.methods.base import EncodingMethod, LayerBases, Profile
 from kvcompress.methods.pca import Pca, PcaConfig
 
 MODEL = Path(__file__).parents[2] / "assets" / "reference-model"
+TEXT = Path(corpus.__file__).parent / "builtin" / "documentation.txt"
+"""Of one kind: what is compared here are activations with and without a massive token."""
+
 SAMPLES, LENGTH, PROBES, CHANNELS, FACTOR = 8, 256, 2, [3, 40], 100
 
 
@@ -66,7 +69,8 @@ def layers(geometry: ModelGeometry) -> list[tuple[Fitted, Fitted]]:
     """Every layer as it is, and with the massive token."""
     checkpoint = Checkpoint.open(MODEL)
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    calibration = corpus.build(corpus.BUILTIN, tokenizer, SAMPLES, LENGTH, geometry.context, 0, geometry.vocab_size)
+    text = corpus.Corpus(str(TEXT), tokenizer, geometry.vocab_size, lambda *_: None)
+    calibration = text.sample(SAMPLES, LENGTH, geometry.context, seed=0)
     runner, captured = LayerRunner(checkpoint, "cpu", torch.float32), []
     hidden_NTC = runner.embed(calibration)
     for index in range(geometry.num_layers):

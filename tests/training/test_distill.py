@@ -102,11 +102,16 @@ def test_rate_warms_up_and_falls_to_zero() -> None:
     assert rates[-1] < 1e-3 * 0.1
 
 
-def test_divergence_stops_with_advice() -> None:
+@pytest.mark.parametrize(
+    ("finite", "advice"),
+    [(0, "not finite before anything was trained.* --dtype"), (3, "training diverged at step 3; lower learning_rate")],
+)
+def test_divergence_stops_with_advice(finite: int, advice: str) -> None:
     teacher, student = tables()
-    with pytest.raises(ValueError, match="training diverged at step 0; lower learning_rate"):
+    factors = iter([1.0] * finite + [float("nan")])
+    with pytest.raises(ValueError, match=advice):
         distill(
-            lambda tokens, _: teacher[tokens] * float("nan"),
+            lambda tokens, _: teacher[tokens] * next(factors),
             lambda tokens, _: student[tokens],
             {"table": student},
             data(),

@@ -28,14 +28,17 @@ class HeldOutText:
     tokens: tuple[int, ...]
 
 
-def read_texts(given: str | Path | None, tokenizer: TextTokenizer, max_tokens: int) -> list[HeldOutText]:
+def read_texts(given: str | Path | None, tokenizer: TextTokenizer, max_tokens: int, each: int = 0) -> list[HeldOutText]:
     """The given text, else every kind that the package brings: `max_tokens` tokens in all, as many of each kind.
+
+    Args:
+        each: tokens to read of every kind at least.
 
     Raises:
         ValueError: the given file cannot be read, is no text, or has fewer than two tokens.
     """
     sources = dict(_shipped()) if given is None else {Path(given).stem: (Path(given).name, _bytes(Path(given)))}
-    each = -(-max_tokens // len(sources))
+    each = max(each, -(-max_tokens // len(sources)))
     return [
         HeldOutText(kind, name, hashlib.sha256(raw).hexdigest(), _tokens(raw, name, tokenizer, each))
         for kind, (name, raw) in sources.items()

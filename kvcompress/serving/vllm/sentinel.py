@@ -150,12 +150,12 @@ def is_sound(served: Served, block_1: Tensor) -> Tensor:
     return torch.stack(sound).all()
 
 
-def _silent(codec: CacheCodec | None) -> list[bool]:
-    """Of the sides that `_decoded` gives: whether all of their latents stand for nothing."""
+def _silent(codec: CacheCodec | None) -> list[Tensor]:
+    """Of the sides that `_decoded` gives: whether all of their latents stand for nothing, bool `[]` on its device."""
     if codec is None:
-        return [False]
+        return [torch.zeros((), dtype=torch.bool)]
     sides: Any = codec
-    return [not bool(side.inverse_HRD.any()) for side in (sides.k, sides.v)]
+    return [~side.inverse_HRD.any() for side in (sides.k, sides.v)]
 
 
 def _decoded(served: Served, block_1: Tensor) -> list[Tensor]:
