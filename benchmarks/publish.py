@@ -2,6 +2,7 @@
 
     python benchmarks/publish.py                                   # write the tables again
     python benchmarks/publish.py --demo demo/results.json --machine epyc-2core    # first take in the demo's figures
+    python benchmarks/publish.py --page                            # docs/real-model.md alone
 
 A table stands between the lines `<!-- KIND:begin -->` and `<!-- KIND:end -->`; KIND is one of `TABLES`.
 """
@@ -28,7 +29,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", type=Path, help="results.json of `make demo`, to be kept with today's date")
     parser.add_argument("--machine", default="cpu", help="short name of the machine, e.g. epyc-2core")
+    parser.add_argument("--page", action="store_true", help="write docs/real-model.md and leave README.md as it is")
     options = parser.parse_args()
+    (ROOT / "docs" / "real-model.md").write_text(real_model())
+    if options.page:
+        return
     if options.demo is not None:
         results = json.loads(options.demo.read_text())
         for model in results["models"]:
@@ -37,7 +42,6 @@ def main() -> None:
         kept.write_text(json.dumps(results, indent=1) + "\n")
     readme = ROOT / "README.md"
     readme.write_text(with_tables(readme.read_text()))
-    (ROOT / "docs" / "real-model.md").write_text(real_model())
 
 
 def with_tables(text: str) -> str:

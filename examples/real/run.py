@@ -54,8 +54,8 @@ def main() -> None:
     }
     path = RESULTS / f"{datetime.date.today()}-{options.machine}-real.json"
     path.write_text(json.dumps(results, indent=1) + "\n")
-    step("python benchmarks/publish.py")
-    subprocess.run([sys.executable, "benchmarks/publish.py"], check=True)
+    step("python benchmarks/publish.py --page")
+    subprocess.run([sys.executable, "benchmarks/publish.py", "--page"], check=True)
     show(results)
     print(f"{path.relative_to(ROOT)} and docs/real-model.md, after {results['seconds'] / 60:.0f} minutes")
 
