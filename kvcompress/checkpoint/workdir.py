@@ -289,7 +289,7 @@ def _absolute(out: str | Path) -> Path:
     except (OSError, RuntimeError) as error:  # a loop of links, a user without a home folder, a path too long
         raise ValueError(f"{quote(str(out))} cannot be an output folder: {error}; choose another one") from error
     if not path.name:
-        raise ValueError(f"{path} cannot be an output folder; name a new folder inside it")
+        raise ValueError(f"{path} is a mount point and cannot be an output folder; name a new folder inside it")
     if len(os.fsencode(path.name + PARTIAL_SUFFIX)) > MAX_NAME_BYTES:
         raise ValueError(
             f"the output's name {quote(path.name)} has {len(os.fsencode(path.name))} bytes; expected at most "
