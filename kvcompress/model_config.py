@@ -133,8 +133,8 @@ class DecoderConfig(BaseModel):
     num_attention_heads: Count
     num_key_value_heads: Count
     head_dim: Count
-    max_position_embeddings: Count
-    hidden_act: str
+    max_position_embeddings: Annotated[int, Field(ge=2, lt=2**31)]
+    hidden_act: Literal["silu"]  # vLLM's classes have no other
     rms_norm_eps: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     use_cache: bool
     tie_word_embeddings: bool
@@ -174,6 +174,13 @@ class DecoderConfig(BaseModel):
 
 
 _KEYS = DecoderConfig.model_fields.keys() - {"architecture", "rope"}
+_VLLM_ALONE: dict[str, dict[str, Any]] = {
+    "llama": {"is_causal": True, "bias": False, "logit_scale": 1.0},
+    "mistral": {"is_causal": True, "bias": False, "logit_scale": 1.0, "llama_4_scaling": None},
+    "qwen2": {"is_causal": True, "qk_norm": False, "dual_chunk_attention_config": None},
+    "qwen3": {"is_causal": True, "dual_chunk_attention_config": None},
+}
+"""Keys that vLLM's class of a model type reads and transformers' does not, and where they change nothing."""
 _OF_SOME = ("attention_bias", "mlp_bias")
 """Keys that mean nothing in a family without them."""
 
@@ -208,6 +215,7 @@ def parse(config: Mapping[str, Any]) -> DecoderConfig:
         if key in whole and whole[key] is None and key not in family.nullable:
             raise ValueError(f"config.json has {key} null, which a {architecture} cannot read; remove the key")
     _check_biases(whole, architecture)
+    _check_vllm_alone(whole, architecture)
     if "torch_dtype" in whole and whole.get("dtype") is None:
         whole["dtype"] = whole["torch_dtype"]
     if isinstance(whole.get("dtype"), str):
@@ -246,7 +254,9 @@ def architecture_of(config: Mapping[str, Any]) -> str:
     if name in FAMILIES:
         return name
     near = difflib.get_close_matches(name, SUPPORTED_ARCHITECTURES, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
+    # Names of other models' classes are alike, too; model_type tells them from slips.
+    slip = near and config.get("model_type") in (None, FAMILIES[near[0]].model_type)
+    hint = f"; did you mean {near[0]}?" if slip else ""
     raise ValueError(
         f"unknown architecture {name} in config.json; supported: {', '.join(SUPPORTED_ARCHITECTURES)}{hint}"
     )
@@ -272,7 +282,7 @@ def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
         if config.get(key) is not None and not isinstance(config[key], Mapping):
             raise ValueError(f"config.json has {key} {config[key]!r}; expected an object or null")
     given = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
-    outside = {key: config[key] for key in ("rope_theta", "partial_rotary_factor") if config.get(key) is not None}
+    outside = {key: config[key] for key in ("rope_theta", "partial_rotary_factor") if key in config}
     return {"rope_theta": 10000.0, "rope_type": given.get("type", "default"), **outside, **given}
 
 
@@ -285,7 +295,7 @@ def _rope(whole: Mapping[str, Any], architecture: str) -> Rope:
             "rope_parameters"
         )
     kind = given["rope_type"]
-    if kind not in _ROPE_NUMBERS:
+    if not isinstance(kind, str) or kind not in _ROPE_NUMBERS:
         old = "; su is the old name of longrope, which transformers no longer reads" if kind == "su" else ""
         raise ValueError(f"config.json has RoPE of type {kind!r}; expected one of {', '.join(_ROPE_NUMBERS)}{old}")
     partial = given.get("partial_rotary_factor")
@@ -312,6 +322,19 @@ def _check_biases(whole: Mapping[str, Any], architecture: str) -> None:
             raise ValueError(
                 f"config.json has {key} {whole[key]!r}, which transformers does not read in a {architecture} and vLLM "
                 "does; remove the key, or name the class that the model was trained as"
+            )
+
+
+def _check_vllm_alone(whole: Mapping[str, Any], architecture: str) -> None:
+    same = dict(_VLLM_ALONE.get(whole["model_type"], {}))
+    if "bias" in same:
+        same["qkv_bias"] = whole.get("attention_bias", False)
+    for key, neutral in same.items():
+        value = whole.get(key, neutral)
+        if value != neutral and (value or neutral):
+            raise ValueError(
+                f"config.json has {key} {_short(value)}, which transformers does not apply in a {architecture} "
+                "and vLLM does; remove the key if the model can do without, or use another model"
             )
 
 
@@ -381,6 +404,10 @@ def _sentence(error: ValidationError, names: Mapping[str, str] | None = None) ->
     key = str(first["loc"][0])
     name = (names or {}).get(key, key)
     value = first["input"]
-    found = "null" if value is None else repr(value)
     message = first["msg"].removeprefix("Input should be ").removeprefix("a valid ")
-    return f"config.json has {name} {found if len(found) <= 80 else found[:77] + '...'}; expected {message}"
+    return f"config.json has {name} {_short(value)}; expected {message}"
+
+
+def _short(value: Any) -> str:
+    found = "null" if value is None else repr(value)
+    return found if len(found) <= 80 else found[:77] + "..."

@@ -118,12 +118,14 @@ def parse(text: str, schemas: Mapping[str, type[StageConfig]], source: str = "re
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
         raise ValueError(f"{source}{line}: not valid YAML ({getattr(error, 'problem', None) or error})") from None
+    except RecursionError:
+        raise ValueError(f"{source}: YAML nested too deeply; expected a mapping with 'version' and 'stages'") from None
     where = Lines(source, root)
     if not isinstance(data, dict):
         raise ValueError(f"{source}: found {type(data).__name__}, expected a mapping with 'version' and 'stages'")
     for key in data:
         if key not in ("version", "stages"):
-            raise ValueError(f"{where((key,))}: unknown key {key!r}{_did_you_mean(key, ('version', 'stages'))}")
+            raise ValueError(f"{where((key,))}: unknown key {key!r}{_did_you_mean(str(key), ('version', 'stages'))}")
     if data.get("version") != RECIPE_VERSION:
         raise ValueError(f"{where(('version',))}: found version {data.get('version')!r}, expected {RECIPE_VERSION}")
     stages = data.get("stages")

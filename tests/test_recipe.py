@@ -46,6 +46,8 @@ def test_json_form_parses_to_the_same_stages() -> None:
         ("k: 4", "k: 3", "r.yaml line 7: scalar.bits.k: found 3"),
         ("bits: {k: 4, v: 2}", "bits: {k: 4}", "r.yaml line 7: scalar.bits.v: field required"),
         ("version: 1", "version: 7", "r.yaml line 1: found version 7, expected 1"),
+        ("version: 1", "version: 1\n5: x", "r.yaml line 2: unknown key 5"),
+        ("stages:", "stages: " + "[" * 3000, "r.yaml: YAML nested too deeply"),
         ("version: 1", "versoin: 1", "r.yaml line 1: unknown key 'versoin'; did you mean 'version'?"),
         ("    bits: {k: 4, v: 2}", "    target_bits_per_channel: 9", "r.yaml line 7: scalar.target_bits_per_channel"),
         ("    bits: {k: 4, v: 2}", "    bands: {k: [[2, 8], [4, 8]], v: [[4, 8]]}", "most to fewest"),

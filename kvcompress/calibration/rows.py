@@ -84,6 +84,8 @@ def _messages(field: Any, where: str) -> list[dict[str, Any]]:
         role, content = message.get("role"), message.get("content")
         if not isinstance(role, str):
             raise ValueError(f"{at} has {_shown(role)} as 'role'; expected a string such as 'user'")
+        if content is None and message.get("tool_calls"):
+            content = ""  # a call of tools needs no words
         if isinstance(content, list):  # the form that holds pictures as well
             content = _joined(content, at)
         if not isinstance(content, str):

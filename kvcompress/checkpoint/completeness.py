@@ -13,6 +13,7 @@ from kvcompress.checkpoint.reader import CONFIG_FILE, HEAD, Checkpoint
 from kvcompress.model_config import DecoderConfig, parse
 
 EMBEDDING = "model.embed_tokens.weight"
+_BIAS = re.compile(r"model\.layers\.\d+\.(self_attn|mlp)\.[a-z]+_proj\.bias")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 Shape = tuple[int, ...]
@@ -22,8 +23,8 @@ def check_complete(checkpoint: Checkpoint) -> None:
     """Compare the tensors of a model's checkpoint with its config.json.
 
     Raises:
-        ValueError: naming the first tensor that is missing or of another shape, or that belongs to a layer which
-            config.json does not have.
+        ValueError: naming the first tensor that is missing or of another shape, a bias that the model
+            would not add, or that belongs to a layer which config.json does not have.
     """
     config = parse(checkpoint.config)
     found = checkpoint.tensors
@@ -38,6 +39,12 @@ def check_complete(checkpoint: Checkpoint) -> None:
                 f"{list(shape)}; they are not of the same model, or one was edited"
             )
     for name in found:
+        if _BIAS.fullmatch(name) and name not in expected:
+            key = "attention_bias" if ".self_attn." in name else "mlp_bias"
+            raise ValueError(
+                f"{checkpoint.path} has {quote(name)}, which a {config.architecture} with this {CONFIG_FILE} does not "
+                f"add; correct {key} or architectures, or remove the tensor if the model was trained without"
+            )
         layer = _LAYER.match(name)
         if layer and int(layer[1]) >= config.num_hidden_layers:
             raise ValueError(

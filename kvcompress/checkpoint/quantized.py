@@ -44,7 +44,8 @@ def base_section(config: Mapping[str, Any]) -> dict[str, Any] | None:
     Raises:
         ValueError: it is no JSON object.
     """
-    section = config.get("quantization_config") or {}
+    section = config.get("quantization_config")
+    section = {} if section is None else section
     if not isinstance(section, Mapping):
         raise ValueError("config.json has a quantization_config that is not an object; was it edited?")
     if section.get("quant_method") == QUANT_METHOD:

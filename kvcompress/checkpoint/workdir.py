@@ -58,6 +58,9 @@ def check_output(out: str | Path, *, resume: bool = False, finished: bool = Fals
         raise ValueError(f"{path} is a mount point, which cannot be renamed into place; name a new folder inside it")
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file; expected a new folder for the output")
+    above = next(folder for folder in path.parents if folder.exists())
+    if not above.is_dir():
+        raise ValueError(f"the output {path} is inside {above}, which is a file; choose another output folder")
     if not finished and path.is_dir() and any(path.iterdir()):
         raise ValueError(f"{path} exists and is not empty; name a new folder, or remove this one")
     partial = _partial(path)
@@ -285,6 +288,8 @@ def _absolute(out: str | Path) -> Path:
         path = Path(out).expanduser().resolve()
     except (OSError, RuntimeError) as error:  # a loop of links, a user without a home folder, a path too long
         raise ValueError(f"{quote(str(out))} cannot be an output folder: {error}; choose another one") from error
+    if not path.name:
+        raise ValueError(f"{path} is a mount point and cannot be an output folder; name a new folder inside it")
     if len(os.fsencode(path.name + PARTIAL_SUFFIX)) > MAX_NAME_BYTES:
         raise ValueError(
             f"the output's name {quote(path.name)} has {len(os.fsencode(path.name))} bytes; expected at most "

@@ -97,6 +97,8 @@ def compress(model: str, recipe: Recipe, out: str | Path, options: Options, prog
     # Text of files is read, checked and cut before any work; what the model has to write itself comes after.
     cut = None if text.own else text.sample(options.samples, length)
     prompt = partial(_prompt, text, plan.geometry.vocab_size)
+    if not (options.resume and target.is_dir()):  # which may be finished, and takes no more
+        check_free_space(target, _bytes_to_write(checkpoint, plan, options.samples * length))
     check_finite(checkpoint, stages.bytes_progress(progress, "checking the base model", checkpoint.weights_bytes))
     parent = Parent.of(
         checkpoint, model, stages.bytes_progress(progress, "hashing the base model", checkpoint.weights_bytes)
@@ -115,7 +117,6 @@ def compress(model: str, recipe: Recipe, out: str | Path, options: Options, prog
     if options.resume and is_published(out, inputs):
         return plan
     check_output(out, resume=options.resume)
-    check_free_space(target, _bytes_to_write(checkpoint, plan, options.samples * length))
     with distributed.leading(), WorkDir.open(target, inputs, resume=options.resume) as work:
         if text.own:
             text.own.keep_in(work)

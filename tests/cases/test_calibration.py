@@ -333,6 +333,20 @@ def test_templates_that_fail(
     assert [line for line in stderr.splitlines() if "taking dialogue as plain text" in line]
 
 
+@pytest.mark.parametrize("silent", [{"content": None}, {}])
+def test_a_call_of_tools_without_words(silent: dict[str, Any], model: Path, tmp_path: Path) -> None:
+    """As chat services write it: no content, or null, beside tool_calls."""
+    edit_json(model / "tokenizer_config.json", chat_template=CHATML)
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    asked = {"role": "user", "content": LONG}
+
+    def cut(answer: dict[str, Any]) -> list[list[int]]:
+        rows = write(tmp_path / "rows.jsonl", json.dumps({"messages": [asked, call | answer]}))
+        return tokens(model, rows)
+
+    assert cut(silent) == cut({"content": ""})
+
+
 @pytest.mark.parametrize("template", [5, {"tool_use": "x"}, [{"name": "rag", "template": "x"}], ["x"], {"default": 5}])
 def test_templates_of_odd_shapes(template: Any, compress: Any, model: Path, tmp_path: Path) -> None:
     edit_json(model / "tokenizer_config.json", chat_template=template)

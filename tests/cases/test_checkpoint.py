@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,6 +36,28 @@ def split(model: Path, **index: str) -> None:
         save_file({name: tensors[name] for name in held}, model / shard, {"format": "pt"})
     weight_map = {name: shard for shard, held in shards.items() for name in held} | index
     (model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+@pytest.mark.parametrize(
+    ("bias", "key"), [("self_attn.k_proj", "attention_bias"), ("mlp.up_proj", "mlp_bias"), ("self_attn.o_proj", "att")]
+)
+def test_a_bias_that_no_engine_would_add(bias: str, key: str, compress: Compress, model: Path) -> None:
+    name = f"model.layers.0.{bias}.bias"
+    edit_tensors(model, **{name: torch.ones(128)})
+    code, _, stderr = compress()
+    check_refusal(code, stderr, name, key)
+
+
+@pytest.mark.parametrize(("out", "words"), [("/", "inside it"), ("{}/config.json/out", "which is a file")])
+def test_a_place_that_cannot_hold_an_output(out: str, words: str, run: Run, model: Path, recipe_file: Path) -> None:
+    code, _, stderr = run("compress", model, "--recipe", recipe_file, "--out", out.format(model))
+    check_refusal(code, stderr, words)
+
+
+def test_a_full_disk_is_told_before_the_weights_are_read(compress: Compress, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0))
+    code, _, stderr = compress()
+    check_refusal(code, stderr, "not enough disk space", "choose another output folder")
 
 
 @pytest.mark.parametrize("missing", ["model.norm.weight", "lm_head.weight", "model.embed_tokens.weight"])
