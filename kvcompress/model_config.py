@@ -309,6 +309,12 @@ def _rope(whole: Mapping[str, Any], architecture: str) -> Rope:
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 2**62:
             found = "no" if key not in given else f"{value!r} as"
             raise ValueError(f"config.json has {found} {key} of its {kind} RoPE; expected a number above 0")
+    low, high = given.get("low_freq_factor", 0), given.get("high_freq_factor", 1)
+    if kind == "llama3" and low >= high:
+        raise ValueError(
+            f"config.json has low_freq_factor {low} and high_freq_factor {high} of its llama3 RoPE; expected the first "
+            "to be the smaller one"
+        )
     factor = given["factor"] if "factor" in _ROPE_NUMBERS[kind] else 1.0
     try:
         return Rope(kind=kind, theta=given["rope_theta"], factor=factor)

@@ -101,7 +101,7 @@ def load(path: Path, schemas: Mapping[str, type[StageConfig]]) -> Recipe:
         ValueError: the file is missing, is not YAML, or is not a recipe.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.expanduser().read_text(encoding="utf-8")
     except (FileNotFoundError, IsADirectoryError):
         raise ValueError(f"no recipe file at {path}; see examples/recipes for ready ones") from None
     except UnicodeDecodeError:
@@ -120,6 +120,7 @@ def parse(text: str, schemas: Mapping[str, type[StageConfig]], source: str = "re
         raise ValueError(f"{source}{line}: not valid YAML ({getattr(error, 'problem', None) or error})") from None
     except RecursionError:
         raise ValueError(f"{source}: YAML nested too deeply; expected a mapping with 'version' and 'stages'") from None
+    _check_once(root, source)
     where = Lines(source, root)
     if not isinstance(data, dict):
         raise ValueError(f"{source}: found {type(data).__name__}, expected a mapping with 'version' and 'stages'")
@@ -134,6 +135,26 @@ def parse(text: str, schemas: Mapping[str, type[StageConfig]], source: str = "re
     checked = tuple(_stage(index, stage, schemas, where) for index, stage in enumerate(stages))
     _check_composition(checked, where)
     return Recipe(checked, text, name, where)
+
+
+def _check_once(root: yaml.Node | None, source: str) -> None:
+    """Refuse a key that is given twice in one mapping, of which YAML's reader would take the last."""
+    waiting, seen = [root], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or id(node) in seen:  # an alias may contain itself
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            keys: set[str] = set()
+            for key, value in node.value:
+                if str(key.value) in keys:
+                    line = key.start_mark.line + 1
+                    raise ValueError(f"{source} line {line}: the key {key.value!r} is given twice; keep one of them")
+                keys.add(str(key.value))
+                waiting.append(value)
+        elif isinstance(node, yaml.SequenceNode):
+            waiting += node.value
 
 
 def _stage(index: int, stage: Any, schemas: Mapping[str, type[StageConfig]], where: Lines) -> StageConfig:

@@ -134,6 +134,18 @@ def test_context_is_what_the_model_was_stretched_to() -> None:
         ({"rope_scaling": {"rope_type": "linear", "factor": "2"}}, "'2' as factor"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, "factor 0.5"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "no low_freq_factor of its llama3"),
+        (
+            {
+                "rope_scaling": {
+                    "rope_type": "llama3",
+                    "factor": 8.0,
+                    "low_freq_factor": 4.0,
+                    "high_freq_factor": 1.0,
+                    "original_max_position_embeddings": 256,
+                }
+            },
+            "low_freq_factor 4.0 and high_freq_factor 1.0",
+        ),
         ({"rope_scaling": "linear"}, "rope_scaling 'linear'; expected an object"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "RoPE of its own for full_attention"),
         ({"rope_theta": "10000"}, "rope_theta '10000'"),

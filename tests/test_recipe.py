@@ -97,3 +97,16 @@ def test_missing_and_binary_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", sorted(Path("examples/recipes").glob("*.yaml")), ids=lambda path: path.name)
 def test_example_recipes_parse(path: Path) -> None:
     assert recipe.load(path, registry.schemas()).stages
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("version: 1\nversion: 1\nstages: []\n", 2),
+        ("version: 1\nstages:\n  - {method: pca}\nstages:\n  - {method: scalar, bits: 4}\n", 4),
+        ("version: 1\nstages:\n  - method: scalar\n    bits: 8\n    bits: 4\n", 5),
+    ],
+)
+def test_a_key_given_twice(text: str, line: int) -> None:
+    with pytest.raises(ValueError, match=f"recipe line {line}: the key .* is given twice"):
+        recipe.parse(text, {})

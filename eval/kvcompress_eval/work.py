@@ -64,6 +64,11 @@ def prepare(
     others = tuple(name for name in suite.tasks if name in catalogue.TASKS)
     ruler = replace(suite, tasks=tuple(name for name in suite.tasks if name not in others))
     check_sources(ruler.tasks, sources)
+    # Prompts come close to their length; how close is known once they are made, which takes long at such lengths.
+    if suite.tasks and limit and (longest := max(suite.lengths, default=0)) > 2 * limit:
+        raise ValueError(
+            f"{suite.tasks[0]} at {longest} tokens does not fit models made for {limit}; choose shorter lengths"
+        )
     make = partial(
         generate,
         samples=suite.samples,

@@ -88,11 +88,12 @@ def expected_tensors(config: DecoderConfig) -> Iterator[tuple[str, Shape]]:
 
 def _incomplete(checkpoint: Checkpoint, config: DecoderConfig, missing: list[str], shape: Shape) -> str:
     first = missing[0]
-    bare = first.removeprefix("model.")
-    if bare in checkpoint.tensors:
+    inner = first.removeprefix("model.")
+    named = next((name for name in checkpoint.tensors if name.endswith(f".{inner}") or name == inner), None)
+    if named is not None:
         return (
-            f"{checkpoint.path} has {bare} where a {config.architecture} has {first}: its names lack a prefix; save "
-            "the model with its head (AutoModelForCausalLM and save_pretrained)"
+            f"{checkpoint.path} has {quote(named)} where a {config.architecture} has {first}: its names have another "
+            "prefix; save the model on its own, with its head (AutoModelForCausalLM and save_pretrained)"
         )
     if missing == [HEAD]:
         return (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvcompress.checkpoint.reader import CONFIG_FILE, INDEX_FILE, PICKLE_SUFFIXES
+from kvcompress.checkpoint.reader import ADAPTER_FILE, CONFIG_FILE, INDEX_FILE, PICKLE_SUFFIXES
 
 _ABOUT = (".md", ".rst", ".pdf", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp")
 _ABOUT_NAMES = ("README", "LICENSE", "LICENCE", "COPYING", "NOTICE", "AUTHORS", "CITATION", "CHANGELOG")
@@ -52,7 +52,11 @@ def check_acceptable(name: str) -> None:
     Raises:
         ValueError: naming the file.
     """
-    if name.startswith("kvcompress/") or name in (CONFIG_FILE, INDEX_FILE) or name.endswith(_WEIGHTS_AND_CODE):
+    if (
+        name.startswith("kvcompress/")
+        or name in (CONFIG_FILE, INDEX_FILE, ADAPTER_FILE)
+        or name.endswith(_WEIGHTS_AND_CODE)
+    ):
         raise ValueError(
             f"{name} is part of the compressed model, and a change of it cannot be accepted, as one of chat template, "
             "tokenizer or generation settings can; get a new copy of it, or compress the model again"

@@ -39,6 +39,10 @@ def resolve(model: str | Path) -> Path:
     except RuntimeError as error:
         raise ValueError(f"no folder {quote(str(model))}: {error}; give the whole path") from error
     named = str(model) != ""  # Path("") would be the current folder
+    try:
+        path.exists()
+    except OSError as error:  # a name too long, a part that may not be read
+        raise ValueError(f"no folder {quote(str(model))}: {(error.strerror or '').lower()}; check the path") from error
     if named and path.is_dir():
         return path
     if named and path.exists():

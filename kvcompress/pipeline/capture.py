@@ -65,7 +65,13 @@ def _capture_layer(
             hidden_NTC[sample] = runner.forward(layer, hidden_NTC[sample], offset, collect)
         if not compressed:
             return {}
-        files = {statistics_file(index): accumulator.finish(runner.output_projection(layer).weight).tensors()}
+        statistics = accumulator.finish(runner.output_projection(layer).weight).tensors()
+        if not all(bool(tensor.isfinite().all()) for tensor in statistics.values()):
+            raise ValueError(
+                f"layer {index}: keys, values or attention outputs are so large that their squares overflow; its "
+                "self_attn weights are damaged or badly scaled; get another copy of the model"
+            )
+        files = {statistics_file(index): statistics}
         if states is not None:
             files[states_file(index)] = states.finish().tensors()
         return files

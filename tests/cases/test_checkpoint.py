@@ -201,3 +201,16 @@ def test_manifest_of_a_sound_model(compress: Compress, tmp_path: Path) -> None:
     code, _, stderr = compress()
     assert code == 0, stderr
     assert Manifest.load(tmp_path / "out").bytes_per_token.ratio > 2
+
+
+def test_weights_so_large_that_their_squares_overflow(compress: Compress, model: Path) -> None:
+    name = "model.layers.1.self_attn.v_proj.weight"
+    edit_tensors(model, **{name: load_file(model / "model.safetensors")[name] * 1e30})
+    code, _, stderr = compress()
+    assert code == 2
+    assert "error: layer 1" in stderr.splitlines()[-1]
+
+
+def test_a_path_that_is_too_long(run: Run, recipe_file: Path) -> None:
+    code, _, stderr = run("plan", "/" + "m" * 300, "--recipe", recipe_file)
+    check_refusal(code, stderr, "no folder", "check the path")

@@ -320,3 +320,8 @@ def test_a_vllm_that_does_not_start_is_replaced_only_where_nobody_named_it(
     assert results["environment"]["engine"] == "transformers"
     assert "no memory" in results["environment"]["engine_reason"]
     assert said[-1].startswith("warning: engine transformers: vLLM did not start")
+
+
+def test_a_length_that_no_model_has_is_refused_at_once(call: Run, base: Path, tmp_path: Path) -> None:
+    code, _, stderr = call("eval", base, "--out", tmp_path / "out", "--lengths", 10**12)
+    check_refusal(code, stderr, "at 1000000000000 tokens does not fit models made for 2048")
