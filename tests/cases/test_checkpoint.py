@@ -214,3 +214,32 @@ def test_weights_so_large_that_their_squares_overflow(compress: Compress, model:
 def test_a_path_that_is_too_long(run: Run, recipe_file: Path) -> None:
     code, _, stderr = run("plan", "/" + "m" * 300, "--recipe", recipe_file)
     check_refusal(code, stderr, "no folder", "check the path")
+
+
+def test_tensors_of_unusual_shapes_are_carried_along(compress: Compress, model: Path, tmp_path: Path) -> None:
+    """Older files hold more than a model asks for: rotary frequencies, scalars, tensors without elements."""
+    extra = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16),
+        "model.scalar": torch.tensor(3, dtype=torch.int64),
+        "model.empty": torch.zeros(0, 8, dtype=torch.float16),
+    }
+    edit_tensors(model, **extra)
+    code, _, stderr = compress()
+    assert code == 0, stderr
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in extra.items())
+
+
+def test_one_shard_with_an_index(compress: Compress, model: Path, tmp_path: Path) -> None:
+    weight_map = dict.fromkeys(load_file(model / "model.safetensors"), "model.safetensors")
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    code, _, stderr = compress()
+    assert code == 0, stderr
+    assert verify(tmp_path / "out").ok
+
+
+def test_a_link_to_nowhere_is_no_file(compress: Compress, model: Path, tmp_path: Path) -> None:
+    (model / "NOTES.md").symlink_to(model / "gone.md")
+    code, _, stderr = compress()
+    assert code == 0, stderr
+    assert not (tmp_path / "out" / "NOTES.md").exists()

@@ -171,3 +171,19 @@ def test_a_class_of_another_model_is_not_taken_for_a_slip(run: Run, model: Path,
     code, _, stderr = run("plan", model, "--recipe", recipe_file)
     check_refusal(code, stderr, "unknown architecture MixtralForCausalLM", "supported: ")
     assert "did you mean" not in stderr
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"), [(4, 1, 24), (4, 4, 40), (2, 1, 80), (2, 2, 96), (2, 1, 128), (2, 1, 256)]
+)
+def test_heads_of_every_shape(
+    heads: int, kv_heads: int, head_dim: int, run: Run, tmp_path: Path, recipe_file: Path
+) -> None:
+    sizes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim, "hidden_size": 64}
+    folder = tiny.save_model(tmp_path / "model", vocab_size=300, num_hidden_layers=2, **sizes)
+    tiny.save_tokenizer(folder)
+    code, _, stderr = run(
+        "compress", folder, "--recipe", recipe_file, "--out", tmp_path / "out", "--samples", 2, "--length", 32
+    )
+    assert code == 0, stderr
+    assert Manifest.load(tmp_path / "out").bytes_per_token.base == 2 * 2 * kv_heads * head_dim * 2
