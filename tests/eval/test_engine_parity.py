@@ -98,7 +98,7 @@ def test_a_sample_that_differs_is_shown_with_its_margin(
         """The rule says 72 after 71 with probability 0.9, and shares the rest among the other 1,023 tokens."""
 
         def __init__(self, kind: str) -> None:
-            super().__init__(vocabulary=1024, certainty=0.9)
+            super().__init__(size=1024, certainty=0.9)
             self.kind, self.seed = kind, 0
 
         def generate(self, prompts: Any, max_tokens: int, until: Any = None, **more: Any) -> list[Generation]:
@@ -163,7 +163,7 @@ def test_a_second_answer_that_differs_is_found(base: Path, tmp_path: Path, monke
 
     class Scripted(FakeEngine):
         def __init__(self, kind: str) -> None:
-            super().__init__(vocabulary=1024)
+            super().__init__(size=1024)
             self.calls, self.kind = 0, kind
 
         def generate(self, prompts: Any, max_tokens: int, until: Any = None, **more: Any) -> list[Generation]:
