@@ -11,14 +11,13 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from kvcompress_eval.environment import environment
 from kvcompress_eval.models import fingerprint
 from kvcompress_eval.tokenizer import TextTokenizer
-from peers import MODEL, ROOT, heldout, load
+from peers import MODEL, ROOT, heldout, load, refusals_in_one_line
 from quality.checkpoints import compressed, our_row
 from quality.comparison import Found, measure
 from quality.kept import Kept
@@ -27,11 +26,8 @@ from quality.windows import Plan, text_files
 
 
 def main() -> None:
-    try:
+    with refusals_in_one_line():
         run(arguments())
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def arguments() -> argparse.Namespace:

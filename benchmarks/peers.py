@@ -15,6 +15,8 @@ import argparse
 import datetime
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -43,8 +45,15 @@ RECIPES = ("half", "balanced", "aggressive", "xkv", "xkv-values", "gear")
 
 
 def main() -> None:
-    try:
+    with refusals_in_one_line():
         run(arguments())
+
+
+@contextmanager
+def refusals_in_one_line() -> Iterator[None]:
+    """Bad input ends the process as it ends kvcompress's own commands."""
+    try:
+        yield
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

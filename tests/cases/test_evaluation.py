@@ -21,7 +21,7 @@ from kvcompress_eval.tasks.longbench2 import FIELDS as FIELDS2
 from kvcompress_eval.tokenizer import TextTokenizer
 
 from tests import tiny
-from tests.cases.making import Run, check_refusal, copy, edit_json, runner
+from tests.cases.making import Run, check_refusal, copy, edit_json
 from tests.eval.conftest import train_tokenizer
 from tests.eval.fake_engine import FakeEngine
 
@@ -39,9 +39,9 @@ def compressed(base: Path) -> Path:
 
 
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+def call(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return runner(monkeypatch, capfd)
+    return run
 
 
 @pytest.fixture
