@@ -31,16 +31,18 @@ import latent_steps
 import torch
 from torch import Tensor
 
-from kvcompress.codec.gear import BlockCodec, BlockSideCodec
-from kvcompress.codec.gear_spec import Axis, BlockSide
-from kvcompress.codec.layer import LayerCodec, SideCodec
-from kvcompress.codec.layout import PageLayout
-from kvcompress.codec.spec import Band, SideSpec
-from kvcompress.ops import block_reference, blocks, library
-from kvcompress.ops.append import append
-from kvcompress.ops.attention import decode_attention
-from kvcompress.ops.block_plan import BlockPlan
-from kvcompress.ops.plan import LayerPlan
+from kvcompress.codec.bands import Band, SideSpec
+from kvcompress.codec.blocks.codec import BlocksCodec, BlockSideCodec
+from kvcompress.codec.blocks.spec import Axis, BlockSide
+from kvcompress.codec.heads.codec import HeadsCodec, SideCodec
+from kvcompress.codec.heads.layout import PageLayout
+from kvcompress.ops import library
+from kvcompress.ops.blocks import attention as blocks
+from kvcompress.ops.blocks import reference as block_reference
+from kvcompress.ops.blocks.plan import BlocksPlan
+from kvcompress.ops.heads.append import append
+from kvcompress.ops.heads.attention import decode_attention
+from kvcompress.ops.heads.plan import HeadsPlan
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 BITS = (16, 8, 4, 2)
@@ -185,7 +187,7 @@ def linear_fits(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     return {clock: {name: fit(clock, name) for name in names} for clock in ("wall", "cpu")}
 
 
-def codec_of(bits: int) -> LayerCodec:
+def codec_of(bits: int) -> HeadsCodec:
     spec = SideSpec((Band(bits, HEAD_DIM),))
 
     def side() -> SideCodec:
@@ -193,7 +195,7 @@ def codec_of(bits: int) -> LayerCodec:
         scale_HR = torch.linspace(2, 0.3, HEAD_DIM).expand(KV_HEADS, -1).contiguous()
         return SideCodec(spec, torch.randn(KV_HEADS, HEAD_DIM), basis_HDR, basis_HDR.mT.contiguous(), scale_HR)
 
-    return LayerCodec(side(), side())
+    return HeadsCodec(side(), side())
 
 
 def block_table(context: int, batch: int) -> Tensor:
@@ -201,11 +203,11 @@ def block_table(context: int, batch: int) -> Tensor:
     return torch.randperm(batch * blocks).to(torch.int32).view(batch, blocks)
 
 
-def compressed_pages(bits: int, context: int, batch: int) -> tuple[LayerPlan, PageLayout, Tensor]:
+def compressed_pages(bits: int, context: int, batch: int) -> tuple[HeadsPlan, PageLayout, Tensor]:
     codec = codec_of(bits)
     layout = PageLayout.of(codec.spec, BLOCK_SIZE)
     slots = batch * -(-context // BLOCK_SIZE) * BLOCK_SIZE
-    plan = LayerPlan.of(codec)
+    plan = HeadsPlan.of(codec)
     pages_NHX = torch.zeros(slots // BLOCK_SIZE, KV_HEADS, layout.record_bytes, dtype=torch.uint8)
     for start in range(0, slots, 4096):
         tokens = min(4096, slots - start)
@@ -233,7 +235,7 @@ def compressed_step(bits: int, context: int, batch: int, copies: int, query_THD:
 def append_step(bits: int, context: int, batch: int, copies: int) -> Callable[[int], None]:
     """Storing one new token per request: what a decode step does beside attention."""
     codec = codec_of(bits)
-    layout, plan = PageLayout.of(codec.spec, BLOCK_SIZE), LayerPlan.of(codec)
+    layout, plan = PageLayout.of(codec.spec, BLOCK_SIZE), HeadsPlan.of(codec)
     caches = torch.zeros(copies, batch, KV_HEADS, layout.record_bytes, dtype=torch.uint8)
     keys_THD, values_THD = torch.randn(2, batch, KV_HEADS, HEAD_DIM, dtype=torch.bfloat16)
     slots_T = torch.arange(batch) * BLOCK_SIZE
@@ -244,13 +246,13 @@ def append_step(bits: int, context: int, batch: int, copies: int) -> Callable[[i
     return step
 
 
-def block_codec_of(bits: int) -> BlockCodec:
+def block_codec_of(bits: int) -> BlocksCodec:
     def side(axis: Axis) -> BlockSideCodec:
         spec = BlockSide(BLOCK, HEAD_DIM, bits, axis, 64, low_rank=2, iterations=3, outliers=168)
         scalar = codec_of(bits).k
         return BlockSideCodec(spec, scalar.mean_HD, scalar.basis_HDR, scalar.inverse_HRD, scalar.scale_HR)
 
-    return BlockCodec(side("tokens"), side("channels"))
+    return BlocksCodec(side("tokens"), side("channels"))
 
 
 def block_steps(
@@ -258,7 +260,7 @@ def block_steps(
 ) -> tuple[Callable[[int], None], Callable[[int], None]]:
     """Form `blocks`, by the kernels and by the torch code. The newest block is half full, its tokens in a ring."""
     codec = block_codec_of(bits)
-    plan, per_page = BlockPlan(codec), BLOCK_SIZE // BLOCK
+    plan, per_page = BlocksPlan(codec), BLOCK_SIZE // BLOCK
     length = context - BLOCK // 2
     keys_THD, values_THD = torch.randn(2, BLOCK * min(64, length // BLOCK), KV_HEADS, HEAD_DIM)
     records_NHB = codec.seal(keys_THD, values_THD)

@@ -10,14 +10,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kvcompress.codec.layer import SideCodec
+from kvcompress.codec.bands import Band, SideSpec
+from kvcompress.codec.groups import Share
+from kvcompress.codec.heads.codec import SideCodec
 from kvcompress.codec.rope import Rope
-from kvcompress.codec.shared import SharedCodec, SharedSide
-from kvcompress.codec.shared_pages import SharedLayout
-from kvcompress.codec.shared_spec import Share, SharedSpec
-from kvcompress.codec.spec import Band, SideSpec
-from kvcompress.ops import latent, latent_reference, shared, shared_reference
-from kvcompress.ops.shared_plan import SharedPlan
+from kvcompress.codec.shared.codec import SharedCodec, SharedSide
+from kvcompress.codec.shared.pages import SharedLayout
+from kvcompress.codec.shared.spec import SharedSpec
+from kvcompress.ops.latent import attention as latent
+from kvcompress.ops.latent import reference as latent_reference
+from kvcompress.ops.shared import attention as shared
+from kvcompress.ops.shared import reference as shared_reference
+from kvcompress.ops.shared.plan import SharedPlan
 
 Step = Callable[[int], None]
 

@@ -30,9 +30,11 @@ from kvcompress.checkpoint.reader import QUANT_METHOD, Checkpoint
 from kvcompress.checkpoint.verify import CODEC_FILE
 from kvcompress.checkpoint.workdir import WorkDir
 from kvcompress.checkpoint.writer import copy_shards, copy_side_files, write_file, write_tensors
+from kvcompress.codec.bands import Band, SideSpec
 from kvcompress.codec.forms import to_tensors
-from kvcompress.codec.layer import LayerCodec, SideCodec
-from kvcompress.codec.spec import Band, CodecSpec, LayerSpec, SideSpec
+from kvcompress.codec.heads.codec import HeadsCodec, SideCodec
+from kvcompress.codec.heads.spec import HeadsSpec
+from kvcompress.codec.spec import CodecSpec
 from kvcompress.serving.loading import CONFIG_VERSION
 
 ARCHITECTURES = ("Llama", "Qwen2", "Qwen3", "Mistral")
@@ -79,16 +81,16 @@ def mixed_spec(num_kv_heads: int = NUM_KV_HEADS, head_dim: int = HEAD_DIM) -> Co
         (SideSpec((Band(16, head_dim),)), SideSpec((Band(32, head_dim),))),
         (SideSpec((Band(8, 16), Band(4, 16)), 1), SideSpec((Band(4, 16), Band(2, 8)))),
     ]
-    return CodecSpec(tuple(None if pair is None else LayerSpec(num_kv_heads, head_dim, *pair) for pair in sides))
+    return CodecSpec(tuple(None if pair is None else HeadsSpec(num_kv_heads, head_dim, *pair) for pair in sides))
 
 
 def uniform_spec(bits: int, num_kv_heads: int = NUM_KV_HEADS, head_dim: int = HEAD_DIM) -> CodecSpec:
     """Full rank at one bit width in every layer."""
     side = SideSpec((Band(bits, head_dim),))
-    return CodecSpec((LayerSpec(num_kv_heads, head_dim, side, side),) * NUM_LAYERS)
+    return CodecSpec((HeadsSpec(num_kv_heads, head_dim, side, side),) * NUM_LAYERS)
 
 
-def fit_codec(model: Any, spec: CodecSpec, seed: int = 0) -> list[LayerCodec | None]:
+def fit_codec(model: Any, spec: CodecSpec, seed: int = 0) -> list[HeadsCodec | None]:
     """Principal components of the keys and values of one forward pass on random tokens."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(2, VOCABULARY, (1, 512), generator=generator)
@@ -97,7 +99,7 @@ def fit_codec(model: Any, spec: CodecSpec, seed: int = 0) -> list[LayerCodec | N
     return [
         None
         if layer is None
-        else LayerCodec(_principal(cached.keys[0], layer.k), _principal(cached.values[0], layer.v))
+        else HeadsCodec(_principal(cached.keys[0], layer.k), _principal(cached.values[0], layer.v))
         for layer, cached in zip(spec.layers, cache.layers, strict=True)
     ]
 

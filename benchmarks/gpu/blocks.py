@@ -12,14 +12,16 @@ from torch import Tensor
 
 from benchmarks.gpu.graphs import capture
 from benchmarks.gpu.sweep import COLD_BYTES, HEAD_DIM, HEADS, KV_HEADS, Step, timed
-from kvcompress.codec.gear import BlockCodec, BlockSideCodec
-from kvcompress.codec.gear_spec import BlockSide
-from kvcompress.codec.layout import CHUNK_TOKENS
-from kvcompress.ops import block_store, blocks, cuda_blocks
-from kvcompress.ops.block_plan import BlockPlan
-from tests.ops.block_cases import Batch, random_batch, random_codec
-from tests.ops.cases import relative_error
-from tests.ops.cuda_block_sides import BAR, SHAPES, cuda_sides, random_query
+from kvcompress.codec.blocks.codec import BlocksCodec, BlockSideCodec
+from kvcompress.codec.blocks.spec import BlockSide
+from kvcompress.codec.heads.layout import CHUNK_TOKENS
+from kvcompress.ops.blocks import attention as blocks
+from kvcompress.ops.blocks import cuda as cuda_blocks
+from kvcompress.ops.blocks import store as block_store
+from kvcompress.ops.blocks.plan import BlocksPlan
+from tests.ops.blocks.cases import Batch, random_batch, random_codec
+from tests.ops.blocks.cuda_sides import BAR, SHAPES, cuda_sides, random_query
+from tests.ops.heads.cases import relative_error
 
 OUTLIERS = 168
 """Two in a hundred."""
@@ -51,7 +53,7 @@ def on_device(batch: Batch) -> Batch:
     codec = batch.plan.codec.to(DEVICE)
     tensors = (batch.pages_NHMB.to(DEVICE), batch.rings_NHXPD.to(DEVICE), batch.ring_R, batch.block_table_RN.to(DEVICE))
     histories = [(keys.to(DEVICE), values.to(DEVICE)) for keys, values in batch.histories]
-    return Batch(BlockPlan(codec), *tensors, histories, batch.query_lens)
+    return Batch(BlocksPlan(codec), *tensors, histories, batch.query_lens)
 
 
 def batch_of(
@@ -160,7 +162,7 @@ class Cache:
 
     def __init__(self, instance: str, context: int, batch: int) -> None:
         specs = INSTANCES[instance]
-        self.plan = BlockPlan(codec_of(specs))
+        self.plan = BlocksPlan(codec_of(specs))
         spec, count = self.plan.spec, batch * -(-context // CHUNK_TOKENS)
         self.bytes = batch * context * spec.bytes_per_token
         self.copies = max(1, -(-COLD_BYTES // self.bytes))
@@ -190,13 +192,13 @@ class Cache:
         return records[chosen].view(count, KV_HEADS, 1, spec.record_bytes)
 
 
-def codec_of(specs: tuple[BlockSide, BlockSide]) -> BlockCodec:
+def codec_of(specs: tuple[BlockSide, BlockSide]) -> BlocksCodec:
     def side(spec: BlockSide) -> BlockSideCodec:
         basis_HDR = torch.linalg.qr(torch.randn(KV_HEADS, HEAD_DIM, HEAD_DIM))[0][..., : spec.rank].contiguous()
         scale_HR = torch.linspace(2, 0.3, spec.rank).repeat(KV_HEADS, 1)
         return BlockSideCodec(spec, torch.randn(KV_HEADS, HEAD_DIM), basis_HDR, basis_HDR.mT.contiguous(), scale_HR)
 
-    return BlockCodec(side(specs[0]), side(specs[1])).to(DEVICE)
+    return BlocksCodec(side(specs[0]), side(specs[1])).to(DEVICE)
 
 
 def kernel_step(cache: Cache, batch: int) -> Step:

@@ -15,18 +15,18 @@ from torch import Tensor
 
 from benchmarks.gpu import blocks, latents, shared
 from benchmarks.gpu.graphs import capture
-from kvcompress.codec import fragment
-from kvcompress.codec.layout import FRAGMENT, PageLayout
-from kvcompress.codec.spec import SideSpec
-from kvcompress.ops import cuda, prefill
-from kvcompress.ops.append import append
-from kvcompress.ops.attention import decode_attention
-from kvcompress.ops.compress import compress_pages
-from kvcompress.ops.gather import gather_decode
-from kvcompress.ops.plan import LayerPlan
+from kvcompress.codec.bands import SideSpec
+from kvcompress.codec.heads import fragment
+from kvcompress.codec.heads.layout import FRAGMENT, PageLayout
+from kvcompress.ops.heads import cuda, prefill
+from kvcompress.ops.heads.append import append
+from kvcompress.ops.heads.attention import decode_attention
+from kvcompress.ops.heads.compress import compress_pages
+from kvcompress.ops.heads.gather import gather_decode
+from kvcompress.ops.heads.plan import HeadsPlan
 from tests.golden import pages as golden
-from tests.ops.cases import POISON, Cache, bands, exact, random_cache, random_codec, relative_error, starts
-from tests.ops.cuda_sides import MIXED_K, MIXED_V, SIDES, bar
+from tests.ops.heads.cases import POISON, Cache, bands, exact, random_cache, random_codec, relative_error, starts
+from tests.ops.heads.cuda_sides import MIXED_K, MIXED_V, SIDES, bar
 
 Check = Callable[[], None]
 
@@ -83,14 +83,14 @@ def on_device(cache: Cache) -> Cache:
     layout = PageLayout.of(cache.codec.spec, cache.layout.block_size, FRAGMENT)
     codec = cache.codec.to(DEVICE)
     return Cache(
-        codec, LayerPlan.of(codec), layout, pages_NHX.to(DEVICE), cache.block_table_RN.to(DEVICE), cache.seq_lens
+        codec, HeadsPlan.of(codec), layout, pages_NHX.to(DEVICE), cache.block_table_RN.to(DEVICE), cache.seq_lens
     )
 
 
 def on_host(cache: Cache) -> Cache:
     codec = cache.codec.to("cpu")
     return Cache(
-        codec, LayerPlan.of(codec), cache.layout, cache.pages_NHX.cpu(), cache.block_table_RN.cpu(), cache.seq_lens
+        codec, HeadsPlan.of(codec), cache.layout, cache.pages_NHX.cpu(), cache.block_table_RN.cpu(), cache.seq_lens
     )
 
 
@@ -135,7 +135,7 @@ def gather(cache: Cache) -> None:
 def golden_bytes(name: str) -> None:
     stored = golden.read(name)
     layout = PageLayout.of(stored.codec.spec, golden.BLOCK_SIZE, FRAGMENT)
-    plan = LayerPlan.of(stored.codec.to(DEVICE))
+    plan = HeadsPlan.of(stored.codec.to(DEVICE))
     tokens = stored.keys_THD.to(DEVICE), stored.values_THD.to(DEVICE)
     pages_NHX = torch.full((4, golden.HEADS, layout.record_bytes), POISON, dtype=torch.uint8, device=DEVICE)
     compress_pages(pages_NHX, layout, plan, *tokens, torch.tensor([1], device=DEVICE))

@@ -13,9 +13,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.gpu.graphs import capture
 from benchmarks.gpu.sweep import BLOCK_SIZE, COLD_BYTES, Step
 from benchmarks.gpu.timing import microseconds
-from kvcompress.ops import cuda_latent, latent
-from tests.ops.cases import relative_error, starts
-from tests.ops.latent_cases import SHAPES, Cache, bar
+from kvcompress.ops.latent import attention as latent
+from kvcompress.ops.latent import cuda as cuda_latent
+from tests.ops.heads.cases import relative_error, starts
+from tests.ops.latent.cases import SHAPES, Cache, bar
 
 CHANNELS, RANK = 576, 512
 HEADS = (16, 32, 128)

@@ -13,16 +13,18 @@ from torch import Tensor
 from benchmarks.gpu.graphs import capture
 from benchmarks.gpu.sweep import BLOCK_SIZE, COLD_BYTES, HEAD_DIM, HEADS, KV_HEADS, Step
 from benchmarks.gpu.timing import microseconds
+from kvcompress.codec.bands import SideSpec
 from kvcompress.codec.rope import Rope
-from kvcompress.codec.shared import SharedCodec, SharedSide
-from kvcompress.codec.shared_pages import SharedLayout
-from kvcompress.codec.shared_spec import SharedSpec
-from kvcompress.codec.spec import SideSpec
-from kvcompress.ops import cuda_shared, shared, shared_reference
-from kvcompress.ops.attention import int32_rows
-from kvcompress.ops.shared_plan import SharedPlan
-from tests.ops.cases import POISON, bands, relative_error
-from tests.ops.shared_cases import CUDA_SIDES, HALVES_BAR, Group, a_group
+from kvcompress.codec.shared.codec import SharedCodec, SharedSide
+from kvcompress.codec.shared.pages import SharedLayout
+from kvcompress.codec.shared.spec import SharedSpec
+from kvcompress.ops.rows import int32_rows
+from kvcompress.ops.shared import attention as shared
+from kvcompress.ops.shared import cuda as cuda_shared
+from kvcompress.ops.shared import reference as shared_reference
+from kvcompress.ops.shared.plan import SharedPlan
+from tests.ops.heads.cases import POISON, bands, relative_error
+from tests.ops.shared.cases import CUDA_SIDES, HALVES_BAR, Group, a_group
 
 LAYERS = 4
 INSTANCES = {

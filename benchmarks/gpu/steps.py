@@ -9,11 +9,11 @@ import torch
 
 from benchmarks.gpu import check
 from benchmarks.gpu.graphs import capture
-from kvcompress.ops.append import append
-from kvcompress.ops.attention import decode_attention
-from kvcompress.ops.gather import gather_decode
-from tests.ops.cases import Cache, bands, exact, random_cache, random_codec, relative_error, starts
-from tests.ops.cuda_sides import MIXED_K, MIXED_V
+from kvcompress.ops.heads.append import append
+from kvcompress.ops.heads.attention import decode_attention
+from kvcompress.ops.heads.gather import gather_decode
+from tests.ops.heads.cases import Cache, bands, exact, random_cache, random_codec, relative_error, starts
+from tests.ops.heads.cuda_sides import MIXED_K, MIXED_V
 
 
 def decoding(small: bool) -> None:

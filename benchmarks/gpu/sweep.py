@@ -11,14 +11,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.gpu.timing import microseconds
-from kvcompress.codec.layer import LayerCodec, SideCodec
-from kvcompress.codec.layout import CHUNK_TOKENS, FRAGMENT, PageLayout
-from kvcompress.codec.spec import Band, SideSpec
-from kvcompress.ops import cuda
-from kvcompress.ops.append import append
-from kvcompress.ops.attention import decode_attention
-from kvcompress.ops.compress import compress_pages
-from kvcompress.ops.plan import LayerPlan
+from kvcompress.codec.bands import Band, SideSpec
+from kvcompress.codec.heads.codec import HeadsCodec, SideCodec
+from kvcompress.codec.heads.layout import CHUNK_TOKENS, FRAGMENT, PageLayout
+from kvcompress.ops.heads import cuda
+from kvcompress.ops.heads.append import append
+from kvcompress.ops.heads.attention import decode_attention
+from kvcompress.ops.heads.compress import compress_pages
+from kvcompress.ops.heads.plan import HeadsPlan
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 32, 8, 128, 64
 CONTEXTS, BATCHES = (4096, 32768, 131072), (1, 8, 32)
@@ -47,13 +47,13 @@ INSTANCES = {
 Step = Callable[[int], None]
 
 
-def codec_of(k: SideSpec, v: SideSpec) -> LayerCodec:
+def codec_of(k: SideSpec, v: SideSpec) -> HeadsCodec:
     def one(spec: SideSpec) -> SideCodec:
         basis_HDR = torch.linalg.qr(torch.randn(KV_HEADS, HEAD_DIM, HEAD_DIM))[0][..., : spec.rank].contiguous()
         scale_HR = torch.linspace(2, 0.3, spec.rank).expand(KV_HEADS, -1).contiguous()
         return SideCodec(spec, torch.randn(KV_HEADS, HEAD_DIM), basis_HDR, basis_HDR.mT.contiguous(), scale_HR)
 
-    return LayerCodec(one(k), one(v)).to(DEVICE)
+    return HeadsCodec(one(k), one(v)).to(DEVICE)
 
 
 class Cache:
@@ -61,7 +61,7 @@ class Cache:
 
     def __init__(self, instance: str, context: int, batch: int) -> None:
         codec = codec_of(*INSTANCES[instance])
-        self.plan, self.layout = LayerPlan.of(codec), PageLayout.of(codec.spec, BLOCK_SIZE, FRAGMENT)
+        self.plan, self.layout = HeadsPlan.of(codec), PageLayout.of(codec.spec, BLOCK_SIZE, FRAGMENT)
         blocks = batch * -(-context // BLOCK_SIZE)
         self.bytes = batch * context * codec.spec.bytes_per_token
         self.copies = max(1, -(-COLD_BYTES // self.bytes))

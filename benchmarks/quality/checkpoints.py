@@ -14,7 +14,7 @@ from typing import Any
 
 from kvcompress_eval.models import MANIFEST, codec_spec, fingerprint, read_config
 
-from kvcompress.codec.gear_spec import BlockSpec
+from kvcompress.codec.blocks.spec import BlocksSpec
 from kvcompress.codec.spec import CodecSpec
 from kvcompress.geometry import ModelGeometry
 from kvcompress.methods import registry
@@ -73,7 +73,7 @@ def stored_bytes(geometry: ModelGeometry, spec: CodecSpec | None, length: int) -
         plain = geometry.layer_kv_bytes_per_token(index, ELEMENT_BYTES)
         if layer is None:
             total += plain
-        elif isinstance(layer, BlockSpec):
+        elif isinstance(layer, BlocksSpec):
             open_share = min(1, layer.block / 2 / length)
             total += plain * open_share + layer.bytes_per_token * (1 - open_share)
         else:

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from kvcompress.codec.spec import CODE_BITS, CodecSpec
+from kvcompress.codec.bands import CODE_BITS
+from kvcompress.codec.spec import CodecSpec
 
 if TYPE_CHECKING:
     from kvcompress.codec.forms import CacheCodec

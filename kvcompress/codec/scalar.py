@@ -22,8 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvcompress.codec.packing import pack, unpack
-from kvcompress.codec.spec import STEP, Band, SideSpec
+from kvcompress.codec.bands import STEP, Band, SideSpec
+from kvcompress.codec.codes.packing import pack, unpack
 
 _GAIN_CANDIDATES = tuple(2.0 ** (i / 3) for i in range(-3, 7))
 _SMALLEST_GAIN, _LARGEST_GAIN = 2.0**-14, 65504.0

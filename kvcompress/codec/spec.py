@@ -1,151 +1,20 @@
-"""The codec of a model as plain data: which channels are kept and in how many bits. No torch.
-
-Source of the form: transform coding; an orthogonal basis orders channels by variance and bits follow by reverse
-water-filling (Cover & Thomas, Elements of Information Theory, 10.3). Rank truncation is the special case of 0 bits.
-"""
+"""The codec of a model as plain data: what form each layer's cache has. No torch."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol, Self
-
-CODE_BITS = (32, 16, 8, 4, 2)
-"""Code widths a channel can be stored in. 32 and 16 are IEEE floats; the others are uniform quantizer codes."""
-
-FLOAT_BITS = (32, 16)
-"""Widths that are numbers, not codes: they have no step and need no gain."""
-
-CHANNEL_GROUP = 8
-"""Channels are kept and packed in groups of this size, so that every band is a whole number of bytes."""
-
-EXPECTED_ERROR = {32: 0.0, 16: 0.0, 8: 8.73e-5, 4: 0.0115, 2: 0.1188, 0: 1.0}
-"""Mean squared error of a unit-variance Gaussian channel at each code width; 0 bits drops the channel."""
-
-STEP = {8: 0.0308, 4: 0.3352, 2: 0.9957}
-"""Quantizer step in units of the standard deviation, per code width."""
-
-GAIN_BYTES = 2
-"""One IEEE half per token, head and side, where any band is quantized."""
-
-MAX_OUTLIERS = 2
-"""Channels per token, head and side that can be stored exactly beside the codes."""
-
-OUTLIER_VALUE_BYTES, OUTLIER_CHANNEL_BYTES = 2, 1
-"""An exact channel: what its code leaves of it, as an IEEE half in units of the static scale, and its number."""
-
+from typing import Any, ClassVar, Protocol, Self
 
 FORMS = {
-    "per_head": ("kvcompress.codec.spec", "LayerSpec", "kvcompress.codec.layer", "LayerCodec"),
-    "shared": ("kvcompress.codec.shared_spec", "SharedSpec", "kvcompress.codec.shared", "SharedCodec"),
-    "prompt": ("kvcompress.codec.shared_spec", "PromptSpec", "kvcompress.codec.prompt", "PromptCodec"),
-    "blocks": ("kvcompress.codec.gear_spec", "BlockSpec", "kvcompress.codec.gear", "BlockCodec"),
+    "per_head": ("kvcompress.codec.heads.spec", "HeadsSpec", "kvcompress.codec.heads.codec", "HeadsCodec"),
+    "shared": ("kvcompress.codec.shared.spec", "SharedSpec", "kvcompress.codec.shared.codec", "SharedCodec"),
+    "prompt": ("kvcompress.codec.prompt.spec", "PromptSpec", "kvcompress.codec.prompt.codec", "PromptCodec"),
+    "blocks": ("kvcompress.codec.blocks.spec", "BlocksSpec", "kvcompress.codec.blocks.codec", "BlocksCodec"),
 }
 """The forms a layer's cache can take, by the name config.json has for them: where the spec class is (plain data, no
 torch), and where the codec class is. Serving has one module per form (`serving.transformers.cache`, `serving.vllm`)."""
-
-
-class Band(NamedTuple):
-    """`width` neighbouring channels stored in `bits` bits each."""
-
-    bits: int
-    width: int
-
-
-@dataclass(frozen=True)
-class SideSpec:
-    """Keys or values of one layer: bands over the kept channels, most bits first.
-
-    `outliers` channels of every token and head are stored exactly: what their codes leave of them is stored, too.
-    """
-
-    bands: tuple[Band, ...]
-    outliers: int = 0
-
-    def __post_init__(self) -> None:
-        if not self.bands:
-            raise ValueError("a codec keeps at least one band of channels; found none")
-        for bits, width in self.bands:
-            if bits not in CODE_BITS:
-                raise ValueError(f"found a band of {bits} bits; expected one of {CODE_BITS}")
-            if width <= 0 or width % CHANNEL_GROUP:
-                raise ValueError(f"found a band of {width} channels; expected a positive multiple of {CHANNEL_GROUP}")
-        widths = [band.bits for band in self.bands]
-        if sorted(widths, reverse=True) != widths:
-            raise ValueError(f"bands must go from most to fewest bits, because channels do; found {widths}")
-        alone = next((bits for bits in FLOAT_BITS if bits in widths), None)
-        if alone and len(widths) > 1:
-            raise ValueError(f"a {alone}-bit band stands alone: it has no gain to share with quantized bands")
-        if not 0 <= self.outliers <= MAX_OUTLIERS:
-            raise ValueError(f"found {self.outliers} outliers per token and head; expected 0 to {MAX_OUTLIERS}")
-        if self.outliers and alone:
-            raise ValueError(f"{alone}-bit channels are exact; found {self.outliers} outliers beside them, expected 0")
-        if self.outliers and self.rank > 256:
-            raise ValueError(f"an outlier's channel number is one byte; found {self.rank} channels, expected up to 256")
-
-    @property
-    def rank(self) -> int:
-        """Channels kept."""
-        return sum(band.width for band in self.bands)
-
-    def cut(self, share: float, widest: int) -> SideSpec:
-        """The first channels: a share of those kept, in whole groups, at least one; none in more than `widest` bits."""
-        left = max(CHANNEL_GROUP, round(share * self.rank / CHANNEL_GROUP) * CHANNEL_GROUP)
-        bands: list[Band] = []
-        for stored, width in self.bands:
-            bits, kept = min(stored, widest), min(width, left)
-            left -= kept
-            if bands and bands[-1].bits == bits:
-                bands[-1] = Band(bits, bands[-1].width + kept)
-            elif kept:
-                bands.append(Band(bits, kept))
-        return SideSpec(tuple(bands), self.outliers)
-
-    @property
-    def has_gain(self) -> bool:
-        return self.bands[0].bits not in FLOAT_BITS
-
-    @property
-    def code_bytes(self) -> int:
-        """Bytes of codes per token and head."""
-        return sum(band.bits * band.width for band in self.bands) // 8
-
-    @property
-    def part_bytes(self) -> tuple[int, int, int, int]:
-        """Bytes per token and head of gain, outliers, their channel numbers and codes, which are stored in this order.
-
-        0 for a part that is absent.
-        """
-        return (
-            GAIN_BYTES if self.has_gain else 0,
-            OUTLIER_VALUE_BYTES * self.outliers,
-            OUTLIER_CHANNEL_BYTES * self.outliers,
-            self.code_bytes,
-        )
-
-    @property
-    def bytes_per_token(self) -> int:
-        """Bytes per token and head, gain and outliers included."""
-        return sum(self.part_bytes)
-
-    def summary(self, width: int) -> dict[str, Any]:
-        """As plan and manifest show it; `width` is the channels of the uncompressed cache that it stands for."""
-        return {
-            "rank": self.rank,
-            "bits": round(8 * self.code_bytes / width, 4),
-            "bands": [list(band) for band in self.bands],
-            "outliers": self.outliers,
-        }
-
-    def to_json(self) -> dict[str, Any]:
-        bands = [list(band) for band in self.bands]
-        return {"bands": bands, "outliers": self.outliers} if self.outliers else {"bands": bands}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Self:
-        bands = tuple(Band(int(bits), int(width)) for bits, width in data["bands"])
-        return cls(bands, int(data.get("outliers", 0)))
 
 
 class CacheSpec(Protocol):
@@ -162,6 +31,10 @@ class CacheSpec(Protocol):
         """Channels of each of them."""
 
     @property
+    def group(self) -> tuple[int, ...] | None:
+        """Layers whose cache is read together, in order; None for a layer by itself."""
+
+    @property
     def bytes_per_token(self) -> int:
         """Bytes per token of this layer, everything that is stored included."""
 
@@ -174,48 +47,6 @@ class CacheSpec(Protocol):
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """Raises KeyError, TypeError or ValueError for anything that is not such a spec."""
-
-
-@dataclass(frozen=True)
-class LayerSpec:
-    """Form `per_head`: every token and KV head by itself, keys after RoPE, both sides with bands of their own."""
-
-    form: ClassVar[str] = "per_head"
-
-    num_kv_heads: int
-    head_dim: int
-    k: SideSpec
-    v: SideSpec
-
-    def __post_init__(self) -> None:
-        for name, side in (("k", self.k), ("v", self.v)):
-            if side.rank > self.head_dim:
-                raise ValueError(f"{name} keeps {side.rank} channels, more than head_dim {self.head_dim}")
-
-    @property
-    def bytes_per_token(self) -> int:
-        """Bytes per token of this layer, all heads, keys and values, gains and outliers included."""
-        return self.num_kv_heads * (self.k.bytes_per_token + self.v.bytes_per_token)
-
-    def summary(self) -> dict[str, Any]:
-        return {"k": self.k.summary(self.head_dim), "v": self.v.summary(self.head_dim)}
-
-    def cut(self, share: float, widest: int) -> LayerSpec:
-        """What is left at a smaller rank, of narrower codes: bases are nested, any first channels are a codec."""
-        return LayerSpec(self.num_kv_heads, self.head_dim, self.k.cut(share, widest), self.v.cut(share, widest))
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "num_kv_heads": self.num_kv_heads,
-            "head_dim": self.head_dim,
-            "k": self.k.to_json(),
-            "v": self.v.to_json(),
-        }
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Self:
-        sides = (SideSpec.from_json(data[name]) for name in ("k", "v"))
-        return cls(int(data["num_kv_heads"]), int(data["head_dim"]), *sides)
 
 
 @dataclass(frozen=True)

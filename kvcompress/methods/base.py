@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 from pydantic import Field
 
 from kvcompress.checkpoint.safetensors_file import DTYPE_BITS
-from kvcompress.codec.spec import CHANNEL_GROUP, CacheSpec, LayerSpec, SideSpec
+from kvcompress.codec.bands import CHANNEL_GROUP, SideSpec
+from kvcompress.codec.heads.spec import HeadsSpec
+from kvcompress.codec.spec import CacheSpec
 from kvcompress.geometry import ModelGeometry
 from kvcompress.recipe import Kind, StageConfig
 from kvcompress.training import MICRO_TOKENS
@@ -23,8 +25,8 @@ if TYPE_CHECKING:
     from kvcompress.checkpoint.reader import Checkpoint
     from kvcompress.checkpoint.writer import Transform
     from kvcompress.codec.forms import CacheCodec
-    from kvcompress.codec.layer import SideCodec
-    from kvcompress.codec.shared import SharedSide
+    from kvcompress.codec.heads.codec import SideCodec
+    from kvcompress.codec.shared.codec import SharedSide
     from kvcompress.methods.context import Context
 
 C = TypeVar("C", bound=StageConfig)
@@ -103,7 +105,7 @@ class LatentBasis:
 
     def side_codec(self, spec: SideSpec, scale_HR: Tensor) -> SideCodec | SharedSide:
         """The codec of the channels that `spec` keeps, stored in units of `scale_HR`."""
-        from kvcompress.codec.layer import SideCodec
+        from kvcompress.codec.heads.codec import SideCodec
 
         kept = self.cut(spec.rank)
         return SideCodec(spec, kept.mean_HD, kept.basis_HDR, kept.inverse_HRD * self.moved_H11, scale_HR)
@@ -130,9 +132,9 @@ class LayerBases:
 
     def codec(self, spec: Any, k: Any, v: Any) -> CacheCodec:
         """The layer's codec from its spec and its sides' codecs, which `LatentBasis.side_codec` has made."""
-        from kvcompress.codec.layer import LayerCodec
+        from kvcompress.codec.heads.codec import HeadsCodec
 
-        return LayerCodec(k, v)
+        return HeadsCodec(k, v)
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ class Profile:
 
     def spec(self, geometry: ModelGeometry, k: SideSpec, v: SideSpec) -> CacheSpec:
         """The layer's spec, from the bands that an encoding has chosen."""
-        return LayerSpec(geometry.num_kv_heads, geometry.head_dim, k, v)
+        return HeadsSpec(geometry.num_kv_heads, geometry.head_dim, k, v)
 
 
 @dataclass(frozen=True)

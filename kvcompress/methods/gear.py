@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from kvcompress.codec.gear_spec import OUTLIER_GROUP, Axis, BlockSide, BlockSpec
+from kvcompress.codec.blocks.spec import OUTLIER_GROUP, Axis, BlockSide, BlocksSpec
 from kvcompress.geometry import ModelGeometry
 from kvcompress.methods.base import EncodingMethod, LatentBasis, LayerBases, Profile
 from kvcompress.recipe import Kind, Pair, StageConfig
 
 if TYPE_CHECKING:
-    from kvcompress.codec.gear import BlockCodec, BlockSideCodec
+    from kvcompress.codec.blocks.codec import BlocksCodec, BlockSideCodec
 
 Bits = Literal[8, 4, 2]
 
@@ -60,9 +60,9 @@ class Gear(EncodingMethod[GearConfig]):
     paper = "GEAR, arXiv 2403.05527"
     config = GearConfig
 
-    def layers(self, config: GearConfig, geometry: ModelGeometry, profiles: Sequence[Profile]) -> list[BlockSpec]:
+    def layers(self, config: GearConfig, geometry: ModelGeometry, profiles: Sequence[Profile]) -> list[BlocksSpec]:
         return [
-            BlockSpec(
+            BlocksSpec(
                 geometry.num_kv_heads,
                 geometry.head_dim,
                 _side(config, config.bits.k, layer.k_rank, "tokens"),
@@ -71,10 +71,10 @@ class Gear(EncodingMethod[GearConfig]):
             for layer in profiles
         ]
 
-    def codec(self, config: GearConfig, spec: BlockSpec, bases: LayerBases) -> BlockCodec:
-        from kvcompress.codec.gear import BlockCodec
+    def codec(self, config: GearConfig, spec: BlocksSpec, bases: LayerBases) -> BlocksCodec:
+        from kvcompress.codec.blocks.codec import BlocksCodec
 
-        return BlockCodec(_side_codec(spec.k, bases.k), _side_codec(spec.v, bases.v))
+        return BlocksCodec(_side_codec(spec.k, bases.k), _side_codec(spec.v, bases.v))
 
 
 def _side(config: GearConfig, bits: int, rank: int, along: Axis) -> BlockSide:
@@ -93,7 +93,7 @@ def _side(config: GearConfig, bits: int, rank: int, along: Axis) -> BlockSide:
 
 
 def _side_codec(spec: BlockSide, basis: LatentBasis) -> BlockSideCodec:
-    from kvcompress.codec.gear import BlockSideCodec
+    from kvcompress.codec.blocks.codec import BlockSideCodec
 
     kept = basis.cut(spec.rank)
     return BlockSideCodec(spec, kept.mean_HD, kept.basis_HDR, kept.inverse_HRD * basis.moved_H11, kept.scale_HR())

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from kvcompress.codec.spec import CHANNEL_GROUP
+from kvcompress.codec.bands import CHANNEL_GROUP
 from kvcompress.geometry import ModelGeometry
 from kvcompress.methods.base import BasisMethod, LatentBasis, LayerBases, TrainedConfig, channels
 from kvcompress.methods.context import Context

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from kvcompress.codec.spec import CHANNEL_GROUP, EXPECTED_ERROR, Band, CacheSpec, SideSpec
+from kvcompress.codec.bands import CHANNEL_GROUP, EXPECTED_ERROR, Band, SideSpec
+from kvcompress.codec.spec import CacheSpec
 from kvcompress.geometry import ModelGeometry
 from kvcompress.methods.base import EncodingMethod, LayerBases, Profile
 from kvcompress.recipe import Kind, Pair, StageConfig

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from kvcompress.codec.shared_spec import Share, SharedSpec
-from kvcompress.codec.spec import CacheSpec, SideSpec
+from kvcompress.codec.bands import SideSpec
+from kvcompress.codec.groups import Share
+from kvcompress.codec.shared.spec import SharedSpec
+from kvcompress.codec.spec import CacheSpec
 from kvcompress.geometry import SERVED_BYTES, ModelGeometry
 from kvcompress.methods.base import LatentBasis, LayerBases, Profile
 
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 
     from kvcompress.calibration.statistics import LayerStatistics
     from kvcompress.codec.rope import Rope
-    from kvcompress.codec.shared import SharedCodec, SharedSide
+    from kvcompress.codec.shared.codec import SharedCodec, SharedSide
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class SharedBasis(LatentBasis):
         )
 
     def side_codec(self, spec: SideSpec, scale_HR: Tensor) -> SharedSide:
-        from kvcompress.codec.shared import SharedSide
+        from kvcompress.codec.shared.codec import SharedSide
 
         kept = self.cut(spec.rank)
         return SharedSide(spec, kept.mean_HD, kept.basis_HDR, kept.inverse_HRD, scale_HR)
@@ -65,7 +67,7 @@ class SharedBases(LayerBases):
         return SharedProfile(len(k_variance_R), len(v_variance_R), k_variance_R, v_variance_R, member=self.member)
 
     def codec(self, spec: Any, k: Any, v: Any) -> SharedCodec:
-        from kvcompress.codec.shared import SharedCodec
+        from kvcompress.codec.shared.codec import SharedCodec
 
         return SharedCodec(spec, k, v, self.rope)
 

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, StrictFloat, StrictInt
 
 from kvcompress.checkpoint.safetensors_file import TORCH_DTYPES, TensorInfo, TensorSpec
-from kvcompress.codec.spec import CHANNEL_GROUP
+from kvcompress.codec.bands import CHANNEL_GROUP
 from kvcompress.geometry import ModelGeometry
 from kvcompress.methods.base import Outline, TransformMethod
 from kvcompress.model_config import LATENT_ARCHITECTURE, completed, rope_parameters

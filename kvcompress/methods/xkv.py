@@ -24,8 +24,10 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import AfterValidator, Field, StrictInt, StrictStr, model_validator
 
 from kvcompress.calibration import MAX_STATE_TOKENS
-from kvcompress.codec.shared_spec import PromptSpec, Share
-from kvcompress.codec.spec import CHANNEL_GROUP, CacheSpec
+from kvcompress.codec.bands import CHANNEL_GROUP
+from kvcompress.codec.groups import Share
+from kvcompress.codec.prompt.spec import PromptSpec
+from kvcompress.codec.spec import CacheSpec
 from kvcompress.geometry import SERVED_BYTES, ModelGeometry
 from kvcompress.methods.base import LayerBases, ModelBasis, Needs, Profile, channels
 from kvcompress.methods.group_fit import Fitted, States, fit_side, once
@@ -34,7 +36,7 @@ from kvcompress.methods.shared import Membership, SharedProfile
 from kvcompress.recipe import Kind, StageConfig
 
 if TYPE_CHECKING:
-    from kvcompress.codec.prompt import PromptCodec
+    from kvcompress.codec.prompt.codec import PromptCodec
     from kvcompress.methods.context import Context
 
 
@@ -126,7 +128,7 @@ class Xkv(ModelBasis[XkvConfig]):
         ]
 
     def own_codecs(self, config: XkvConfig, context: Context) -> list[PromptCodec]:
-        from kvcompress.codec.prompt import PromptCodec
+        from kvcompress.codec.prompt.codec import PromptCodec
         from kvcompress.codec.rope import Rope
 
         rope = Rope.of(context.model_config()) if config.share == "kv" else None

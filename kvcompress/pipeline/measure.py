@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kvcompress.calibration.capture import Collector, exact_attention, stored_linear
 from kvcompress.codec import canary
 from kvcompress.codec.forms import CacheCodec, GroupCodec, round_trip
-from kvcompress.codec.layer import LayerCodec
+from kvcompress.codec.heads.codec import HeadsCodec
 from kvcompress.methods.context import Context
 from kvcompress.modeling.low_rank import LowRankLinear
 from kvcompress.pipeline.witness import Witness
@@ -156,7 +156,7 @@ class _ErrorMeter:
             values = sample.value_BHTD if name == "k" else decoded_value
             approximate = self._project(exact_attention(query, keys, values, scale))
             self.errors[name] += float((approximate - exact).square().sum())
-        if isinstance(self.codec, LayerCodec):
+        if isinstance(self.codec, HeadsCodec):
             self.seen += sample.key_BHTD[..., 0].numel()
             for name, side, states_BHTD in (
                 ("k", self.codec.k, sample.key_BHTD),

@@ -15,7 +15,10 @@ from torch import Tensor
 
 from benchmarks import gpu_decode
 from benchmarks.gpu import blocks, check, latents, profile, shared, sweep
-from kvcompress.ops import cuda, cuda_blocks, cuda_latent, cuda_shared
+from kvcompress.ops.blocks import cuda as cuda_blocks
+from kvcompress.ops.heads import cuda
+from kvcompress.ops.latent import cuda as cuda_latent
+from kvcompress.ops.shared import cuda as cuda_shared
 from tests.ops import emulated
 
 ROOT = Path(__file__).parents[2]

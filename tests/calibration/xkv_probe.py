@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, DynamicCache
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, rotate_half
 
 from kvcompress import recipe as recipes
-from kvcompress.codec.shared import SharedCodec
+from kvcompress.codec.shared.codec import SharedCodec
 from kvcompress.methods import registry
 from kvcompress.pipeline import compress as compressing
 from kvcompress.serving.loading import load_codec

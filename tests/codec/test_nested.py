@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from kvcompress.codec.layer import LayerCodec, SideCodec
+from kvcompress.codec.bands import Band, SideSpec
+from kvcompress.codec.heads.codec import HeadsCodec, SideCodec
+from kvcompress.codec.heads.spec import HeadsSpec
 from kvcompress.codec.nested import cut_codecs, cut_spec
-from kvcompress.codec.spec import Band, CodecSpec, LayerSpec, SideSpec
+from kvcompress.codec.spec import CodecSpec
 from tests import tiny
 
 
@@ -39,7 +41,7 @@ def orthogonal_side(spec: SideSpec, seed: int) -> SideCodec:
 def test_cut_codecs_keep_the_first_latents_and_error_grows() -> None:
     spec = tiny.mixed_spec()
     codecs: list[Any] = [
-        None if layer is None else LayerCodec(orthogonal_side(layer.k, 1), orthogonal_side(layer.v, 2))
+        None if layer is None else HeadsCodec(orthogonal_side(layer.k, 1), orthogonal_side(layer.v, 2))
         for layer in spec.layers
     ]
     keys = torch.randn(50, 2, 32, generator=torch.Generator().manual_seed(3))
@@ -77,7 +79,7 @@ def test_other_forms_are_refused_by_name() -> None:
 
 
 def test_layer_specs_shrink_by_the_share() -> None:
-    layer = LayerSpec(2, 32, SideSpec((Band(16, 32),)), SideSpec((Band(8, 16),)))
+    layer = HeadsSpec(2, 32, SideSpec((Band(16, 32),)), SideSpec((Band(8, 16),)))
     cut = layer.cut(0.5, 32)
     assert cut == replace(layer, k=SideSpec((Band(16, 16),)), v=SideSpec((Band(8, 8),)))
     assert cut.bytes_per_token == 2 * (32 + 8 + 2)
@@ -101,7 +103,7 @@ def test_narrower_codes_join_their_neighbours(bits: int, expected: list[tuple[in
 
 
 def test_bits_must_be_a_code_width() -> None:
-    spec = CodecSpec((LayerSpec(2, 64, SideSpec((Band(16, 64),)), SideSpec((Band(8, 64),))),))
+    spec = CodecSpec((HeadsSpec(2, 64, SideSpec((Band(16, 64),)), SideSpec((Band(8, 64),))),))
     assert cut_spec(spec, bits=8).layers[0].k.bands == (Band(8, 64),)  # type: ignore[union-attr]
     with pytest.raises(ValueError, match="found KV bits 3; expected 32, 16, 8, 4 or 2"):
         cut_spec(spec, bits=3)

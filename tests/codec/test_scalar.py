@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvcompress.codec import scalar
-from kvcompress.codec.spec import EXPECTED_ERROR, STEP, Band, SideSpec
+from kvcompress.codec.bands import EXPECTED_ERROR, STEP, Band, SideSpec
 
 ONE_WIDTH = {bits: SideSpec((Band(bits, 64),)) for bits in (32, 16, 8, 4, 2)}
 BANDED = SideSpec((Band(8, 16), Band(4, 24), Band(2, 16)))

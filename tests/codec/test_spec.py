@@ -6,10 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcompress.codec.gear_spec import Axis, BlockSide, BlockSpec
-from kvcompress.codec.layout import PART_ALIGNMENT, PageLayout
-from kvcompress.codec.shared_spec import PromptSpec, SharedSpec
-from kvcompress.codec.spec import FORMS, Band, CacheSpec, CodecSpec, LayerSpec, SideSpec
+from kvcompress.codec.bands import Band, SideSpec
+from kvcompress.codec.blocks.spec import Axis, BlockSide, BlocksSpec
+from kvcompress.codec.heads.layout import PART_ALIGNMENT, PageLayout
+from kvcompress.codec.heads.spec import HeadsSpec
+from kvcompress.codec.prompt.spec import PromptSpec
+from kvcompress.codec.shared.spec import SharedSpec
+from kvcompress.codec.spec import FORMS, CacheSpec, CodecSpec
 
 widths = st.integers(0, 6).map(lambda groups: groups * 8)
 sides = st.one_of(
@@ -20,7 +23,7 @@ sides = st.one_of(
         st.integers(0, 2),
     ),
 )
-layers = st.builds(LayerSpec, num_kv_heads=st.integers(1, 8), head_dim=st.just(144), k=sides, v=sides)
+layers = st.builds(HeadsSpec, num_kv_heads=st.integers(1, 8), head_dim=st.just(144), k=sides, v=sides)
 
 groups = st.lists(st.integers(0, 40), min_size=1, max_size=4, unique=True).map(lambda found: tuple(sorted(found)))
 numbers = st.integers(0, 64)
@@ -39,14 +42,14 @@ def grouped(draw: st.DrawFn) -> CacheSpec:
 
 
 @st.composite
-def blocks(draw: st.DrawFn) -> BlockSpec:
+def blocks(draw: st.DrawFn) -> BlocksSpec:
     def side(along: Axis) -> BlockSide:
         low_rank, outliers = draw(st.integers(0, 8)), 8 * draw(st.integers(0, 8))
         return BlockSide(
             32, 8 * draw(st.integers(1, 16)), draw(st.sampled_from([2, 4, 8])), along, 16, low_rank, 2, outliers
         )
 
-    return BlockSpec(2, 144, side("tokens"), side("channels"))
+    return BlocksSpec(2, 144, side("tokens"), side("channels"))
 
 
 @given(st.lists(st.one_of(st.none(), layers, grouped(), blocks()), max_size=4))
@@ -60,11 +63,11 @@ def test_json_round_trip(found: list[CacheSpec | None]) -> None:
 
 
 def test_every_form_is_tried_above() -> None:
-    assert {cls.form for cls in (LayerSpec, SharedSpec, PromptSpec, BlockSpec)} == set(FORMS)
+    assert {cls.form for cls in (HeadsSpec, SharedSpec, PromptSpec, BlocksSpec)} == set(FORMS)
 
 
 @given(layers, st.integers(1, 16).map(lambda n: n * 16))
-def test_pages_hold_exactly_the_stated_bytes_without_overlap(layer: LayerSpec, block_size: int) -> None:
+def test_pages_hold_exactly_the_stated_bytes_without_overlap(layer: HeadsSpec, block_size: int) -> None:
     layout = PageLayout.of(layer, block_size)
     assert layout.page_bytes == block_size * layer.bytes_per_token
     parts = [
@@ -84,7 +87,7 @@ def test_pages_hold_exactly_the_stated_bytes_without_overlap(layer: LayerSpec, b
 
 def test_known_sizes() -> None:
     side = SideSpec((Band(4, 64),))
-    layer = LayerSpec(2, 64, side, SideSpec((Band(16, 64),)))
+    layer = HeadsSpec(2, 64, side, SideSpec((Band(16, 64),)))
     assert side.bytes_per_token == 34
     assert layer.bytes_per_token == 2 * (34 + 128)
     assert SideSpec((Band(4, 64),), 2).bytes_per_token == 34 + 2 * 3
@@ -123,20 +126,20 @@ def test_impossible_outliers(bands: tuple[tuple[int, int], ...], outliers: int, 
 
 def test_a_codec_written_before_there_were_outliers_reads_as_having_none() -> None:
     side = {"bands": [[4, 8]]}
-    read = LayerSpec.from_json({"num_kv_heads": 1, "head_dim": 8, "k": side, "v": side})
+    read = HeadsSpec.from_json({"num_kv_heads": 1, "head_dim": 8, "k": side, "v": side})
     assert (read.k.outliers, read.to_json()["k"]) == (0, side)
 
 
 def test_rank_above_head_dim() -> None:
     side = SideSpec((Band(4, 64),))
     with pytest.raises(ValueError, match="more than head_dim 32"):
-        LayerSpec(1, 32, side, side)
+        HeadsSpec(1, 32, side, side)
 
 
 def test_block_size_must_be_a_multiple_of_16() -> None:
     side = SideSpec((Band(4, 8),))
     with pytest.raises(ValueError, match="block size is 24"):
-        PageLayout.of(LayerSpec(1, 8, side, side), 24)
+        PageLayout.of(HeadsSpec(1, 8, side, side), 24)
 
 
 @pytest.mark.parametrize("data", [{}, {"layers": [{"num_kv_heads": 1}]}, {"layers": 3}])

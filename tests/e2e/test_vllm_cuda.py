@@ -12,8 +12,11 @@ from typing import Any
 
 import pytest
 
-from kvcompress.codec.spec import Band, CodecSpec, LayerSpec, SideSpec
-from kvcompress.ops import cuda, cuda_library
+from kvcompress.codec.bands import Band, SideSpec
+from kvcompress.codec.heads.spec import HeadsSpec
+from kvcompress.codec.spec import CodecSpec
+from kvcompress.ops import cuda_library, gpu
+from kvcompress.ops.heads import cuda
 from tests import tiny
 from tests.e2e import reference, vllm_engine
 from tests.ops import emulated
@@ -40,13 +43,13 @@ def spec() -> CodecSpec:
         (SideSpec((Band(8, 16), Band(4, 16)), 1), SideSpec((Band(8, 16), Band(4, 8)))),
     ]
     heads = (tiny.NUM_KV_HEADS, tiny.HEAD_DIM)
-    return CodecSpec(tuple(None if pair is None else LayerSpec(*heads, *pair) for pair in sides))
+    return CodecSpec(tuple(None if pair is None else HeadsSpec(*heads, *pair) for pair in sides))
 
 
 def serve(scenario: dict[str, Any]) -> dict[str, Any]:
     """`vllm_engine.generate` in a process whose memory counts as a GPU's; adds how often each kernel was called."""
     calls: collections.Counter[str] = collections.Counter()
-    cuda.kernels = lambda device: cuda_library.load()
+    gpu.kernels = lambda device: cuda_library.load()
     for name in ("attend", "append", "gather"):
         setattr(cuda, name, counted(name, calls))
     return vllm_engine.generate(scenario) | {"calls": calls}

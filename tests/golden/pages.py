@@ -14,11 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvcompress.codec import fragment, pages
-from kvcompress.codec.layer import LayerCodec, SideCodec
-from kvcompress.codec.layout import PageLayout
-from kvcompress.codec.spec import SideSpec
-from tests.ops.cases import bands
+from kvcompress.codec.bands import SideSpec
+from kvcompress.codec.heads import fragment, pages
+from kvcompress.codec.heads.codec import HeadsCodec, SideCodec
+from kvcompress.codec.heads.layout import PageLayout
+from tests.ops.heads.cases import bands
 
 FILE = Path(__file__).with_suffix(".json")
 HEAD_DIM, HEADS, BLOCK_SIZE = 32, 2, 64
@@ -33,7 +33,7 @@ SIDES = {
 class Golden(NamedTuple):
     """One block of tokens `[64, heads, head_dim]` and its records `[heads, record bytes]`."""
 
-    codec: LayerCodec
+    codec: HeadsCodec
     keys_THD: Tensor
     values_THD: Tensor
     token_major_HX: Tensor
@@ -60,7 +60,7 @@ def make(name: str) -> Golden:
     return Golden(codec, tokens(0), tokens(1), pages_NHX[0], fragment.to_fragment(pages_NHX, codec.spec, BLOCK_SIZE)[0])
 
 
-def codec_of(k: SideSpec, v: SideSpec) -> LayerCodec:
+def codec_of(k: SideSpec, v: SideSpec) -> HeadsCodec:
     """No rotation and no mean, scales powers of two: the projection has no rounding."""
 
     def side(spec: SideSpec) -> SideCodec:
@@ -68,7 +68,7 @@ def codec_of(k: SideSpec, v: SideSpec) -> LayerCodec:
         scale_HR = torch.tensor([2.0, 1.0, 0.5, 0.25]).repeat_interleave(8)[: spec.rank].expand(HEADS, -1).contiguous()
         return SideCodec(spec, torch.zeros(HEADS, HEAD_DIM), identity_HDR, identity_HDR.mT.contiguous(), scale_HR)
 
-    return LayerCodec(side(k), side(v))
+    return HeadsCodec(side(k), side(v))
 
 
 def tokens(side: int) -> Tensor:

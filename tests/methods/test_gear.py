@@ -15,8 +15,8 @@ from kvcompress import recipe as recipes
 from kvcompress.checkpoint.manifest import Manifest
 from kvcompress.checkpoint.reader import Checkpoint
 from kvcompress.checkpoint.verify import verify
-from kvcompress.codec.gear import BlockCodec, BlockSideCodec
-from kvcompress.codec.gear_spec import BlockSpec
+from kvcompress.codec.blocks.codec import BlocksCodec, BlockSideCodec
+from kvcompress.codec.blocks.spec import BlocksSpec
 from kvcompress.geometry import ModelGeometry
 from kvcompress.methods import registry
 from kvcompress.methods.base import Profile
@@ -45,7 +45,7 @@ def compress(model: Path, out: Path, text: str, **options: Any) -> Manifest:
     return Manifest.load(out)
 
 
-def spec(channels: int = 64, **parameters: Any) -> BlockSpec:
+def spec(channels: int = 64, **parameters: Any) -> BlocksSpec:
     geometry = ModelGeometry.from_config(Checkpoint.open(REFERENCE_MODEL).config)
     config = GearConfig.model_validate({"method": "gear", **parameters})
     [found] = Gear().layers(config, geometry, [Profile(channels, channels)])
@@ -231,7 +231,7 @@ def test_error_is_below_quantize_only_on_every_layer_of_the_reference_model(tmp_
     with torch.no_grad():
         cached = model(tokens, use_cache=True).past_key_values.layers
     for codec, layer in zip(load_codec(tmp_path / "out"), cached, strict=True):
-        assert isinstance(codec, BlockCodec)
+        assert isinstance(codec, BlocksCodec)
         for side, states in ((codec.k, layer.keys), (codec.v, layer.values)):
             blocks = states[0].unflatten(1, (-1, 64)).transpose(0, 1)
             for bits in (2, 4, 8):

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcompress.codec.spec import CHANNEL_GROUP, EXPECTED_ERROR, Band, SideSpec
+from kvcompress.codec.bands import CHANNEL_GROUP, EXPECTED_ERROR, Band, SideSpec
 from kvcompress.geometry import ModelGeometry
 from kvcompress.methods.base import Profile
 from kvcompress.methods.scalar import Scalar, ScalarConfig, side_spec

@@ -18,10 +18,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvcompress.codec import fragment
-from kvcompress.codec.layout import FRAGMENT, PageLayout
-from kvcompress.ops import cuda, cuda_library
-from tests.ops.cases import Cache, starts
+from kvcompress.codec.heads import fragment
+from kvcompress.codec.heads.layout import FRAGMENT, PageLayout
+from kvcompress.ops import cuda_library, gpu
+from kvcompress.ops.heads import cuda
+from tests.ops.heads.cases import Cache, starts
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ("api.cu", "blocks.cu", "decode.cu", "encode.cu", "latent.cu", "shared.cu", "store.cu")
@@ -53,7 +54,7 @@ def count_as_gpu(monkeypatch: pytest.MonkeyPatch, copies: str = "sm_90") -> ctyp
     found = library(copies)
     if found is None:
         pytest.skip("no C++ compiler to emulate the CUDA kernels with")
-    monkeypatch.setattr(cuda, "kernels", lambda device: found)
+    monkeypatch.setattr(gpu, "kernels", lambda device: found)
     return found
 
 

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from kvcompress.codec.spec import SideSpec
-from kvcompress.ops.append import append, append_op
-from kvcompress.ops.attention import decode_attention, decode_attention_op
-from kvcompress.ops.plan import LayerPlan
-from tests.ops.cases import Cache, bands, random_cache, random_codec
+from kvcompress.codec.bands import SideSpec
+from kvcompress.ops.heads.append import append, append_op
+from kvcompress.ops.heads.attention import decode_attention, decode_attention_op
+from kvcompress.ops.heads.plan import HeadsPlan
+from tests.ops.heads.cases import Cache, bands, random_cache, random_codec
 
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
 
@@ -39,7 +39,7 @@ def append_arguments(cache: Cache) -> tuple[Any, ...]:
 
 def test_plans_survive_flattening() -> None:
     plan = a_cache(bands((8, 8), (4, 8), (2, 8), outliers=2)).plan
-    again = LayerPlan.unflatten(*plan.flatten())
+    again = HeadsPlan.unflatten(*plan.flatten())
     assert again.spec == plan.spec
     assert torch.equal(again.k_decode_HDR, plan.k_decode_HDR)
     assert torch.equal(again.v.weight_HR, plan.v.weight_HR)

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from kvcompress.ops import interface, library
-from kvcompress.ops.append import append
-from kvcompress.ops.attention import decode_attention
-from tests.ops.cases import bands, exact, random_cache, random_codec, relative_error
+from kvcompress.ops.heads.append import append
+from kvcompress.ops.heads.attention import decode_attention
+from tests.ops.heads.cases import bands, exact, random_cache, random_codec, relative_error
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from kvcompress.codec.groups import of_group
 from kvcompress.codec.nested import WIDEST
-from kvcompress.codec.shared_spec import GroupSpec
 from kvcompress_eval.engines.base import Generation, Scores, contains_all
 from kvcompress_eval.models import codec_spec, end_tokens, is_compressed, read_config
 from kvcompress_eval.tokenizer import TextTokenizer
@@ -71,7 +71,7 @@ class VllmEngine:
         if dtype == "auto" and not torch.cuda.is_available():
             dtype = "float32"
         spec = codec_spec(read_config(model))
-        self._exact_steps = spec is not None and any(isinstance(layer, GroupSpec) for layer in spec.layers)
+        self._exact_steps = spec is not None and any(map(of_group, spec.layers))
         self._tokenizer = tokenizer
         self._ends = end_tokens(model, tokenizer)
         arguments = {

@@ -17,7 +17,8 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from kvcompress.codec.gear import BlockCodec, visible_rows
+from kvcompress.codec.blocks.attention import visible_rows
+from kvcompress.codec.blocks.codec import BlocksCodec
 
 ATTENTION = "kvcompress"
 """Name of the attention function among transformers' own."""
@@ -41,7 +42,7 @@ class BlockLayer(DynamicLayer):  # type: ignore[misc]
 
     is_croppable = False
 
-    def __init__(self, codec: BlockCodec) -> None:
+    def __init__(self, codec: BlocksCodec) -> None:
         super().__init__()
         self.codec = codec
         self.prepared = False

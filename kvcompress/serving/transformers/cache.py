@@ -12,13 +12,13 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from kvcompress.checkpoint import json_file
 from kvcompress.checkpoint.source import resolve
+from kvcompress.codec.blocks.codec import BlocksCodec
 from kvcompress.codec.forms import CacheCodec, GroupCodec
-from kvcompress.codec.gear import BlockCodec
-from kvcompress.codec.layer import LayerCodec
+from kvcompress.codec.groups import check_groups
+from kvcompress.codec.heads.codec import HeadsCodec
 from kvcompress.codec.nested import WIDEST
-from kvcompress.codec.prompt import PromptCodec
-from kvcompress.codec.shared import SharedCodec
-from kvcompress.codec.shared_spec import check_groups
+from kvcompress.codec.prompt.codec import PromptCodec
+from kvcompress.codec.shared.codec import SharedCodec
 from kvcompress.serving.loading import load_codec
 from kvcompress.serving.transformers.blocks import BlockLayer
 from kvcompress.serving.transformers.complete import refuse_unread
@@ -33,7 +33,7 @@ class CompressedLayer(DynamicLayer):  # type: ignore[misc]
     token, the newest included, is attended in its stored form: results do not depend on how a prompt is cut up.
     """
 
-    def __init__(self, codec: LayerCodec) -> None:
+    def __init__(self, codec: HeadsCodec) -> None:
         super().__init__()
         self.codec = codec
 
@@ -125,9 +125,9 @@ def _layers(codecs: Sequence[CacheCodec | None]) -> list[DynamicLayer]:
             else:
                 assert isinstance(codec, PromptCodec), f"no transformers cache for form {codec.spec.form}"
                 layers.append(PromptLayer(codec, members))
-        elif isinstance(codec, BlockCodec):
+        elif isinstance(codec, BlocksCodec):
             layers.append(BlockLayer(codec))
         else:
-            assert isinstance(codec, LayerCodec), f"no transformers cache for form {codec.spec.form}"
+            assert isinstance(codec, HeadsCodec), f"no transformers cache for form {codec.spec.form}"
             layers.append(CompressedLayer(codec))
     return layers

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from kvcompress.codec.prompt import PromptCodec, factor
-from kvcompress.codec.shared import SharedCodec, SharedSide
+from kvcompress.codec.prompt.codec import PromptCodec, factor
+from kvcompress.codec.shared.codec import SharedCodec, SharedSide
 from kvcompress.serving.transformers.records import (
     from_records,
     heads_first,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kvcompress.codec.layer import SideCodec
+from kvcompress.codec.bands import SideSpec
+from kvcompress.codec.heads.codec import SideCodec
 from kvcompress.codec.scalar import Encoded
-from kvcompress.codec.spec import SideSpec
 
 
 def pack(encoded: Encoded, batch: int) -> Tensor:

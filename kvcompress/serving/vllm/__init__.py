@@ -21,11 +21,9 @@ def register() -> None:
 
     compat.register_backend(compat.BACKEND_NAME, "kvcompress.serving.vllm.backend.CompressedAttentionBackend")
     compat.register_backend(compat.DEVICE_BACKEND_NAME, "kvcompress.serving.vllm.device_backend.DeviceAttentionBackend")
-    compat.register_backend(compat.SHARED_BACKEND_NAME, "kvcompress.serving.vllm.shared_backend.SharedAttentionBackend")
-    compat.register_backend(compat.LATENT_BACKEND_NAME, "kvcompress.serving.vllm.latent_backend.LatentAttentionBackend")
-    compat.register_backend(
-        compat.DEVICE_LATENT_BACKEND_NAME, "kvcompress.serving.vllm.latent_backend.DeviceLatentBackend"
-    )
+    compat.register_backend(compat.SHARED_BACKEND_NAME, "kvcompress.serving.vllm.shared.SharedAttentionBackend")
+    compat.register_backend(compat.LATENT_BACKEND_NAME, "kvcompress.serving.vllm.latent.LatentAttentionBackend")
+    compat.register_backend(compat.DEVICE_LATENT_BACKEND_NAME, "kvcompress.serving.vllm.latent.DeviceLatentBackend")
     compat.extend_worker()
     compat.extend_loader()
     metrics.register()

@@ -15,14 +15,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kvcompress.codec import pages
-from kvcompress.codec.layer import LayerCodec
-from kvcompress.codec.layout import PART_ALIGNMENT, TOKEN_MAJOR, PageLayout
-from kvcompress.codec.spec import LayerSpec
-from kvcompress.ops import reference
-from kvcompress.ops.append import append
-from kvcompress.ops.attention import decode_attention
-from kvcompress.ops.plan import LayerPlan
+from kvcompress.codec.heads import pages
+from kvcompress.codec.heads.codec import HeadsCodec
+from kvcompress.codec.heads.layout import PART_ALIGNMENT, TOKEN_MAJOR, PageLayout
+from kvcompress.codec.heads.spec import HeadsSpec
+from kvcompress.ops.heads import reference
+from kvcompress.ops.heads.append import append
+from kvcompress.ops.heads.attention import decode_attention
+from kvcompress.ops.heads.plan import HeadsPlan
 from kvcompress.serving.vllm import compat
 
 
@@ -162,8 +162,8 @@ class CompressedAttentionImpl(compat.AttentionImpl):  # type: ignore[misc]
         self.scale = float(scale)
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
-        self._codec: LayerCodec | None = None
-        self._plan: LayerPlan | None = None
+        self._codec: HeadsCodec | None = None
+        self._plan: HeadsPlan | None = None
         self._layout: PageLayout | None = None
         self._workspace_bytes = 0
 
@@ -174,9 +174,9 @@ class CompressedAttentionImpl(compat.AttentionImpl):  # type: ignore[misc]
 
     def use_codec(self, codec: Any, longest: int) -> None:
         """Set the codec of this rank's KV heads, on the layer's device, for requests of up to `longest` tokens."""
-        assert isinstance(codec, LayerCodec)
+        assert isinstance(codec, HeadsCodec)
         assert (codec.spec.num_kv_heads, codec.spec.head_dim) == (self.num_kv_heads, self.head_size)
-        self._codec, self._plan = codec, LayerPlan.of(codec)
+        self._codec, self._plan = codec, HeadsPlan.of(codec)
         self._workspace_bytes = workspace_bytes(codec.spec, self.num_heads, longest)
 
     def forward(
@@ -239,7 +239,7 @@ class CompressedAttentionImpl(compat.AttentionImpl):  # type: ignore[misc]
         layout = self._layout_of(plan, kv_cache.shape[2])
         return pages.read(records_of(kv_cache, layout), layout, codec, block_1, layout.block_size)
 
-    def _layout_of(self, plan: LayerPlan, block_size: int) -> PageLayout:
+    def _layout_of(self, plan: HeadsPlan, block_size: int) -> PageLayout:
         # The block size that counts is the allocated cache's: vLLM may scale or split blocks after asking for specs.
         if self._layout is None or self._layout.block_size != block_size:
             self._layout = PageLayout.of(plan.spec, block_size, self.order)
@@ -262,7 +262,7 @@ def records_of(kv_cache: Tensor, layout: PageLayout) -> Tensor:
     return kv_cache.view(kv_cache.shape[0], layout.num_kv_heads, layout.record_bytes)
 
 
-def workspace_bytes(spec: LayerSpec, num_heads: int, longest: int) -> int:
+def workspace_bytes(spec: HeadsSpec, num_heads: int, longest: int) -> int:
     """Bytes the torch path of attention takes at most beside its arguments, for requests of `longest` tokens."""
     latents = longest * spec.num_kv_heads * (spec.k.rank + spec.v.rank) * torch.float32.itemsize
     scores = max(reference.SCORE_BYTES, num_heads * longest * torch.float32.itemsize)

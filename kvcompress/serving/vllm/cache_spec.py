@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import torch
 
-from kvcompress.codec.layout import PageLayout
-from kvcompress.codec.spec import LayerSpec
+from kvcompress.codec.heads.layout import PageLayout
+from kvcompress.codec.heads.spec import HeadsSpec
 from kvcompress.serving.vllm.compat import FullAttentionSpec
 
 
-def cache_spec(layer: LayerSpec, block_size: int) -> FullAttentionSpec:
+def cache_spec(layer: HeadsSpec, block_size: int) -> FullAttentionSpec:
     """The cache spec of one layer on this rank.
 
     Args:

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kvcompress.codec.blocks.codec import BlocksCodec
 from kvcompress.codec.forms import CacheCodec, round_trip
-from kvcompress.codec.gear import BlockCodec
-from kvcompress.codec.shared import SharedCodec
+from kvcompress.codec.shared.codec import SharedCodec
 
 
 class Inputs(NamedTuple):
@@ -68,7 +68,7 @@ def answer(codec: CacheCodec | None, layer: Rows, query_QHD: Tensor, start: int,
 
 def _as_stored(codec: CacheCodec | None, side: str, query_Q1: Tensor, token_1T: Tensor, start: int) -> Tensor:
     """Which tokens a query sees in their stored form `[queries, tokens]`."""
-    if isinstance(codec, BlockCodec):
+    if isinstance(codec, BlocksCodec):
         block = codec.spec.block
         return token_1T < (query_Q1 + 1) // block * block
     if isinstance(codec, SharedCodec) and side in codec.shared_sides:

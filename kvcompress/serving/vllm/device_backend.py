@@ -15,11 +15,12 @@ from typing import Any
 
 from torch import Tensor
 
-from kvcompress.codec.layout import CHUNK_TOKENS, FRAGMENT, PageLayout
-from kvcompress.codec.spec import LayerSpec
-from kvcompress.ops import cuda, prefill
-from kvcompress.ops.gather import gather_decode
-from kvcompress.ops.plan import LayerPlan
+from kvcompress.codec.heads.layout import CHUNK_TOKENS, FRAGMENT, PageLayout
+from kvcompress.codec.heads.spec import HeadsSpec
+from kvcompress.ops import gpu
+from kvcompress.ops.heads import cuda, prefill
+from kvcompress.ops.heads.gather import gather_decode
+from kvcompress.ops.heads.plan import HeadsPlan
 from kvcompress.serving.vllm import compat, limits
 from kvcompress.serving.vllm.backend import (
     CompressedAttentionBackend,
@@ -31,13 +32,13 @@ from kvcompress.serving.vllm.backend import (
 )
 
 
-def backend_for(layer: LayerSpec, config: compat.VllmConfig) -> type[CompressedAttentionBackend]:
+def backend_for(layer: HeadsSpec, config: compat.VllmConfig) -> type[CompressedAttentionBackend]:
     """The backend of a layer with this codec: the one place where the order of bytes in its pages is decided.
 
     Raises:
         ValueError: the operator has chosen a block size that the CUDA kernels cannot read.
     """
-    library = cuda.kernels(compat.device(config))
+    library = gpu.kernels(compat.device(config))
     if library is None or not cuda.covers(library, layer):
         return CompressedAttentionBackend
     limits.check_kernel_blocks(config)
@@ -94,7 +95,7 @@ class DeviceMetadataBuilder(CompressedMetadataBuilder):
     @classmethod
     def get_cudagraph_support(cls, vllm_config: compat.VllmConfig, kv_cache_spec: Any) -> compat.AttentionCGSupport:
         """Of steps in which all requests have as many queries, if the kernels take so many."""
-        if compat.most_decode_queries(vllm_config) > cuda.MOST_QUERIES:
+        if compat.most_decode_queries(vllm_config) > gpu.MOST_QUERIES:
             return compat.AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
         return cls._cudagraph_support
 
@@ -123,7 +124,7 @@ def parts_of(batch: compat.CommonAttentionMetadata, starts: Tensor, lengths: Ten
     Args:
         starts, lengths: of all requests, on the device.
     """
-    if batch.max_query_len <= cuda.MOST_QUERIES:
+    if batch.max_query_len <= gpu.MOST_QUERIES:
         # Maybe captured: nothing here may depend on more than shapes.
         yield Part(slice(None), slice(0, batch.num_actual_tokens), starts, lengths, batch.max_query_len)
         return
@@ -132,7 +133,7 @@ def parts_of(batch: compat.CommonAttentionMetadata, starts: Tensor, lengths: Ten
     # The engine's bounds are exact for requests that are fed their prompt.
     bounds = batch.seq_lens_cpu_upper_bound
     length_of = (lengths.cpu() if bounds is None else bounds).tolist()
-    for long, run in itertools.groupby(range(batch.num_reqs), lambda request: queries[request] > cuda.MOST_QUERIES):
+    for long, run in itertools.groupby(range(batch.num_reqs), lambda request: queries[request] > gpu.MOST_QUERIES):
         members = list(run)
         if long:
             for request in members:
@@ -164,7 +165,7 @@ class DeviceAttentionImpl(CompressedAttentionImpl):
         layout = self._layout_of(plan, kv_cache.shape[2])
         return gather_decode(records_of(kv_cache, layout), layout, plan, block_1, layout.block_size)
 
-    def _layout_of(self, plan: LayerPlan, block_size: int) -> PageLayout:
+    def _layout_of(self, plan: HeadsPlan, block_size: int) -> PageLayout:
         if (self._layout is None or self._layout.block_size != block_size) and not cuda.covers_blocks(block_size):
             raise ValueError(limits.kernel_blocks(block_size))
         return super()._layout_of(plan, block_size)

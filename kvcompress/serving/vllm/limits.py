@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvcompress.codec.forms import CacheCodec
-from kvcompress.codec.layout import CHUNK_TOKENS, PART_ALIGNMENT
+from kvcompress.codec.groups import check_groups, of_group
+from kvcompress.codec.heads.layout import CHUNK_TOKENS, PART_ALIGNMENT
+from kvcompress.codec.prompt.spec import PromptSpec
 from kvcompress.codec.rope import Rope
-from kvcompress.codec.shared import SharedCodec
-from kvcompress.codec.shared_spec import GroupSpec, PromptSpec, SharedSpec, check_groups
+from kvcompress.codec.shared.codec import SharedCodec
+from kvcompress.codec.shared.spec import SharedSpec
 from kvcompress.codec.spec import CacheSpec, CodecSpec
-from kvcompress.ops import cuda, cuda_library
+from kvcompress.ops import cuda_library
+from kvcompress.ops.heads import cuda
 from kvcompress.serving.loading import CANARY, canary_is_asked_for
 from kvcompress.serving.vllm import compat
 
@@ -49,7 +52,7 @@ def check_engine(config: compat.VllmConfig, codec: CodecSpec) -> None:
             f"{-(-block_size // PART_ALIGNMENT) * PART_ALIGNMENT}"
         )
     parallel = config.parallel_config
-    if any(isinstance(layer, GroupSpec) for layer in codec.layers):
+    if any(map(of_group, codec.layers)):
         _check_shared(config, codec)
     for option in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         size = getattr(parallel, option)

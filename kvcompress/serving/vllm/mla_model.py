@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kvcompress.serving.vllm import compat
 from kvcompress.serving.vllm.compat_llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
-from kvcompress.serving.vllm.latent_backend import backend_for, rotary
+from kvcompress.serving.vllm.latent import backend_for, rotary
 from kvcompress.serving.vllm.quantization import KVCompressConfig
 from kvcompress.serving.vllm.startup import heads_of_rank
 

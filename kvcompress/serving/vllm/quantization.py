@@ -14,19 +14,22 @@ import torch
 
 from kvcompress.checkpoint.quantized import base_section
 from kvcompress.checkpoint.reader import QUANT_METHOD
-from kvcompress.codec.gear_spec import BlockSpec
+from kvcompress.codec.blocks.spec import BlocksSpec
+from kvcompress.codec.heads.spec import HeadsSpec
 from kvcompress.codec.nested import cut_spec
-from kvcompress.codec.shared_spec import SharedSpec
-from kvcompress.codec.spec import CacheSpec, LayerSpec
+from kvcompress.codec.shared.spec import SharedSpec
+from kvcompress.codec.spec import CacheSpec
 from kvcompress.modeling.low_rank import ranks_of
 from kvcompress.serving.loading import kv_bits, kv_rank, read_spec
-from kvcompress.serving.vllm import compat, device_backend, gear_backend, limits, shared_backend, weights
+from kvcompress.serving.vllm import blocks as gear_backend
+from kvcompress.serving.vllm import compat, device_backend, limits, weights
+from kvcompress.serving.vllm import shared as shared_backend
 from kvcompress.serving.vllm.backend import CompressedAttentionBackend, CompressedAttentionImpl
 from kvcompress.serving.vllm.cache_spec import cache_spec
 from kvcompress.serving.vllm.delegation import DelegatingConfig
 from kvcompress.serving.vllm.low_rank import LowRankLinearMethod, part_ranks
 from kvcompress.serving.vllm.sentinel import Sentinel
-from kvcompress.serving.vllm.shared_backend import SharedAttentionBackend, SharedAttentionImpl
+from kvcompress.serving.vllm.shared import SharedAttentionBackend, SharedAttentionImpl
 from kvcompress.serving.vllm.startup import Startup
 
 
@@ -127,7 +130,7 @@ class CompressedCacheMethod(compat.BaseKVCacheMethod):  # type: ignore[misc]
         limits.check_layer(layer, self._name, spec, self._startup.vllm_config)
         codec = self._startup.codec_of(self._index)
         local = codec.spec
-        if isinstance(local, BlockSpec):
+        if isinstance(local, BlocksSpec):
             hybrid = None in self.quant_config.codec_spec.layers
             ring = gear_backend.attach(layer, self._name, local, self._startup.vllm_config, hybrid)
             self._startup.note_compressed(self._index, layer, codec, ring.nbytes)
@@ -139,7 +142,7 @@ class CompressedCacheMethod(compat.BaseKVCacheMethod):  # type: ignore[misc]
             backend, impl = SharedAttentionBackend, SharedAttentionImpl(*sizes)
             impl.use_group(self._startup.join_group(local, layer, self._name), local)
         else:
-            assert isinstance(local, LayerSpec), f"no vLLM backend for form {local.form}"
+            assert isinstance(local, HeadsSpec), f"no vLLM backend for form {local.form}"
             backend = device_backend.backend_for(local, self._startup.vllm_config)
             impl = backend.get_impl_cls()(*sizes)
         compat.attach(
@@ -160,5 +163,5 @@ class CompressedCacheMethod(compat.BaseKVCacheMethod):  # type: ignore[misc]
 def _cache_spec(layer: CacheSpec, block_size: int) -> compat.FullAttentionSpec:
     if isinstance(layer, SharedSpec):
         return shared_backend.cache_spec(layer, block_size)
-    assert isinstance(layer, LayerSpec)
+    assert isinstance(layer, HeadsSpec)
     return cache_spec(layer, block_size)

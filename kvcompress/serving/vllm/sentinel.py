@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from kvcompress.codec import scalar
+from kvcompress.codec.blocks.codec import BlocksCodec
 from kvcompress.codec.forms import CacheCodec
-from kvcompress.codec.gear import BlockCodec
-from kvcompress.codec.layer import LayerCodec
-from kvcompress.codec.shared import SharedCodec
-from kvcompress.codec.shared_pages import SharedLayout
+from kvcompress.codec.heads.codec import HeadsCodec
+from kvcompress.codec.shared.codec import SharedCodec
+from kvcompress.codec.shared.pages import SharedLayout
 from kvcompress.serving.vllm import compat
 from kvcompress.serving.vllm.metrics import Numbers
 from kvcompress.serving.vllm.served import Served
@@ -164,9 +164,9 @@ def _decoded(served: Served, block_1: Tensor) -> list[Tensor]:
     tokens = cache.shape[2]
     if codec is None:
         return [cache[block_1][0, 0].float()]
-    if isinstance(codec, LayerCodec):
+    if isinstance(codec, HeadsCodec):
         return [side.flatten(1) for side in served.layer.impl.latents(cache, block_1)]
-    if isinstance(codec, BlockCodec):
+    if isinstance(codec, BlocksCodec):
         spec = codec.spec
         records = cache.view(cache.shape[0], spec.num_kv_heads, tokens // spec.block, spec.record_bytes)
         return [side.flatten(1) for side in codec.open(records[block_1][0].transpose(0, 1))]

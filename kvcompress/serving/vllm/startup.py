@@ -19,7 +19,7 @@ from kvcompress.checkpoint.verify import require_verified, verify_codec
 from kvcompress.codec.canary import ModelStatement, unstated_prompt
 from kvcompress.codec.forms import CacheCodec
 from kvcompress.codec.nested import cut_codecs
-from kvcompress.codec.shared_spec import SharedSpec
+from kvcompress.codec.shared.spec import SharedSpec
 from kvcompress.codec.spec import CodecSpec
 from kvcompress.serving.loading import CANARY, canary_is_asked_for, load_codec, load_statement
 from kvcompress.serving.vllm import canary, compat, limits
@@ -36,7 +36,7 @@ from kvcompress.serving.vllm.report import (
 )
 from kvcompress.serving.vllm.sentinel import Sentinel
 from kvcompress.serving.vllm.served import Served
-from kvcompress.serving.vllm.shared_backend import LayerGroup
+from kvcompress.serving.vllm.shared import LayerGroup
 
 SKIP_VERIFY = "KVCOMPRESS_SKIP_VERIFY"
 """Set to 1 to leave out the hashing of model weights; the codec and the manifest are checked in any case."""

@@ -1,0 +1,195 @@
+"""The CUDA kernels for MLA latents on torch tensors. Nothing here waits for the device or reads from it."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+import torch
+from torch import Tensor
+
+from kvcompress.ops import cuda_library, gpu, interface
+from kvcompress.ops.latent.plan import latent_pages_struct
+from kvcompress.ops.rows import DTYPES, rows_struct
+
+LEAST_TOKENS = 128
+"""A split has at least as many; the kernels see to it (csrc/cuda/latent_args.h)."""
+
+SPLIT_COST = 256
+"""Tokens in whose time a split begins and is merged, estimated from the bytes of both."""
+
+FEW_ROWS = 16
+"""Query rows of a request up to which two blocks of threads fit on a multiprocessor."""
+
+
+class AttendArgs(ctypes.Structure):
+    _fields_ = (
+        ("pages", interface.LatentPages),
+        ("query", interface.Rows),
+        ("output", interface.Rows),
+        ("workspace", ctypes.c_void_p),
+        ("block_table", ctypes.c_void_p),
+        ("block_table_stride", ctypes.c_int64),
+        ("query_starts", ctypes.c_void_p),
+        ("seq_lens", ctypes.c_void_p),
+        ("num_tokens", ctypes.c_int64),
+        ("num_requests", ctypes.c_int32),
+        ("max_query_len", ctypes.c_int32),
+        ("num_heads", ctypes.c_int32),
+        ("rank", ctypes.c_int32),
+        ("splits", ctypes.c_int32),
+        ("softmax_scale", ctypes.c_float),
+        ("stream", ctypes.c_void_p),
+    )
+
+
+class AppendArgs(ctypes.Structure):
+    _fields_ = (
+        ("pages", interface.LatentPages),
+        ("keys", interface.Rows),
+        ("slots", ctypes.c_void_p),
+        ("num_tokens", ctypes.c_int64),
+        ("stream", ctypes.c_void_p),
+    )
+
+
+def library_for(pages_NSC: Tensor) -> ctypes.CDLL | None:
+    """The kernels, if these pages are on a GPU."""
+    return gpu.kernels(pages_NSC.device)
+
+
+def covers_append(pages_NSC: Tensor, key_TC: Tensor) -> bool:
+    """Whether tokens are stored as they are."""
+    same = (pages_NSC.device, pages_NSC.dtype, 1, 1) == (
+        key_TC.device,
+        key_TC.dtype,
+        key_TC.stride(-1),
+        pages_NSC.stride(-1),
+    )
+    return same and pages_NSC.dtype in DTYPES and key_TC.shape[1] == pages_NSC.shape[2]
+
+
+def covers_attention(library: ctypes.CDLL, output_THR: Tensor, query_THC: Tensor, pages_NSC: Tensor) -> bool:
+    """Whether there is a kernel for these shapes and strides: tensor cores take 16-bit numbers, copies 16 bytes."""
+    tensors = (pages_NSC, query_THC, output_THR)
+    if any((x.dtype, x.device, x.stride(2)) != (pages_NSC.dtype, pages_NSC.device, 1) for x in tensors):
+        return False
+    on_16_bytes = pages_NSC.data_ptr() % 16 == 0 and pages_NSC.stride(0) % 8 == 0 and pages_NSC.stride(1) % 8 == 0
+    on_4_bytes = query_THC.data_ptr() % 4 == 0 and query_THC.stride(0) % 2 == 0 and query_THC.stride(1) % 2 == 0
+    return on_16_bytes and on_4_bytes and covers(library, pages_NSC.shape[2], pages_NSC.dtype)
+
+
+def covers(library: ctypes.CDLL, channels: int, dtype: torch.dtype) -> bool:
+    """Whether there is a kernel for such latents."""
+    sixteen_bits = dtype in (torch.bfloat16, torch.float16)
+    return sixteen_bits and channels % 16 == 0 and channels <= most_channels(library)
+
+
+@functools.cache
+def most_channels(library: ctypes.CDLL) -> int:
+    """What a multiprocessor's shared memory has room for: 2272 channels on an H100 or H200, 1584 on an A100."""
+    found = ctypes.c_int32()
+    cuda_library.check(library, library.kvc_cuda_latent_most_channels(ctypes.byref(found)))
+    return found.value
+
+
+def append(library: ctypes.CDLL, pages_NSC: Tensor, key_TC: Tensor, slots_T: Tensor) -> None:
+    """`ops.latent.append` on the device. A slot outside the cache is skipped: refusing it would mean waiting."""
+    assert key_TC.shape[0] == slots_T.shape[0]
+    slots_T = slots_T.to(torch.int64).contiguous()
+    args = AppendArgs(
+        pages=latent_pages_struct(pages_NSC),
+        keys=rows_struct(key_TC[:, None]),
+        slots=slots_T.data_ptr(),
+        num_tokens=slots_T.shape[0],
+        stream=gpu.stream(pages_NSC.device),
+    )
+    cuda_library.check(library, library.kvc_cuda_latent_append(ctypes.byref(args)))
+
+
+def attend(
+    library: ctypes.CDLL,
+    output_THR: Tensor,
+    query_THC: Tensor,
+    pages_NSC: Tensor,
+    block_table_RN: Tensor,
+    query_starts: Tensor,
+    seq_lens: Tensor,
+    softmax_scale: float,
+    max_query_len: int,
+    splits: int | None = None,
+) -> None:
+    """`ops.latent.attend` with everything on the device.
+
+    Args:
+        block_table_RN, query_starts, seq_lens: int32.
+        max_query_len: the most queries of a request.
+        splits: parts a request's tokens are cut into; chosen from shapes alone if not given.
+    """
+    tokens, heads, rank = output_THR.shape
+    requests = seq_lens.shape[0]
+    if not tokens or not requests:
+        return
+    assert block_table_RN.stride(-1) == 1
+    if splits is None:
+        context = block_table_RN.shape[1] * pages_NSC.shape[1]
+        splits = choose_splits(requests, max_query_len * heads, context, gpu.multiprocessors(pages_NSC.device))
+    partial = _partial(splits, tokens * heads, rank)
+    workspace = torch.empty(partial, device=pages_NSC.device)
+    args = AttendArgs(
+        pages=latent_pages_struct(pages_NSC),
+        query=rows_struct(query_THC),
+        output=rows_struct(output_THR),
+        workspace=workspace.data_ptr() if partial else None,
+        block_table=block_table_RN.data_ptr(),
+        block_table_stride=block_table_RN.stride(0),
+        query_starts=query_starts.data_ptr(),
+        seq_lens=seq_lens.data_ptr(),
+        num_tokens=tokens,
+        num_requests=requests,
+        max_query_len=max_query_len,
+        num_heads=heads,
+        rank=rank,
+        splits=splits,
+        softmax_scale=softmax_scale,
+        stream=gpu.stream(pages_NSC.device),
+    )
+    cuda_library.check(library, library.kvc_cuda_latent_attend(ctypes.byref(args)))
+
+
+@functools.cache
+def workspace_bytes(tokens: int, heads: int, rank: int, longest: int, device: torch.device) -> int:
+    """Bytes that `attend` takes at most beside its arguments, in steps of so many query tokens.
+
+    Of one request, or of one each of up to a thousand requests: between the two there are more rows and fewer splits.
+    """
+    multiprocessors = gpu.multiprocessors(device)
+    prompts = (
+        (queries, choose_splits(1, queries * heads, longest, multiprocessors)) for queries in range(1, tokens + 1, 8)
+    )
+    decoding = (
+        (requests, choose_splits(requests, heads, longest, multiprocessors))
+        for requests in range(1, min(tokens, 1024) + 1)
+    )
+    most = max(_partial(splits, queries * heads, rank) for queries, splits in (*prompts, *decoding))
+    return most * torch.float32.itemsize
+
+
+def _partial(splits: int, rows: int, rank: int) -> int:
+    """Numbers that splits leave to be merged: of every row its sums, and their weight."""
+    padded_rank = -(-rank // 16) * 16
+    return splits * rows * (padded_rank + 1) if splits > 1 else 0
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_splits(requests: int, rows: int, context: int, multiprocessors: int) -> int:
+    """Parts of each request, so that as many blocks of threads run at a time as fit, in as few turns.
+
+    Args:
+        rows: of one request, query tokens times heads.
+        context: the most tokens of a request.
+    """
+    tiles, places = (1, 2 * multiprocessors) if rows <= FEW_ROWS else (-(-rows // 32), multiprocessors)
+    blocks = requests * tiles
+    most = max(1, min(context // LEAST_TOKENS, places))
+    return min(range(1, most + 1), key=lambda splits: -(-blocks * splits // places) * (context / splits + SPLIT_COST))

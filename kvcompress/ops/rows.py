@@ -1,0 +1,43 @@
+"""Tensors as kernels read them: rows of numbers, and numbers of a batch."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kvcompress.ops import interface
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""Numbers of the types kernels read and write (kvc_dtype)."""
+
+
+def rows_covered(*rows_THD: Tensor) -> bool:
+    """Whether the CPU kernels can read or write these tensors."""
+    return all(rows.device.type == "cpu" and rows.dtype in DTYPES and rows.stride(-1) == 1 for rows in rows_THD)
+
+
+def rows_struct(rows_THD: Tensor) -> interface.Rows:
+    return interface.Rows(rows_THD.data_ptr(), rows_THD.stride(0), rows_THD.stride(1), DTYPES[rows_THD.dtype])
+
+
+def int32_rows(numbers: Tensor | Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+    """Numbers as kernels read them: int32, those of a row side by side."""
+    if not isinstance(numbers, Tensor):
+        return torch.tensor(numbers, dtype=torch.int32, device=device)
+    found = numbers.to(device=device, dtype=torch.int32)
+    return found if found.stride(-1) == 1 else found.contiguous()
+
+
+def host_list(numbers: Tensor | Sequence[int]) -> Sequence[int]:
+    """Numbers as the torch code loops over them."""
+    return numbers.tolist() if isinstance(numbers, Tensor) else numbers
+
+
+def most_queries(query_starts: Tensor | Sequence[int], tokens: int) -> int:
+    """The most queries of a request; where only the device knows, all tokens could be one request's."""
+    if isinstance(query_starts, Tensor) and query_starts.device.type != "cpu":
+        return tokens
+    return max((stop - start for start, stop in itertools.pairwise(host_list(query_starts))), default=0)

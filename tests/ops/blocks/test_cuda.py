@@ -1,0 +1,356 @@
+"""The CUDA kernels for blocks and rings, run warp by warp on the CPU, against float64 attention on decoded blocks."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvcompress.codec.blocks.spec import BlockSide
+from kvcompress.ops import gpu
+from kvcompress.ops.blocks import attention as blocks
+from kvcompress.ops.blocks import cuda as cuda_blocks
+from kvcompress.ops.blocks import reference as block_reference
+from kvcompress.ops.blocks import store as block_store
+from kvcompress.ops.blocks.plan import BlocksPlan
+from tests.ops import emulated
+from tests.ops.blocks.cases import Batch, batch_of, random_batch, random_codec
+from tests.ops.blocks.cuda_sides import BAR, SHAPES, cuda_sides, random_query
+from tests.ops.heads.cases import POISON, relative_error
+
+Specs = tuple[BlockSide, BlockSide]
+
+
+def numbers(*rows: list[int]) -> list[Tensor]:
+    return [torch.tensor(row, dtype=torch.int32) for row in rows]
+
+
+def attend(
+    kernels: ctypes.CDLL, batch: Batch, query_THD: Tensor, splits: int | None = None, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    assert cuda_blocks.covered(batch.plan, batch.pages_NHMB.shape[2])
+    output_THD, lse_TH = torch.full_like(query_THD, torch.nan), torch.full(query_THD.shape[:2], torch.nan)
+    ring_R, starts_R, lengths_R = numbers(batch.ring_R, batch.query_starts, batch.seq_lens)
+    cuda_blocks.attend(
+        kernels,
+        output_THD,
+        query_THD,
+        batch.newest(0),
+        batch.newest(1),
+        batch.pages_NHMB,
+        batch.rings_NHXPD,
+        ring_R,
+        batch.plan,
+        batch.block_table_RN,
+        starts_R,
+        lengths_R,
+        scale or query_THD.shape[2] ** -0.5,
+        lse_TH,
+        max(batch.query_lens),
+        splits,
+    )
+    return output_THD, lse_TH
+
+
+def assert_exact(
+    kernels: ctypes.CDLL, batch: Batch, query_THD: Tensor, splits: int | None = None, bar: float = BAR
+) -> tuple[Tensor, Tensor]:
+    output_THD, lse_TH = attend(kernels, batch, query_THD, splits)
+    expected_THD, expected_TH = batch.exact(query_THD)
+    assert relative_error(output_THD, expected_THD) < bar
+    torch.testing.assert_close(lse_TH.double(), expected_TH, rtol=1e-4, atol=2e-3)
+    return output_THD, lse_TH
+
+
+@pytest.mark.parametrize(("head_dim", "specs"), SHAPES)
+def test_every_instance(kernels: ctypes.CDLL, head_dim: int, specs: Specs) -> None:
+    """Ragged lengths, NaN in all that was never written, table entries of -1, one query token or several."""
+    batch = random_batch(random_codec(2, head_dim, specs), [1, 63, 64, 65, 330], [1, 1, 1, 1, 3])
+    assert_exact(kernels, batch, random_query(7, 8, head_dim))
+
+
+def test_every_listed_pair_of_widths_is_tried() -> None:
+    assert {(k.bits, v.bits) for _, (k, v) in SHAPES} == set(cuda_blocks.BITS)
+
+
+@pytest.mark.parametrize("group", [1, 7, 12])
+def test_group_sizes_and_queries_across_blocks(kernels: ctypes.CDLL, group: int) -> None:
+    """Rows of one tile see different blocks, and different tokens exactly."""
+    batch = random_batch(random_codec(2, 64, cuda_sides(64, 4)), [130, 20, 195], [70, 20, 5])
+    assert_exact(kernels, batch, random_query(95, 2 * group, 64))
+
+
+@pytest.mark.parametrize("per_page", [1, 4])
+def test_blocks_per_page(kernels: ctypes.CDLL, per_page: int) -> None:
+    batch = random_batch(random_codec(1, 64, cuda_sides(64, 2)), [63, 700], [1, 4], per_page)
+    assert_exact(kernels, batch, random_query(5, 4, 64))
+
+
+def test_splits_agree(kernels: ctypes.CDLL) -> None:
+    """Also with more splits than blocks."""
+    batch = random_batch(random_codec(2, 64, cuda_sides(64, 4)), [900, 64, 1], [2, 1, 1])
+    query_THD = random_query(4, 8, 64)
+    whole_THD, whole_TH = assert_exact(kernels, batch, query_THD, 1)
+    for splits in (2, 3, 20):
+        split_THD, split_TH = assert_exact(kernels, batch, query_THD, splits)
+        assert relative_error(split_THD, whole_THD.double()) < 5e-4
+        torch.testing.assert_close(split_TH, whole_TH, rtol=1e-5, atol=1e-5)
+
+
+def test_the_two_ways_of_copying_agree() -> None:
+    libraries = [emulated.library(copies) for copies in emulated.COPIES]
+    if None in libraries:
+        pytest.skip("no C++ compiler to emulate the CUDA kernels with")
+    batch = random_batch(random_codec(2, 64, cuda_sides(64, 4, v_bits=2)), [1100, 64], [1, 1])
+    results = [attend(found, batch, random_query(2, 8, 64)) for found in libraries if found is not None]
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+def test_a_long_context_stays_exact(kernels: ctypes.CDLL) -> None:
+    """Nearly uniform attention: sums of offsets are thousands of times the result."""
+    batch = random_batch(random_codec(1, 64, cuda_sides(64, 4, v_bits=2)), [4100], [1])
+    assert_exact(kernels, batch, 0.05 * random_query(1, 4, 64))
+
+
+@pytest.mark.parametrize(("dtype", "bar"), [(torch.bfloat16, 4e-3), (torch.float16, 2e-3)])
+def test_dtypes(kernels: ctypes.CDLL, dtype: torch.dtype, bar: float) -> None:
+    """Of queries, keys, values, rings and output; the latter's rounding is the larger part of the error."""
+    batch = random_batch(random_codec(2, 64, cuda_sides(64, 4)), [90, 31, 200], [3, 2, 1], dtype=dtype)
+    assert_exact(kernels, batch, random_query(6, 8, 64, dtype), bar=bar)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize(
+    "case", ["outlier channels", "constant channels", "constant", "zeros", "huge", "tiny", "dominant token", "sink"]
+)
+def test_adversarial_values(kernels: ctypes.CDLL, bits: int, case: str) -> None:
+    keys_THD, values_THD = torch.randn(2, 180, 2, 64, generator=torch.Generator().manual_seed(3))
+    query_THD = random_query(3, 8, 64)
+    if case == "outlier channels":
+        keys_THD[..., ::13] *= 100
+        values_THD[..., 5] *= 100
+        query_THD *= 0.02  # scores of ordinary size: a half's rounding of larger ones is larger, whoever rounds
+    elif case == "constant channels":
+        keys_THD[..., ::7] = 30
+        values_THD[..., ::5] = -20
+        query_THD *= 0.05
+    elif case == "constant":
+        keys_THD[:], values_THD[:] = keys_THD[0].clone(), values_THD[0].clone()
+    elif case == "zeros":
+        keys_THD[:], values_THD[:] = 0, 0
+        query_THD[1] = 0
+    elif case == "huge":
+        keys_THD[:] = 6e4 * keys_THD.sign()
+        values_THD[:] = 6e4 * values_THD.sign()
+        query_THD *= 1e-5
+    elif case == "tiny":
+        keys_THD *= 1e-7
+        values_THD *= 1e-7
+    elif case == "dominant token":
+        keys_THD[77] = 40 * query_THD[2, ::4]
+    else:
+        keys_THD[0, :, 3] = 500
+        values_THD[0] *= 1e-3
+        query_THD *= 0.1
+    batch = batch_of(random_codec(2, 64, cuda_sides(64, bits)), [(keys_THD, values_THD)], [3])
+    output_THD, _ = attend(kernels, batch, query_THD)
+    expected_THD, _ = batch.exact(query_THD)
+    # Zeros are the mean plus its opposite: the mean is the size of what is added up.
+    size = max(float(expected_THD.norm()), float(batch.plan.v_mean_HD.norm()))
+    assert float((output_THD.double() - expected_THD).norm()) < 3e-3 * size
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-6, 1e6, 1e30])
+def test_queries_beyond_the_range_of_a_half(kernels: ctypes.CDLL, scale: float) -> None:
+    batch = random_batch(random_codec(1, 64, cuda_sides(64, 4)), [100], [1])
+    query_THD = random_query(1, 4, 64)
+    output_THD, _ = attend(kernels, batch, scale * query_THD, scale=0.125 / scale)
+    assert relative_error(output_THD, batch.exact(query_THD)[0]) < BAR
+
+
+@pytest.mark.parametrize("length", [50, 70])
+def test_a_query_that_is_not_finite_stays_visible(kernels: ctypes.CDLL, length: int) -> None:
+    batch = random_batch(random_codec(1, 64, cuda_sides(64, 4)), [length], [2])
+    query_THD = random_query(2, 2, 64)
+    query_THD[0, 1, 5] = torch.nan
+    output_THD, _ = attend(kernels, batch, query_THD, splits=2)
+    assert output_THD[0, 1].isnan().all()
+    assert output_THD[:, 0].isfinite().all()
+    assert output_THD[1].isfinite().all()
+
+
+def test_requests_without_queries_are_skipped(kernels: ctypes.CDLL) -> None:
+    batch = random_batch(random_codec(1, 64, cuda_sides(64, 4)), [20, 130, 140], [1, 0, 1])
+    assert_exact(kernels, batch, random_query(2, 2, 64))
+
+
+@pytest.mark.parametrize("damaged", [1, 40])
+def test_damaged_places_of_outliers_stay_inside(kernels: ctypes.CDLL, damaged: int) -> None:
+    """Places that no entry has are read as the last entry's, and nothing beyond the matrix is written."""
+    specs = cuda_sides(64, 4, v_rank=48)
+    batch = random_batch(random_codec(1, 64, specs), [10 * 64 + 3], [1])
+    ends = (specs[0].nbytes, specs[0].nbytes + specs[1].nbytes)
+    for end, side in zip(ends, specs, strict=True):
+        size = side.parts()["outlier_places"]
+        if damaged > 1:  # several at one place count nothing, because only the torch code adds them up
+            batch.pages_NHMB[..., end - 2 * size : end - size] = 0
+        batch.pages_NHMB[..., end - 2 * damaged : end] = POISON
+    assert_exact(kernels, batch, random_query(1, 2, 64))
+
+
+def test_rows_side_by_side_and_not_aligned(kernels: ctypes.CDLL) -> None:
+    batch = random_batch(random_codec(2, 64, cuda_sides(64, 4)), [90, 33], [1, 3], dtype=torch.bfloat16)
+    query_THD = random_query(4, 4, 64, torch.bfloat16)
+    expected_THD, _ = attend(kernels, batch, query_THD)
+    one = torch.zeros(4, 1, 64, dtype=torch.bfloat16)
+    # One projection's rows, and the same a few bytes later.
+    for offset in (0, 3):
+        flat = torch.zeros(4 * 9 * 64 + offset, dtype=torch.bfloat16)
+        wide_THD = flat[offset:].view(4, 9, 64).copy_(torch.cat([query_THD, batch.newest(0), batch.newest(1), one], 1))
+        output_THD = torch.full((4, 5, 64), torch.nan, dtype=torch.bfloat16)
+        ring_R, starts_R, lengths_R = numbers(batch.ring_R, batch.query_starts, batch.seq_lens)
+        rows = (wide_THD[:, :4], wide_THD[:, 4:6], wide_THD[:, 6:8], batch.pages_NHMB, batch.rings_NHXPD, ring_R)
+        table = (batch.plan, batch.block_table_RN, starts_R, lengths_R)
+        cuda_blocks.attend(kernels, output_THD[:, :4], *rows, *table, 0.125, None, 3)
+        assert torch.equal(output_THD[:, :4], expected_THD)
+        assert output_THD[:, 4].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keep(kernels: ctypes.CDLL, dtype: torch.dtype) -> None:
+    """Requests with fewer tokens than places, as many, more, and none; padding behind them."""
+    generator = torch.Generator().manual_seed(4)
+    counts, places = [1, 5, 67, 0, 150], 67
+    starts, lengths = [0, 1, 6, 73, 73, 223], [9, 70, 200, 4, 150]
+    keys_THD, values_THD = torch.randn(2, 230, 4, 16, generator=generator).to(dtype)[:, :, 1:3]
+    one, other = (torch.full((9, 3, 2, places, 16), torch.nan, dtype=dtype)[:, 1:] for _ in range(2))
+    ring_R, starts_R, lengths_R = numbers([7, 0, 3, 1, 5], starts, lengths)
+    cuda_blocks.keep(kernels, one, ring_R, keys_THD, values_THD, starts_R, lengths_R)
+    block_store.keep(other, ring_R, keys_THD[:223], values_THD[:223], starts_R, lengths_R)
+    assert int(one.isfinite().sum()) == 2 * 2 * 16 * sum(min(count, places) for count in counts)
+    assert torch.equal(one.nan_to_num(9), other.nan_to_num(9))
+
+
+@pytest.mark.parametrize(
+    ("change", "per_page"),
+    [
+        ({}, 3),
+        ({"rank": 24}, 1),
+        ({"rank": 144}, 1),
+        ({"low_rank": 3}, 1),
+        ({"low_rank": 10}, 1),
+        ({"group": 32}, 1),
+        ({"block": 128}, 1),
+        ({"bits": 8}, 1),
+    ],
+)
+def test_what_the_kernels_refuse(kernels: ctypes.CDLL, change: dict[str, Any], per_page: int) -> None:
+    """In Python, so that torch attends; and once more where it would do harm."""
+    k, v = cuda_sides(64, 4)
+    if "block" in change:
+        k = replace(k, **change)
+    plan = BlocksPlan(random_codec(1, 256, (k, replace(v, **change))))
+    assert not cuda_blocks.covered(plan, per_page)
+    pages_NHMB = torch.zeros(1, 1, per_page, plan.spec.record_bytes, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="shape"):
+        cuda_blocks.attend_blocks(
+            kernels,
+            torch.zeros(1, 1, k.rank),
+            pages_NHMB,
+            plan,
+            *numbers([0])[0][None, None],
+            *numbers([0, 1], [1]),
+            1.0,
+            1,
+        )
+
+
+def test_structs_have_the_sizes_the_library_was_built_with(kernels: ctypes.CDLL) -> None:
+    sizes = (ctypes.c_int64 * 3)()
+    kernels.kvc_cuda_block_struct_sizes(sizes)
+    structs = (cuda_blocks.BlockAttendArgs, cuda_blocks.NewestArgs, cuda_blocks.KeepArgs)
+    assert list(sizes) == [ctypes.sizeof(struct) for struct in structs]
+
+
+@pytest.fixture
+def on_device(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Tensors on the CPU count as a GPU's; the names of the kernels' functions that are called."""
+    found = emulated.library("sm_90")
+    if found is None:
+        pytest.skip("no C++ compiler to emulate the CUDA kernels with")
+    calls: list[str] = []
+    for name in ("attend", "keep"):
+        function = getattr(cuda_blocks, name)
+        monkeypatch.setattr(cuda_blocks, name, lambda *args, f=function, n=name: (calls.append(n), f(*args))[1])
+
+    def library_for(pages_NHMB: Tensor, plan: BlocksPlan, *rows: Tensor) -> ctypes.CDLL | None:
+        return found if cuda_blocks.covered(plan, pages_NHMB.shape[2]) else None
+
+    monkeypatch.setattr(cuda_blocks, "library_for", library_for)
+    monkeypatch.setattr(cuda_blocks, "keeping_library_for", lambda *rows: found)
+    return calls
+
+
+@pytest.mark.parametrize("query_lens", [[1, 1], [3, 0], [gpu.MOST_QUERIES + 1, 1]])
+def test_the_operation(on_device: list[str], query_lens: list[int]) -> None:
+    """Many queries are a prefill and go to torch, as does what the kernels do not cover."""
+    batch = random_batch(random_codec(2, 64, cuda_sides(64, 4)), [150, 70], query_lens)
+    query_THD = random_query(sum(query_lens), 4, 64)
+    output_THD, _ = batch.attend(query_THD)
+    assert relative_error(output_THD, batch.exact(query_THD)[0]) < BAR
+    assert on_device == (["attend"] if max(query_lens) <= gpu.MOST_QUERIES else [])
+
+
+def test_steps_one_after_the_other(on_device: list[str]) -> None:
+    """What a step seals and keeps is what the next ones read."""
+    generator = torch.Generator().manual_seed(6)
+    codec = random_codec(2, 64, cuda_sides(64, 4))
+    histories = [tuple(torch.randn(2, length, 2, 64, generator=generator)) for length in (140, 75)]
+    whole = batch_of(codec, [(keys, values) for keys, values in histories], [1, 1])
+    pages_NHMB = torch.full_like(whole.pages_NHMB, POISON)
+    rings_NHXPD = torch.full_like(whole.rings_NHXPD, torch.nan)
+    ring_R, at = numbers(whole.ring_R)[0], [0, 0]
+    for counts in ([60, 75], [3, 0], [1, 0], [70, 0], [6, 0]):
+        at = [done + count for done, count in zip(at, counts, strict=True)]
+        seen = [(keys[:n], values[:n]) for (keys, values), n in zip(histories, at, strict=True)]
+        step = replace(whole, pages_NHMB=pages_NHMB, rings_NHXPD=rings_NHXPD, histories=seen, query_lens=counts)
+        tokens = (step.newest(0), step.newest(1))
+        batch = (step.query_starts, step.seq_lens)
+        block_store.seal(pages_NHMB, rings_NHXPD, ring_R, step.plan, *tokens, step.block_table_RN, *batch)
+        query_THD = random_query(sum(counts), 4, 64)
+        output_THD, _ = step.attend(query_THD)
+        assert relative_error(output_THD, step.exact(query_THD)[0]) < BAR
+        block_store.keep(rings_NHXPD, ring_R, *tokens, *batch)
+    assert on_device.count("keep") == 5
+    assert "attend" in on_device
+
+
+def test_nothing_is_read_from_the_device(on_device: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With numbers on a device, attention asks for none of them."""
+    batch = random_batch(random_codec(1, 64, cuda_sides(64, 4)), [150], [1])
+    query_THD, output_THD = random_query(1, 4, 64), torch.empty(1, 4, 64)
+    ring_R, starts_R, lengths_R = numbers(batch.ring_R, batch.query_starts, batch.seq_lens)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a number was read")
+
+    for name in ("tolist", "item", "cpu", "__int__", "__bool__"):
+        monkeypatch.setattr(Tensor, name, refuse)
+    rows = (output_THD, query_THD, batch.newest(0), batch.newest(1), batch.pages_NHMB, batch.rings_NHXPD, ring_R)
+    table = (batch.plan, batch.block_table_RN, starts_R, lengths_R)
+    blocks.attend(*rows, *table, 0.125, max_query_len=1)
+    assert on_device == ["attend"]
+
+
+def test_the_reference_reads_the_ring_by_its_number() -> None:
+    rings_NHXPD = torch.randn(3, 2, 2, 67, 8)
+    own = torch.randn(4, 2, 8)
+    (keys, values), start = block_reference.newest(rings_NHXPD, torch.tensor([2]), own, own, 70, 64)
+    assert start == 64
+    assert torch.equal(keys, torch.cat([rings_NHXPD[2, :, 0, [64, 65]].transpose(0, 1), own]))
+    assert torch.equal(values[:2], rings_NHXPD[2, :, 1, [64, 65]].transpose(0, 1))
