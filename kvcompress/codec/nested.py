@@ -13,7 +13,7 @@ from kvcompress.codec.bands import CODE_BITS
 from kvcompress.codec.spec import CodecSpec
 
 if TYPE_CHECKING:
-    from kvcompress.codec.forms import CacheCodec
+    from kvcompress.codec.contract import CacheCodec
 
 
 WIDEST = max(CODE_BITS)

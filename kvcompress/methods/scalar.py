@@ -21,7 +21,7 @@ from kvcompress.methods.base import EncodingMethod, LayerBases, Profile
 from kvcompress.recipe import Kind, Pair, StageConfig
 
 if TYPE_CHECKING:
-    from kvcompress.codec.forms import CacheCodec
+    from kvcompress.codec.contract import CacheCodec
 
 Bits = Literal[32, 16, 8, 4, 2]
 BandList = list[tuple[Literal[8, 4, 2], Annotated[int, Field(gt=0, multiple_of=CHANNEL_GROUP)]]]

@@ -79,6 +79,6 @@ def held_out_errors(model: Path, max_error: float, scratch: Path) -> dict[str, f
     bos = [tokenizer.bos_token_id]
     tokens_NT = torch.tensor([bos + ids[start : start + 511] for start in range(0, 8 * 511, 511)])
     found = states(model, tokens_NT, [0] * len(tokens_NT))
-    groups = sorted({codec.group for codec in codecs})
+    groups = sorted({codec.spec.group for codec in codecs})
     assert [index for group in groups for index in group] == list(range(len(codecs)))
     return {f"{side} {group}": basis_error(codecs, group, side, found) for group in groups for side in ("k", "v")}

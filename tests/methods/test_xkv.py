@@ -49,7 +49,7 @@ def test_error_is_that_of_the_truncated_svd_of_the_layers_side_by_side(
 ) -> None:
     fields = f"group: 3, rank: {{k: 0.25, v: 0.5}}, metric: none, center: {str(center).lower()}"
     codecs = xkv_probe.compress(base_model, tmp_path / "out", fields, **OPTIONS)
-    assert [codec.group for codec in codecs] == [(0, 1, 2)] * 3 + [(3,)]
+    assert [codec.spec.group for codec in codecs] == [(0, 1, 2)] * 3 + [(3,)]
     for group in ((0, 1, 2), (3,)):
         for side, per_layer in (("k", 16), ("v", 32)):
             states = [calibration_states[side][index].double().flatten(1) for index in group]

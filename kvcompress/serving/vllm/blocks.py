@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvcompress.codec.blocks.codec import BlocksCodec
 from kvcompress.codec.blocks.spec import BlocksSpec
-from kvcompress.codec.forms import CacheCodec
+from kvcompress.codec.contract import CacheCodec
 from kvcompress.ops import gpu
 from kvcompress.ops.blocks import attention as blocks
 from kvcompress.ops.blocks import cuda as cuda_blocks

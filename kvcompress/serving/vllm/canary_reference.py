@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvcompress.codec.blocks.codec import BlocksCodec
-from kvcompress.codec.forms import CacheCodec, round_trip
+from kvcompress.codec.contract import CacheCodec
 from kvcompress.codec.shared.codec import SharedCodec
 
 
@@ -39,7 +39,7 @@ def rows(codecs: Sequence[CacheCodec | None], inputs: Sequence[Inputs]) -> list[
         return [Rows(sides, sides) for sides in exact]
     positions_T = torch.arange(inputs[0].key_THD.shape[0], device=inputs[0].key_THD.device)
     keys, values = [layer.key_THD for layer in inputs], [layer.value_THD for layer in inputs]
-    stored = round_trip(present, keys, values, positions_T)
+    stored = present[0].round_trip(present, keys, values, positions_T)
     return [Rows(read, given) for read, given in zip(stored, exact, strict=True)]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from kvcompress.codec.forms import CacheCodec
+from kvcompress.codec.contract import CacheCodec
 from kvcompress.codec.groups import check_groups, of_group
 from kvcompress.codec.heads.layout import CHUNK_TOKENS, PART_ALIGNMENT
 from kvcompress.codec.prompt.spec import PromptSpec

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvcompress.codec import scalar
 from kvcompress.codec.blocks.codec import BlocksCodec
-from kvcompress.codec.forms import CacheCodec
+from kvcompress.codec.contract import CacheCodec
 from kvcompress.codec.heads.codec import HeadsCodec
 from kvcompress.codec.shared.codec import SharedCodec
 from kvcompress.codec.shared.pages import SharedLayout

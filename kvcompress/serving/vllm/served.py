@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from kvcompress.codec.canary import Statement
-from kvcompress.codec.forms import CacheCodec
+from kvcompress.codec.contract import CacheCodec
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,7 @@ class Served:
     @property
     def group(self) -> tuple[int, ...]:
         """The layers it is decoded with, itself included."""
-        group: tuple[int, ...] = getattr(self.codec, "group", (self.index,))
-        return group
+        return (None if self.codec is None else self.codec.spec.group) or (self.index,)
 
     @property
     def cache(self) -> Tensor:

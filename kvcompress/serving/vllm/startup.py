@@ -17,7 +17,7 @@ import torch
 
 from kvcompress.checkpoint.verify import require_verified, verify_codec
 from kvcompress.codec.canary import ModelStatement, unstated_prompt
-from kvcompress.codec.forms import CacheCodec
+from kvcompress.codec.contract import CacheCodec
 from kvcompress.codec.nested import cut_codecs
 from kvcompress.codec.shared.spec import SharedSpec
 from kvcompress.codec.spec import CodecSpec

@@ -92,11 +92,11 @@ def test_later_steps_read_the_codecs_round_trip(name: str, folders: dict[str, Pa
     for index in range(len(codecs)):
         cache.update(first[0, index], first[1, index], index)
     read = [cache.update(second[0, index], second[1, index], index) for index in range(len(codecs))]
-    for group in {codec.group for codec in codecs if isinstance(codec, SharedCodec)}:
+    for group in {codec.spec.group for codec in codecs if isinstance(codec, SharedCodec)}:
         for row in range(2):
             states = [[first[side, index, row].transpose(0, 1) for index in group] for side in (0, 1)]
             members: Any = [codecs[index] for index in group]
-            expected = SharedCodec.round_trip_group(members, *states, torch.arange(20))
+            expected = SharedCodec.round_trip(members, *states, torch.arange(20))
             for index, wanted in zip(group, expected, strict=True):
                 for side in (0, 1):
                     stored = read[index][side][row, :, :20].transpose(0, 1)

@@ -93,7 +93,7 @@ class Engine:
             start = 0
             for request, count in new_tokens.items():
                 keys, values = self.history[request]
-                stored = self.codec.round_trip(keys, values)
+                stored = self.codec.round_trip([self.codec], [keys], [values], torch.arange(len(keys)))[0]
                 for index in range(count):
                     position = len(keys) - count + index
                     rows = query[start + index].unflatten(0, (HEADS, GROUP))
