@@ -34,6 +34,15 @@ def choose_splits(blocks: int, context: int, multiprocessors: int) -> int:
     return max(1, min(wanted, most))
 
 
+def workspace_bytes(head_dim: int, k_rank: int, v_rank: int, tokens: int, num_heads: int, device: torch.device) -> int:
+    """Bytes that attention on absorbed latents takes at most beside its arguments, in steps of so many tokens."""
+    # Queries in float32 and the output, before and after its mean; absorbed queries and mixed latents, once more in the
+    # order that a product wants; splits, of which there are no more than rows keep the device busy (`choose_splits`).
+    row = 3 * head_dim + 2 * k_rank + 2 * v_rank + 2
+    splits = 4 * multiprocessors(device) * ROWS * (v_rank + 1)
+    return (tokens * num_heads * row + splits) * torch.float32.itemsize
+
+
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
     """Of a GPU; where kernels are emulated, one."""

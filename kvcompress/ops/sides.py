@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from kvcompress.codec.bands import STEP, Band, SideSpec
 from kvcompress.codec.heads.layout import SideLayout
 from kvcompress.ops import interface
@@ -42,14 +40,3 @@ def merged_bands(spec: SideSpec) -> list[Band]:
 def step(bits: int) -> float:
     """The quantizer's step in units of the channel's static scale; floats are stored as they are."""
     return STEP.get(bits, 1.0)
-
-
-def spec_numbers(spec: SideSpec) -> list[int]:
-    """A spec as numbers, for torch ops."""
-    return [spec.outliers, len(spec.bands), *(number for band in spec.bands for number in band)]
-
-
-def spec_of(numbers: Sequence[int]) -> SideSpec:
-    """Inverse of `spec_numbers`."""
-    flat = numbers[2:]
-    return SideSpec(tuple(Band(*pair) for pair in zip(flat[::2], flat[1::2], strict=True)), numbers[0])

@@ -1,4 +1,4 @@
-"""The CPU kernels of layers that share a latent (csrc/cpu/shared.h), on torch tensors."""
+"""The CPU kernels on records of form `shared`."""
 
 from __future__ import annotations
 
@@ -9,90 +9,121 @@ import torch
 from torch import Tensor
 
 from kvcompress.codec.bands import SideSpec
+from kvcompress.codec.shared.codec import SharedCodec
 from kvcompress.ops import interface, library
 from kvcompress.ops.rows import rows_struct
-from kvcompress.ops.shared.plan import SharedPlan
+from kvcompress.ops.shared.batch import Batch
 from kvcompress.ops.shared.records import records_array, records_struct
+from kvcompress.ops.shared.reference import EXPAND_QUERIES, SPLIT_TOKENS, SharedOp
 from kvcompress.ops.sides import record_struct
 
 
-def store(
-    compiled: ctypes.CDLL,
-    records_NHSX: Tensor,
-    spec: SideSpec,
-    latent_THR: Tensor,
-    weight_HR: Tensor,
-    slots_T: Tensor,
-) -> None:
-    """`ops.shared.store`."""
-    assert latent_THR.shape == (slots_T.shape[0], records_NHSX.shape[1], spec.rank)
-    slots_T, weight_HR = slots_T.to(torch.int64).contiguous(), weight_HR.float().contiguous()
-    args = interface.StoreArgs(
-        records=records_struct(records_NHSX, record_struct(spec)),
-        latents=rows_struct(latent_THR),
-        weight_HR=weight_HR.data_ptr(),
-        slots=slots_T.data_ptr(),
-        num_tokens=slots_T.shape[0],
-        threads=torch.get_num_threads(),
-        level=library.level(),
-    )
-    library.check(compiled.kvc_store(ctypes.byref(args)))
+def covers(codec: SharedCodec) -> bool:
+    """Whether the kernels know this layer's shape."""
+    head_dim, ranks = codec.spec.head_dim, (codec.k.decode_HRD.shape[1], codec.v.decode_HRD.shape[1])
+    known = head_dim <= interface.MAX_HEAD_DIM and head_dim % 8 == 0 and max(ranks) <= interface.MAX_LATENT_CHANNELS
+    return known and not codec.spec.k.outliers and not codec.spec.v.outliers
 
 
-def attend(
-    compiled: ctypes.CDLL,
-    output_THD: Tensor,
-    query_THD: Tensor,
-    keys_THD: Tensor,
-    values_THD: Tensor,
-    plan: SharedPlan,
-    k_records: Sequence[Tensor],
-    v_records: Sequence[Tensor],
-    k_tables: Sequence[Tensor],
-    v_tables: Sequence[Tensor],
-    query_starts: Tensor,
-    seq_lens: Tensor,
-    stored_lens: Tensor,
-    exact_rows: Tensor,
-    softmax_scale: float,
-    split_tokens: int,
-) -> None:
-    """`ops.shared.attend`, for exact rows none of which is stored after all; tables and numbers in int32."""
-    codes, scale = None, None
-    if plan.frequency_F is not None and library.level() >= library.LEVELS.index("avx512vnni"):
-        codes, scale = plan.k_codes_blocked or (None, None)
-    own = plan.frequency_F is None
-    exact_starts = torch.nn.functional.pad((seq_lens - stored_lens).cumsum(0, dtype=torch.int32), (1, 0))
-    args = interface.SharedAttendArgs(
-        k=records_array(k_records, k_tables, plan.k_struct),
-        v=records_array(v_records, v_tables, plan.v_struct),
-        num_k=len(k_records),
-        num_stripes=len(v_records),
-        query=rows_struct(query_THD),
-        output=rows_struct(output_THD),
-        keys=rows_struct(keys_THD),
-        values=rows_struct(values_THD),
-        k_mean_HD=plan.k_mean_HD.data_ptr(),
-        k_decode_HDR=plan.k_decode_HDR.data_ptr() if own else None,
-        k_decode_blocked=None if own or codes is not None else plan.k_decode_blocked.data_ptr(),
-        k_codes_blocked=None if codes is None else codes.data_ptr(),
-        k_scale_HD=None if scale is None else scale.data_ptr(),
-        v_decode_HRD=plan.v_decode_HRD.data_ptr(),
-        v_mean_HD=plan.v_mean_HD.data_ptr(),
-        rope_frequency_F=None if plan.frequency_F is None else plan.frequency_F.data_ptr(),
-        rope_amplitude=plan.amplitude,
-        query_starts=query_starts.data_ptr(),
-        seq_lens=seq_lens.data_ptr(),
-        stored_lens=stored_lens.data_ptr(),
-        exact_rows=exact_rows.data_ptr(),
-        exact_starts=exact_starts.data_ptr(),
-        num_requests=seq_lens.shape[0],
-        num_heads=query_THD.shape[1],
-        num_kv_heads=plan.k_mean_HD.shape[0],
-        head_dim=plan.k_mean_HD.shape[1],
-        softmax_scale=softmax_scale,
-        split_tokens=split_tokens,
-        threads=torch.get_num_threads(),
-        level=library.level(),
-    )
-    library.check(compiled.kvc_shared_attend(ctypes.byref(args)))
+class CpuShared(SharedOp):
+    """Storing and attending by compiled code; many queries of a request are torch's, which expands keys once."""
+
+    def __init__(self, compiled: ctypes.CDLL, codec: SharedCodec) -> None:
+        super().__init__(codec)
+        self._compiled = compiled
+
+    def store(
+        self, records_NHSX: Tensor, spec: SideSpec, latent_THR: Tensor, weight_HR: Tensor, slots_T: Tensor
+    ) -> None:
+        if spec.rank > interface.MAX_HEAD_DIM:
+            super().store(records_NHSX, spec, latent_THR, weight_HR, slots_T)
+            return
+        assert latent_THR.dtype == torch.float32
+        assert latent_THR.shape == (slots_T.shape[0], records_NHSX.shape[1], spec.rank)
+        slots_T, weight_HR = slots_T.to(torch.int64).contiguous(), weight_HR.float().contiguous()
+        args = interface.StoreArgs(
+            records=records_struct(records_NHSX, record_struct(spec)),
+            latents=rows_struct(latent_THR),
+            weight_HR=weight_HR.data_ptr(),
+            slots=slots_T.data_ptr(),
+            num_tokens=slots_T.shape[0],
+            threads=torch.get_num_threads(),
+            level=library.level(),
+        )
+        library.check(self._compiled.kvc_store(ctypes.byref(args)))
+
+    def attend(
+        self,
+        output_THD: Tensor,
+        query_THD: Tensor,
+        keys_THD: Tensor,
+        values_THD: Tensor,
+        k_records: Sequence[Tensor],
+        v_records: Sequence[Tensor],
+        batch: Batch,
+        softmax_scale: float,
+        split_tokens: int = SPLIT_TOKENS,
+        expand_queries: int = EXPAND_QUERIES,
+        max_query_len: int | None = None,
+    ) -> None:
+        batch = batch.on("cpu")
+        rows, records = (output_THD, query_THD, keys_THD, values_THD), (k_records, v_records)
+        # Rows that are stored after all are torch's, too.
+        most = expand_queries if bool((batch.exact_rows >= 0).all()) else 0
+        for run, on_kernels in batch.runs(lambda queries: queries < most):
+            if on_kernels:
+                self._attend(*rows, *records, run, softmax_scale, split_tokens)
+            else:
+                super().attend(*rows, *records, run, softmax_scale)
+
+    def _attend(
+        self,
+        output_THD: Tensor,
+        query_THD: Tensor,
+        keys_THD: Tensor,
+        values_THD: Tensor,
+        k_records: Sequence[Tensor],
+        v_records: Sequence[Tensor],
+        batch: Batch,
+        softmax_scale: float,
+        split_tokens: int,
+    ) -> None:
+        plan, codec = self.plan, self.plan.codec
+        codes, scale = None, None
+        if codec.rope is not None and library.level() >= library.LEVELS.index("avx512vnni"):
+            codes, scale = plan.k_codes_blocked or (None, None)
+        own = codec.rope is None
+        exact_starts_R = batch.exact_starts_R
+        args = interface.SharedAttendArgs(
+            k=records_array(k_records, batch.k_tables, plan.k_struct),
+            v=records_array(v_records, batch.v_tables, plan.v_struct),
+            num_k=len(k_records),
+            num_stripes=len(v_records),
+            query=rows_struct(query_THD),
+            output=rows_struct(output_THD),
+            keys=rows_struct(keys_THD),
+            values=rows_struct(values_THD),
+            k_mean_HD=codec.k.mean_HD.data_ptr(),
+            k_decode_HDR=plan.k_decode_HDR.data_ptr() if own else None,
+            k_decode_blocked=None if own or codes is not None else plan.k_decode_blocked.data_ptr(),
+            k_codes_blocked=None if codes is None else codes.data_ptr(),
+            k_scale_HD=None if scale is None else scale.data_ptr(),
+            v_decode_HRD=codec.v.decode_HRD.data_ptr(),
+            v_mean_HD=codec.v.mean_HD.data_ptr(),
+            rope_frequency_F=None if codec.rope is None else codec.rope.frequency_F.data_ptr(),
+            rope_amplitude=plan.amplitude,
+            query_starts=batch.query_starts.data_ptr(),
+            seq_lens=batch.seq_lens.data_ptr(),
+            stored_lens=batch.stored_lens.data_ptr(),
+            exact_rows=batch.exact_rows.data_ptr(),
+            exact_starts=exact_starts_R.data_ptr(),
+            num_requests=batch.seq_lens.shape[0],
+            num_heads=query_THD.shape[1],
+            num_kv_heads=codec.k.mean_HD.shape[0],
+            head_dim=codec.k.mean_HD.shape[1],
+            softmax_scale=softmax_scale,
+            split_tokens=split_tokens,
+            threads=torch.get_num_threads(),
+            level=library.level(),
+        )
+        library.check(self._compiled.kvc_shared_attend(ctypes.byref(args)))

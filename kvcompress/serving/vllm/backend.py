@@ -15,14 +15,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kvcompress.codec.heads import pages
-from kvcompress.codec.heads.codec import HeadsCodec
-from kvcompress.codec.heads.layout import PART_ALIGNMENT, TOKEN_MAJOR, PageLayout
-from kvcompress.codec.heads.spec import HeadsSpec
-from kvcompress.ops.heads import reference
-from kvcompress.ops.heads.append import append
-from kvcompress.ops.heads.attention import decode_attention
-from kvcompress.ops.heads.plan import HeadsPlan
+from kvcompress.codec.heads.layout import PART_ALIGNMENT
+from kvcompress.ops.heads.attention import bind
 from kvcompress.serving.vllm import compat
 
 
@@ -135,9 +129,6 @@ class CompressedMetadataBuilder(compat.AttentionMetadataBuilder):  # type: ignor
 class CompressedAttentionImpl(compat.AttentionImpl):  # type: ignore[misc]
     """Attention of one layer, by the codec it is given."""
 
-    order: ClassVar[str] = TOKEN_MAJOR
-    """Of the bytes in a page. Whatever else looks into pages asks the layer's implementation (`latents`)."""
-
     def __init__(
         self,
         num_heads: int,
@@ -162,22 +153,21 @@ class CompressedAttentionImpl(compat.AttentionImpl):  # type: ignore[misc]
         self.scale = float(scale)
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
-        self._codec: HeadsCodec | None = None
-        self._plan: HeadsPlan | None = None
-        self._layout: PageLayout | None = None
-        self._workspace_bytes = 0
+        self._op: Any = None
+        self._longest = 0
 
     @property
     def on_kernels(self) -> bool:
         """Whether the CUDA kernels attend."""
-        return False
+        return bool(self._op.on_kernels)
 
-    def use_codec(self, codec: Any, longest: int) -> None:
-        """Set the codec of this rank's KV heads, on the layer's device, for requests of up to `longest` tokens."""
-        assert isinstance(codec, HeadsCodec)
+    def use_codec(self, codec: Any, device: torch.device, longest: int) -> None:
+        """Bind the codec of this rank's KV heads to the layer's device, for requests of up to `longest` tokens."""
         assert (codec.spec.num_kv_heads, codec.spec.head_dim) == (self.num_kv_heads, self.head_size)
-        self._codec, self._plan = codec, HeadsPlan.of(codec)
-        self._workspace_bytes = workspace_bytes(codec.spec, self.num_heads, longest)
+        self._op, self._longest = self._bind(codec, device), longest
+
+    def _bind(self, codec: Any, device: torch.device) -> Any:
+        return bind(codec, device)
 
     def forward(
         self,
@@ -212,18 +202,13 @@ class CompressedAttentionImpl(compat.AttentionImpl):  # type: ignore[misc]
         self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, batch: CompressedMetadata, output: Tensor
     ) -> None:
         """Store and attend, for keys and values without padding. Other forms of cache override this."""
-        plan = self._plan
-        assert plan is not None
-        layout = self._layout_of(plan, kv_cache.shape[2])
-        pages_NHX = records_of(kv_cache, layout)
-        append(pages_NHX, layout, plan, key, value, batch.slot_mapping[: key.shape[0]])
+        pages_NHX = kv_cache.flatten(2)
+        self._op.append(pages_NHX, key, value, batch.slot_mapping[: key.shape[0]])
         for part in batch.parts:
-            decode_attention(
+            self._op.attend(
                 output[part.tokens],
                 query[part.tokens],
                 pages_NHX,
-                layout,
-                plan,
                 batch.block_table[part.requests],
                 part.query_starts,
                 part.seq_lens,
@@ -231,19 +216,10 @@ class CompressedAttentionImpl(compat.AttentionImpl):  # type: ignore[misc]
                 max_query_len=part.max_query_len,
             )
 
-    def latents(self, kv_cache: Tensor, block_1: Tensor) -> tuple[Tensor, Tensor]:
+    def latents(self, kv_cache: Tensor, block_1: Tensor) -> Sequence[Tensor]:
         """What one block holds: normalized latents of its keys and of its values, tokens first."""
-        plan, codec = self._plan, self._codec
-        assert plan is not None
-        assert codec is not None
-        layout = self._layout_of(plan, kv_cache.shape[2])
-        return pages.read(records_of(kv_cache, layout), layout, codec, block_1, layout.block_size)
-
-    def _layout_of(self, plan: HeadsPlan, block_size: int) -> PageLayout:
-        # The block size that counts is the allocated cache's: vLLM may scale or split blocks after asking for specs.
-        if self._layout is None or self._layout.block_size != block_size:
-            self._layout = PageLayout.of(plan.spec, block_size, self.order)
-        return self._layout
+        found: Sequence[Tensor] = self._op.read(kv_cache.flatten(2), block_1, kv_cache.shape[2])
+        return found
 
     def _profile(self, output: Tensor) -> Tensor:
         # vLLM measures how much memory a step needs on devices of fixed memory and gives the rest to the cache;
@@ -254,18 +230,5 @@ class CompressedAttentionImpl(compat.AttentionImpl):  # type: ignore[misc]
 
     def _workspace(self, output: Tensor) -> int:
         """Bytes that attention takes at most beside its arguments, in steps of no more tokens than `output` has."""
-        return self._workspace_bytes
-
-
-def records_of(kv_cache: Tensor, layout: PageLayout) -> Tensor:
-    """A cache as operations on pages want it."""
-    return kv_cache.view(kv_cache.shape[0], layout.num_kv_heads, layout.record_bytes)
-
-
-def workspace_bytes(spec: HeadsSpec, num_heads: int, longest: int) -> int:
-    """Bytes the torch path of attention takes at most beside its arguments, for requests of `longest` tokens."""
-    latents = longest * spec.num_kv_heads * (spec.k.rank + spec.v.rank) * torch.float32.itemsize
-    scores = max(reference.SCORE_BYTES, num_heads * longest * torch.float32.itemsize)
-    # Unpacked codes, their values and the concatenated latents live side by side; so do scores, masked scores and
-    # probabilities.
-    return 3 * (latents + scores)
+        found: int = self._op.workspace_bytes(output.shape[0], self.num_heads, self._longest, output.dtype)
+        return found

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -13,13 +14,8 @@ from torch import Tensor
 
 from kvcompress.codec.blocks.codec import BlocksCodec
 from kvcompress.codec.blocks.spec import BlocksSpec
-from kvcompress.codec.contract import CacheCodec
-from kvcompress.ops import gpu
-from kvcompress.ops.blocks import attention as blocks
-from kvcompress.ops.blocks import cuda as cuda_blocks
-from kvcompress.ops.blocks import store as block_store
-from kvcompress.ops.blocks.plan import BlocksPlan
-from kvcompress.ops.heads import cuda, reference
+from kvcompress.ops.blocks.attention import bind
+from kvcompress.ops.blocks.reference import BlocksOp
 from kvcompress.serving.vllm import compat, limits
 from kvcompress.serving.vllm.backend import (
     CompressedAttentionBackend,
@@ -79,60 +75,36 @@ def attach(layer: Any, name: str, spec: BlocksSpec, config: compat.VllmConfig, h
 class BlockAttentionImpl(CompressedAttentionImpl):
     """Attention of one layer, by the codec and the ring it is given."""
 
-    _block_plan: BlocksPlan | None = None
+    _op: BlocksOp
     ring: Ring | None = None
 
     def use_ring(self, ring: Ring) -> None:
         self.ring = ring
 
-    def use_codec(self, codec: CacheCodec, longest: int) -> None:
-        """Set the codec of this rank's KV heads, on the layer's device, for requests of up to `longest` tokens."""
-        assert isinstance(codec, BlocksCodec)
-        assert (codec.spec.num_kv_heads, codec.spec.head_dim) == (self.num_kv_heads, self.head_size)
-        self._block_plan = BlocksPlan(codec)
-        latents = longest * self.num_kv_heads * (codec.k.spec.rank + codec.v.spec.rank) * torch.float32.itemsize
-        scores = max(reference.SCORE_BYTES, self.num_heads * longest * torch.float32.itemsize)
-        # Codes, values of codes, residuals and latents live side by side; so do scores, masked ones and probabilities.
-        self._workspace_bytes = 4 * latents + 3 * scores
+    def _bind(self, codec: BlocksCodec, device: torch.device) -> BlocksOp:
+        return bind(codec, device)
 
-    @property
-    def on_kernels(self) -> bool:
-        plan = self._block_plan
-        assert plan is not None
-        return gpu.kernels(plan.k_mean_HD.device) is not None and cuda_blocks.covered(plan, per_page=1)
+    def latents(self, kv_cache: Tensor, block_1: Tensor) -> Sequence[Tensor]:
+        return self._op.read(self._pages(kv_cache), block_1)
+
+    def _pages(self, kv_cache: Tensor) -> Tensor:
+        """`[pages, KV heads, blocks per page, record_bytes]`."""
+        pages_NHMB: Tensor = kv_cache.flatten(2).unflatten(2, (-1, self._op.plan.spec.record_bytes))
+        return pages_NHMB
 
     def _workspace(self, output: Tensor) -> int:
-        plan = self._block_plan
-        assert plan is not None
-        kernels = cuda.workspace_bytes(plan.spec, output.shape[0], self.num_heads, output.device)
-        return max(self._workspace_bytes, kernels)
+        return self._op.workspace_bytes(output.shape[0], self.num_heads, self._longest)
 
     def _run(
         self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, batch: CompressedMetadata, output: Tensor
     ) -> None:
         """Compress the blocks that this step completes, attend, then keep the step's newest tokens."""
-        plan, ring = self._block_plan, self.ring
-        assert plan is not None
+        ring = self.ring
         assert ring is not None
-        spec = plan.spec
-        per_page = kv_cache.shape[2] // spec.block
-        pages_NHMB = kv_cache.view(kv_cache.shape[0], spec.num_kv_heads, per_page, spec.record_bytes)
-        rings_NHXPD = ring.sides_NHXPD
+        pages_NHMB, rings_NHXPD = self._pages(kv_cache), ring.sides_NHXPD
         ring_R = compat.layer_metadata(ring.name).block_table[: batch.seq_lens.shape[0], 0]
         # All blocks before any attention: a prompt may begin with blocks that another request of this step completes.
-        numbers = (batch.query_starts, batch.seq_lens)
-        block_store.seal(pages_NHMB, rings_NHXPD, ring_R, plan, key, value, batch.block_table, *numbers)
-        blocks.attend(
-            output,
-            query,
-            key,
-            value,
-            pages_NHMB,
-            rings_NHXPD,
-            ring_R,
-            plan,
-            batch.block_table,
-            *numbers,
-            self.scale,
-        )
-        block_store.keep(rings_NHXPD, ring_R, key, value, *numbers)
+        caches, numbers = (pages_NHMB, rings_NHXPD, ring_R), (batch.query_starts, batch.seq_lens)
+        self._op.seal(*caches, key, value, batch.block_table, *numbers)
+        self._op.attend(output, query, key, value, *caches, batch.block_table, *numbers, self.scale)
+        self._op.keep(rings_NHXPD, ring_R, key, value, *numbers)

@@ -11,9 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvcompress.codec.blocks.codec import BlocksCodec
 from kvcompress.codec.contract import CacheCodec
-from kvcompress.codec.shared.codec import SharedCodec
 
 
 class Inputs(NamedTuple):
@@ -67,10 +65,6 @@ def answer(codec: CacheCodec | None, layer: Rows, query_QHD: Tensor, start: int,
 
 
 def _as_stored(codec: CacheCodec | None, side: str, query_Q1: Tensor, token_1T: Tensor, start: int) -> Tensor:
-    """Which tokens a query sees in their stored form `[queries, tokens]`."""
-    if isinstance(codec, BlocksCodec):
-        block = codec.spec.block
-        return token_1T < (query_Q1 + 1) // block * block
-    if isinstance(codec, SharedCodec) and side in codec.shared_sides:
-        return (token_1T < start).expand(query_Q1.shape[0], -1)
-    return torch.ones_like(token_1T <= query_Q1)
+    if codec is None:
+        return torch.ones_like(token_1T, dtype=torch.bool)
+    return codec.as_stored(side, query_Q1, token_1T, start)

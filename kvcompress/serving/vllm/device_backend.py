@@ -15,12 +15,11 @@ from typing import Any
 
 from torch import Tensor
 
-from kvcompress.codec.heads.layout import CHUNK_TOKENS, FRAGMENT, PageLayout
+from kvcompress.codec.heads.layout import CHUNK_TOKENS, FRAGMENT
 from kvcompress.codec.heads.spec import HeadsSpec
 from kvcompress.ops import gpu
-from kvcompress.ops.heads import cuda, prefill
-from kvcompress.ops.heads.gather import gather_decode
-from kvcompress.ops.heads.plan import HeadsPlan
+from kvcompress.ops.heads import cuda
+from kvcompress.ops.heads.attention import order
 from kvcompress.serving.vllm import compat, limits
 from kvcompress.serving.vllm.backend import (
     CompressedAttentionBackend,
@@ -28,7 +27,6 @@ from kvcompress.serving.vllm.backend import (
     CompressedMetadata,
     CompressedMetadataBuilder,
     Part,
-    records_of,
 )
 
 
@@ -38,8 +36,7 @@ def backend_for(layer: HeadsSpec, config: compat.VllmConfig) -> type[CompressedA
     Raises:
         ValueError: the operator has chosen a block size that the CUDA kernels cannot read.
     """
-    library = gpu.kernels(compat.device(config))
-    if library is None or not cuda.covers(library, layer):
+    if order(layer, compat.device(config)) != FRAGMENT:
         return CompressedAttentionBackend
     limits.check_kernel_blocks(config)
     return DeviceAttentionBackend
@@ -151,31 +148,9 @@ def parts_of(batch: compat.CommonAttentionMetadata, starts: Tensor, lengths: Ten
 class DeviceAttentionImpl(CompressedAttentionImpl):
     """Attention of one layer, by the codec it is given."""
 
-    order = FRAGMENT
-    on_kernels = True
-    _longest = 0
-
-    def use_codec(self, codec: Any, longest: int) -> None:
-        super().use_codec(codec, longest)
-        self._longest = longest
-
-    def latents(self, kv_cache: Tensor, block_1: Tensor) -> tuple[Tensor, Tensor]:
-        plan = self._plan
-        assert plan is not None
-        layout = self._layout_of(plan, kv_cache.shape[2])
-        return gather_decode(records_of(kv_cache, layout), layout, plan, block_1, layout.block_size)
-
-    def _layout_of(self, plan: HeadsPlan, block_size: int) -> PageLayout:
-        if (self._layout is None or self._layout.block_size != block_size) and not cuda.covers_blocks(block_size):
-            raise ValueError(limits.kernel_blocks(block_size))
-        return super()._layout_of(plan, block_size)
-
-    def _workspace(self, output: Tensor) -> int:
-        tokens, heads, _ = output.shape
-        assert self._plan is not None
-        spec = self._plan.spec
-        # Of prompts; in float32 they take torch's path.
-        prompt = super()._workspace(output)
-        if output.dtype in prefill.FUSED_DTYPES:
-            prompt = prefill.workspace_bytes(spec, tokens, heads, self._longest, output.dtype)
-        return max(prompt, cuda.workspace_bytes(spec, tokens, heads, output.device))
+    def _run(
+        self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, batch: CompressedMetadata, output: Tensor
+    ) -> None:
+        if not cuda.covers_blocks(kv_cache.shape[2]):
+            raise ValueError(limits.kernel_blocks(kv_cache.shape[2]))
+        super()._run(query, key, value, kv_cache, batch, output)

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcompress.ops import gpu
-from kvcompress.ops.latent import attention as latent
-from kvcompress.ops.latent import cuda as cuda_latent
+from kvcompress.codec.latent.codec import LatentCodec
+from kvcompress.codec.latent.spec import LatentSpec
+from kvcompress.ops.latent.attention import bind
+from kvcompress.ops.latent.reference import LatentOp
 from kvcompress.serving.vllm import compat
 from kvcompress.serving.vllm.backend import (
     CompressedAttentionBackend,
@@ -29,11 +30,9 @@ from kvcompress.serving.vllm.backend import (
 from kvcompress.serving.vllm.device_backend import DeviceMetadataBuilder
 
 
-def backend_for(channels: int, dtype: torch.dtype, config: compat.VllmConfig) -> type[LatentAttentionBackend]:
+def backend_for(codec: LatentCodec, dtype: torch.dtype, config: compat.VllmConfig) -> type[LatentAttentionBackend]:
     """The backend of a layer with such latents."""
-    library = gpu.kernels(compat.device(config))
-    on_device = library is not None and cuda_latent.covers(library, channels, dtype)
-    return DeviceLatentBackend if on_device else LatentAttentionBackend
+    return DeviceLatentBackend if bind(codec, compat.device(config), dtype).on_kernels else LatentAttentionBackend
 
 
 class LatentAttentionBackend(CompressedAttentionBackend):
@@ -71,6 +70,9 @@ class DeviceLatentBackend(LatentAttentionBackend):
 class LatentAttentionImpl(CompressedAttentionImpl):
     """Attention of one layer, which needs no codec."""
 
+    _op: LatentOp | None
+    on_kernels = False
+
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         if self.kv_cache_dtype != "auto":
@@ -79,6 +81,11 @@ class LatentAttentionImpl(CompressedAttentionImpl):
                 "auto"
             )
         assert self.num_kv_heads == 1
+
+    def _bound(self, rank: int, device: torch.device, dtype: torch.dtype) -> LatentOp:
+        if self._op is None:
+            self._op = bind(LatentCodec(LatentSpec(self.head_size, rank, dtype.itemsize)), device, dtype)
+        return self._op
 
     def _run(
         self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, batch: CompressedMetadata, output: Tensor
@@ -93,9 +100,10 @@ class LatentAttentionImpl(CompressedAttentionImpl):
         """
         pages_NSC = kv_cache[:, 0]
         assert pages_NSC.shape[2] == self.head_size, "the cache must hold the latent once"
-        latent.append(pages_NSC, key[:, 0], batch.slot_mapping[: key.shape[0]])
+        op = self._bound(output.shape[2], kv_cache.device, kv_cache.dtype)
+        op.append(pages_NSC, key[:, 0], batch.slot_mapping[: key.shape[0]])
         for part in batch.parts:
-            latent.attend(
+            op.attend(
                 output[part.tokens],
                 query[part.tokens],
                 pages_NSC,
@@ -128,7 +136,8 @@ class DeviceLatentImpl(LatentAttentionImpl):
         return starts_R, batch.seq_lens[requests]
 
     def _workspace(self, output: Tensor) -> int:
-        return cuda_latent.workspace_bytes(*output.shape, self._longest, output.device)
+        tokens, heads, rank = output.shape
+        return self._bound(rank, output.device, output.dtype).workspace_bytes(tokens, heads, rank, self._longest)
 
 
 def rotary(positions_T: Tensor, frequencies_F: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

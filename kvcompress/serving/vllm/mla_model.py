@@ -12,9 +12,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from kvcompress.codec.latent.codec import LatentCodec
+from kvcompress.codec.latent.spec import LatentSpec
 from kvcompress.serving.vllm import compat
 from kvcompress.serving.vllm.compat_llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
-from kvcompress.serving.vllm.latent import backend_for, rotary
+from kvcompress.serving.vllm.latent import LatentAttentionBackend, backend_for, rotary
 from kvcompress.serving.vllm.quantization import KVCompressConfig
 from kvcompress.serving.vllm.startup import heads_of_rank
 
@@ -71,9 +73,14 @@ class LatentAttention(nn.Module):
             cache_config=cache_config,
             quant_config=quant_config,
             prefix=f"{prefix}.attn",
-            attn_backend=backend_for(width, torch.get_default_dtype(), compat.get_current_vllm_config()),
+            attn_backend=self._backend(width),
             head_size_v=self.rank,
         )
+
+    def _backend(self, width: int) -> type[LatentAttentionBackend]:
+        dtype = torch.get_default_dtype()
+        codec = LatentCodec(LatentSpec(width, self.rank, dtype.itemsize))
+        return backend_for(codec, dtype, compat.get_current_vllm_config())
 
     def _up_projection(self, columns: int) -> nn.Parameter:
         start, stop = self.groups

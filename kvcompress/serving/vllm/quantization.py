@@ -155,8 +155,8 @@ class CompressedCacheMethod(compat.BaseKVCacheMethod):  # type: ignore[misc]
         self._startup.note_compressed(self._index, layer, codec)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        codec = self._startup.codec_of(self._index).to(compat.layer_device(layer))
-        layer.impl.use_codec(codec, longest=self._startup.vllm_config.model_config.max_model_len)
+        codec, longest = self._startup.codec_of(self._index), self._startup.vllm_config.model_config.max_model_len
+        layer.impl.use_codec(codec, compat.layer_device(layer), longest)
         self._startup.report()
 
 

@@ -15,12 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcompress.codec import scalar
-from kvcompress.codec.blocks.codec import BlocksCodec
-from kvcompress.codec.contract import CacheCodec
-from kvcompress.codec.heads.codec import HeadsCodec
-from kvcompress.codec.shared.codec import SharedCodec
-from kvcompress.codec.shared.pages import SharedLayout
 from kvcompress.serving.vllm import compat
 from kvcompress.serving.vllm.metrics import Numbers
 from kvcompress.serving.vllm.served import Served
@@ -145,32 +139,17 @@ def is_sound(served: Served, block_1: Tensor) -> Tensor:
     """
     sound = [
         torch.isfinite(side_TX).all() & (side_TX.abs() <= LARGEST).all() & ((side_TX != 0).any(-1).all() | silent)
-        for side_TX, silent in zip(_decoded(served, block_1), _silent(served.codec), strict=True)
+        for side_TX, silent in zip(_decoded(served, block_1), _silent(served), strict=True)
     ]
     return torch.stack(sound).all()
 
 
-def _silent(codec: CacheCodec | None) -> list[Tensor]:
-    """Of the sides that `_decoded` gives: whether all of their latents stand for nothing, bool `[]` on its device."""
-    if codec is None:
-        return [torch.zeros((), dtype=torch.bool)]
-    sides: Any = codec
-    return [~side.inverse_HRD.any() for side in (sides.k, sides.v)]
+def _silent(served: Served) -> list[Tensor]:
+    return [torch.zeros((), dtype=torch.bool)] if served.codec is None else served.codec.silent()
 
 
 def _decoded(served: Served, block_1: Tensor) -> list[Tensor]:
     """Everything in a page as the numbers that are encoded, tokens first."""
-    codec, cache = served.codec, served.cache
-    tokens = cache.shape[2]
-    if codec is None:
-        return [cache[block_1][0, 0].float()]
-    if isinstance(codec, HeadsCodec):
-        return [side.flatten(1) for side in served.layer.impl.latents(cache, block_1)]
-    if isinstance(codec, BlocksCodec):
-        spec = codec.spec
-        records = cache.view(cache.shape[0], spec.num_kv_heads, tokens // spec.block, spec.record_bytes)
-        return [side.flatten(1) for side in codec.open(records[block_1][0].transpose(0, 1))]
-    assert isinstance(codec, SharedCodec)
-    shared = SharedLayout.of(codec.spec, tokens)
-    stripes = cache.view(cache.shape[0], -1)
-    return [scalar.decode(side.read(stripes, block_1, tokens), side.spec).flatten(1) for side in (shared.k, shared.v)]
+    if served.codec is None:
+        return [served.cache[block_1][0, 0].float()]
+    return [side.flatten(1) for side in served.layer.impl.latents(served.cache, block_1)]

@@ -23,11 +23,10 @@ from kvcompress.codec.shared.codec import SharedCodec
 from kvcompress.codec.shared.pages import SharedLayout
 from kvcompress.codec.shared.spec import SharedSpec
 from kvcompress.ops import gpu
-from kvcompress.ops.heads.reference import SCORE_BYTES
 from kvcompress.ops.rows import int32_rows
-from kvcompress.ops.shared import attention as shared
-from kvcompress.ops.shared import cuda as cuda_shared
-from kvcompress.ops.shared.plan import SharedPlan
+from kvcompress.ops.shared.attention import bind
+from kvcompress.ops.shared.batch import Batch
+from kvcompress.ops.shared.reference import SharedOp
 from kvcompress.serving.vllm import compat
 from kvcompress.serving.vllm.backend import (
     CompressedAttentionBackend,
@@ -78,28 +77,28 @@ class LayerGroup:
 class SharedAttentionImpl(CompressedAttentionImpl):
     """Attention of one layer of a group."""
 
-    codec: SharedCodec
+    _op: SharedOp
     group: LayerGroup
 
     def use_group(self, group: LayerGroup, spec: SharedSpec) -> None:
         """Join the group's other layers. The codec follows when weights are there."""
         self.group, self.place = group, spec.place
 
-    def use_codec(self, codec: Any, longest: int) -> None:
-        """Set the codec, on the layer's device, for requests of up to `longest` tokens."""
-        assert isinstance(codec, SharedCodec)
-        self.codec = codec
-        self._shared_plan = SharedPlan.of(codec)
-        self._workspace_bytes = workspace_bytes(codec.spec, self.num_heads, longest)
+    def use_codec(self, codec: Any, device: torch.device, longest: int) -> None:
+        self._op, self._longest = bind(codec, device), longest
 
     @property
-    def on_kernels(self) -> bool:
-        device = self._shared_plan.k_mean_HD.device
-        return gpu.kernels(device) is not None and cuda_shared.covered(self._shared_plan)
+    def codec(self) -> SharedCodec:
+        """On the layer's device."""
+        return self._op.plan.codec
+
+    def latents(self, kv_cache: Tensor, block_1: Tensor) -> Sequence[Tensor]:
+        records, tokens = self._records(self.place), kv_cache.shape[2]
+        sides = ((records["k"], self.codec.spec.k), (records["v"], self.codec.spec.v))
+        return [self._op.read(pages_NHSX, spec, block_1, tokens) for pages_NHSX, spec in sides]
 
     def _workspace(self, output: Tensor) -> int:
-        kernels = cuda_shared.workspace_bytes(self._shared_plan, output.shape[0], self.num_heads, output.device)
-        return max(self._workspace_bytes, kernels)
+        return self._op.workspace_bytes(output.shape[0], self.num_heads, self._longest)
 
     def _run(
         self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, batch: CompressedMetadata, output: Tensor
@@ -118,21 +117,15 @@ class SharedAttentionImpl(CompressedAttentionImpl):
         if isinstance(self.codec.k, SideCodec):
             k_places = [self.place]
             latent_THR = self.codec.k.latent(key)
-            shared.store(pages[self.place]["k"], self.codec.k.spec, latent_THR, self.codec.k.weight_HR, slots_T)
-        shared.attend(
+            self._op.store(pages[self.place]["k"], self.codec.k.spec, latent_THR, self.codec.k.weight_HR, slots_T)
+        self._op.attend(
             output,
             query,
             key,
             value,
-            self._shared_plan,
             [pages[place]["k"] for place in k_places],
             [page["v"] for page in pages],
-            [tables[place] for place in k_places],
-            tables,
-            step.query_starts,
-            step.seq_lens,
-            step.stored_lens,
-            step.exact_rows,
+            Batch([tables[place] for place in k_places], tables, *step.numbers),
             self.scale,
             max_query_len=step.max_query_len,
         )
@@ -149,7 +142,7 @@ class SharedAttentionImpl(CompressedAttentionImpl):
             latent_TWR = self.group.sums.pop(name).unflatten(-1, side.scale_WR.shape)
             for place, records in enumerate(pages):
                 slots_T, stripe = self.group.metadata(place).slot_mapping[:tokens], slice(place, place + 1)
-                shared.store(records[name], side.spec, latent_TWR[:, stripe], side.weight_WR[stripe], slots_T)
+                self._op.store(records[name], side.spec, latent_TWR[:, stripe], side.weight_WR[stripe], slots_T)
 
     def _table(self, place: int) -> Tensor:
         """Blocks of each request's tokens in the cache of the layer at a place."""
@@ -167,10 +160,8 @@ class Step:
     """A step's numbers as `ops.shared.attend` takes them, the same in all layers that have their metadata in common."""
 
     positions_T: Tensor
-    query_starts: Tensor
-    seq_lens: Tensor
-    stored_lens: Tensor
-    exact_rows: Tensor
+    numbers: tuple[Tensor, Tensor, Tensor, Tensor]
+    """As `ops.shared.batch.Batch` has them: query starts, lengths of requests and of what is stored, exact rows."""
     max_query_len: int
 
     @classmethod
@@ -183,10 +174,12 @@ class Step:
             device = kv_cache.device if most <= gpu.MOST_QUERIES else torch.device("cpu")
             found = batch.derived[cls] = cls(
                 positions_T=_positions(batch).to(kv_cache.device),
-                query_starts=int32_rows(batch.query_starts, device),
-                seq_lens=int32_rows(batch.seq_lens, device),
-                stored_lens=int32_rows(stored_lens, device),
-                exact_rows=int32_rows(exact_rows, device),
+                numbers=(
+                    int32_rows(batch.query_starts, device),
+                    int32_rows(batch.seq_lens, device),
+                    int32_rows(stored_lens, device),
+                    int32_rows(exact_rows, device),
+                ),
                 max_query_len=most,
             )
         return found
@@ -240,13 +233,6 @@ def cache_spec(layer: SharedSpec, block_size: int) -> compat.FullAttentionSpec:
     )
     assert spec.page_size_bytes == layout.page_bytes
     return spec
-
-
-def workspace_bytes(spec: SharedSpec, num_heads: int, longest: int) -> int:
-    """Bytes that attention takes at most beside its arguments, for requests of `longest` tokens."""
-    channels = len(spec.group) * (spec.k.rank + spec.v.rank) + 4 * spec.num_kv_heads * spec.head_dim
-    scores = max(SCORE_BYTES, num_heads * longest * torch.float32.itemsize)
-    return 3 * (longest * channels * torch.float32.itemsize + scores)
 
 
 def _positions(batch: CompressedMetadata) -> Tensor:
