@@ -6,7 +6,7 @@ water-filling (Cover & Thomas, Elements of Information Theory, 10.3). Rank trunc
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
@@ -40,6 +40,15 @@ class Band(NamedTuple):
     def nbytes(self) -> int:
         """Bytes per token and head."""
         return self.bits * self.width // 8
+
+
+def summary(bands: Sequence[Band], width: int) -> dict[str, Any]:
+    """Bands as plan and manifest show them; `width` is the channels of the uncompressed cache that they stand for."""
+    return {
+        "rank": sum(band.width for band in bands),
+        "bits": round(8 * sum(band.nbytes for band in bands) / width, 4),
+        "bands": [list(band) for band in bands],
+    }
 
 
 @dataclass(frozen=True)
@@ -123,13 +132,8 @@ class SideSpec:
         return sum(self.part_bytes)
 
     def summary(self, width: int) -> dict[str, Any]:
-        """As plan and manifest show it; `width` is the channels of the uncompressed cache that it stands for."""
-        return {
-            "rank": self.rank,
-            "bits": round(8 * self.code_bytes / width, 4),
-            "bands": [list(band) for band in self.bands],
-            "outliers": self.outliers,
-        }
+        """The module's `summary`, and outliers."""
+        return {**summary(self.bands, width), "outliers": self.outliers}
 
     def to_json(self) -> dict[str, Any]:
         bands = [list(band) for band in self.bands]

@@ -138,4 +138,5 @@ def _codes(unit_THR: Tensor, side: SideSpec) -> list[Tensor]:
 
 def _values(codes: Sequence[Tensor], side: SideSpec) -> Tensor:
     """What the code numbers of each band stand for, in one."""
-    return torch.cat([band.code.decode(code) for band, code in zip(side.bands, codes, strict=True)], dim=-1)
+    values = [band.code.decode(code) for band, code in zip(side.bands, codes, strict=True)]
+    return values[0] if len(values) == 1 else torch.cat(values, dim=-1)

@@ -56,7 +56,10 @@ class GearConfig(StageConfig):
 
 class Gear(EncodingMethod[GearConfig]):
     name = "gear"
-    summary = "2/4/8-bit groups plus a low-rank residual plus exact outliers, per block of tokens; newest block exact"
+    summary = (
+        f"{'/'.join(map(str, quantized()[::-1]))}-bit groups plus a low-rank residual plus exact outliers, per block "
+        "of tokens; newest block exact"
+    )
     paper = "GEAR, arXiv 2403.05527"
     config = GearConfig
 

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Literal, Self
 
-from kvcompress.codec.bands import CHANNEL_GROUP
+from kvcompress.codec.bands import CHANNEL_GROUP, Band, summary
 from kvcompress.codec.codes.registry import quantized
 
 _PART_ALIGNMENT = 16
@@ -149,9 +149,7 @@ class BlocksSpec:
 
     def _side_summary(self, side: BlockSide) -> dict[str, Any]:
         return {
-            "rank": side.rank,
-            "bits": round(side.bits * side.rank / self.head_dim, 4),
-            "bands": [[side.bits, side.rank]],
+            **summary([Band(side.bits, side.rank)], self.head_dim),
             "stored_bits": round(8 * side.nbytes / (self.block * self.head_dim), 4),
             "group": side.group,
             "low_rank": side.low_rank,

@@ -38,7 +38,7 @@ class Code(Protocol):
         """Processors whose kernels unpack it; elsewhere torch does."""
 
     def encode(self, unit: Tensor) -> Tensor:
-        """float32 channels to code numbers, in the dtype that is quickest to decode; `pack` takes them."""
+        """float32 channels to code numbers, as `decode` and `pack` take them."""
 
     def decode(self, code: Tensor) -> Tensor:
         """Code numbers to the values they stand for, float32."""

@@ -35,10 +35,7 @@ class Float:
         return code.contiguous().view(torch.uint8)
 
     def unpack(self, packed: Tensor) -> Tensor:
-        # A copy: a slice of a record may be contiguous and still begin at an odd byte.
-        import torch
-
-        return packed.clone(memory_format=torch.contiguous_format).view(self._dtype)
+        return packed.contiguous().view(self._dtype)
 
     @property
     def _dtype(self) -> torch.dtype:

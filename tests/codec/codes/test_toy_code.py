@@ -26,14 +26,18 @@ from kvcompress.codec.heads.codec import HeadsCodec
 from kvcompress.codec.heads.layout import FRAGMENT, PageLayout
 from kvcompress.codec.heads.spec import HeadsSpec
 from kvcompress.codec.nested import cut_spec
+from kvcompress.codec.shared.codec import SharedCodec
 from kvcompress.codec.spec import CodecSpec
 from kvcompress.methods import registry
 from kvcompress.methods.scalar import ScalarConfig, side_spec
 from kvcompress.ops.blocks import cpu as blocks_cpu
 from kvcompress.ops.blocks import cuda as blocks_cuda
 from kvcompress.ops.heads import attention, cpu, cuda
+from kvcompress.ops.shared import cpu as shared_cpu
+from kvcompress.ops.shared import cuda as shared_cuda
 from kvcompress.pipeline import compress as compressing
 from kvcompress.pipeline import plan as planning
+from kvcompress.serving.loading import load_codec
 from kvcompress.serving.transformers import CompressedCache
 from tests import tiny
 
@@ -205,3 +209,20 @@ def test_recipe_plan_compress_and_serve(parameters: str, base_model: Path, tmp_p
             assert cache.nbytes == 50 * per_token
             assert planning.make(Checkpoint.open(base_model), made(stage), "tiny").bytes_per_token == per_token
     assert differences["bits: 4"] < differences[parameters] < differences["bits: 2"]
+
+
+def test_layers_that_share_a_latent_are_torchs_too(base_model: Path, tmp_path: Path) -> None:
+    text = "version: 1\nstages:\n  - {method: xkv, group: 2, rank: 0.5}\n  - {method: scalar, bits: {k: 3, v: 4}}\n"
+    options = compressing.Options(samples=6, length=96)
+    compressing.compress(
+        str(base_model), recipes.parse(text, registry.schemas()), tmp_path / "out", options, lambda *_: None
+    )
+    for codec in load_codec(tmp_path / "out"):
+        assert isinstance(codec, SharedCodec)
+        assert not shared_cpu.covers(codec)
+        assert not shared_cuda.covers(codec)
+    cache = CompressedCache.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        logits = tiny.load_model(base_model)(torch.tensor(tiny.prompts([50])), past_key_values=cache).logits
+    assert torch.isfinite(logits).all()
+    assert cache.nbytes == 50 * Manifest.load(tmp_path / "out").bytes_per_token.compressed
