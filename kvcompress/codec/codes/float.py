@@ -1,27 +1,24 @@
-"""Channels as IEEE floats, little-endian: numbers, not codes, so they need no gain."""
+"""Channels as IEEE floats of 16 or 32 bits, little-endian: numbers, not codes, so they need no gain."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from kvcompress.codec.codes.code import Processor
+from kvcompress.codec.codes.code import Code
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Float:
-    """Of 16 or 32 bits; what lies beyond a half's range is stored as its end."""
-
-    bits: int
-    reach: float
-    kernels: tuple[Processor, ...]
+class Float(Code):
     has_gain: ClassVar[bool] = False
-    expected_error: ClassVar[float] = 0.0
-    step: ClassVar[float] = 1.0
+
+    @property
+    def reach(self) -> float:
+        import torch
+
+        return torch.finfo(self._dtype).max
 
     def encode(self, unit: Tensor) -> Tensor:
         return unit.clamp(-self.reach, self.reach).to(self._dtype)

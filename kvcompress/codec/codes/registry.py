@@ -12,15 +12,13 @@ from kvcompress.codec.codes.code import Code
 from kvcompress.codec.codes.float import Float
 from kvcompress.codec.codes.uniform import Uniform
 
-_ALL: tuple[Code, ...] = (
-    Float(32, 3.4028234663852886e38, ("cpu",)),
-    Float(16, 65504.0, ("cpu", "cuda")),
-    Uniform(8, 0.0308, 8.73e-5, ("cpu", "cuda")),
-    Uniform(4, 0.3352, 0.0115, ("cpu", "cuda")),
-    Uniform(2, 0.9957, 0.1188, ("cpu", "cuda")),
-)
-
-CODES = {code.bits: code for code in _ALL}
+CODES: dict[int, Code] = {
+    32: Float(32, 1.0, 0.0, ("cpu",)),
+    16: Float(16, 1.0, 0.0, ("cpu", "cuda")),
+    8: Uniform(8, 0.0308, 8.73e-5, ("cpu", "cuda")),
+    4: Uniform(4, 0.3352, 0.0115, ("cpu", "cuda")),
+    2: Uniform(2, 0.9957, 0.1188, ("cpu", "cuda")),
+}
 
 
 def widths(wanted: Callable[[Code], bool] = lambda code: True) -> tuple[int, ...]:

@@ -6,23 +6,15 @@ Distortion, 1960).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
-from kvcompress.codec.codes.code import Processor
+from kvcompress.codec.codes.code import Code
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Uniform:
-    bits: int
-    step: float
-    expected_error: float
-    kernels: tuple[Processor, ...] = ()
-    has_gain: ClassVar[bool] = True
-
+class Uniform(Code):
     @property
     def top(self) -> int:
         """The largest code."""
@@ -38,13 +30,3 @@ class Uniform:
     def decode(self, code: Tensor) -> Tensor:
         value: Tensor = (code.float() - self.top / 2) * self.step
         return value
-
-    def pack(self, code: Tensor) -> Tensor:
-        from kvcompress.codec.codes import packing
-
-        return packing.pack(code, self.bits)
-
-    def unpack(self, packed: Tensor) -> Tensor:
-        from kvcompress.codec.codes import packing
-
-        return packing.unpack(packed, self.bits)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,7 +19,7 @@ from kvcompress.codec.bands import Band, SideSpec
 from kvcompress.codec.blocks import encoding
 from kvcompress.codec.blocks.spec import BlockSide, BlocksSpec
 from kvcompress.codec.codes import packing
-from kvcompress.codec.codes.code import Code, Processor
+from kvcompress.codec.codes.code import Code
 from kvcompress.codec.codes.registry import CODES
 from kvcompress.codec.codes.uniform import Uniform
 from kvcompress.codec.heads.codec import HeadsCodec
@@ -45,16 +45,10 @@ EIGHT = (-2.1519, -1.3439, -0.7560, -0.2451, 0.2451, 0.7560, 1.3439, 2.1519)
 """The eight values of least squared error for a standard normal variable (Max 1960)."""
 
 
-@dataclass(frozen=True)
-class Codebook:
+class Codebook(Code):
     """A code whose values are no equal steps apart."""
 
-    bits: ClassVar[int] = 3
-    has_gain: ClassVar[bool] = True
-    reach: ClassVar[float] = EIGHT[-1]
-    expected_error: ClassVar[float] = 0.03454
-    step: ClassVar[float] = 1.0
-    kernels: ClassVar[tuple[Processor, ...]] = ()
+    reach: ClassVar[float] = EIGHT[-1]  # type: ignore[misc]
 
     def encode(self, unit: Tensor) -> Tensor:
         values = torch.tensor(EIGHT)
@@ -63,14 +57,10 @@ class Codebook:
     def decode(self, code: Tensor) -> Tensor:
         return torch.tensor(EIGHT)[code.long()]
 
-    def pack(self, code: Tensor) -> Tensor:
-        return packing.pack(code, self.bits)
 
-    def unpack(self, packed: Tensor) -> Tensor:
-        return packing.unpack(packed, self.bits)
-
-
-@pytest.fixture(params=[Uniform(3, 0.5860, 0.03744), Codebook()], ids=["uniform", "codebook"], autouse=True)
+@pytest.fixture(
+    params=[Uniform(3, 0.5860, 0.03744), Codebook(3, 1.0, 0.03454)], ids=["uniform", "codebook"], autouse=True
+)
 def code(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Code:
     """Three bits, in the list of codes as long as a test runs."""
     monkeypatch.setitem(CODES, 3, request.param)
