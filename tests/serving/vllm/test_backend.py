@@ -16,8 +16,9 @@ from kvcompress.codec.heads.layout import PageLayout
 from kvcompress.ops import library
 from kvcompress.ops.heads import reference
 from kvcompress.ops.heads.plan import HeadsPlan
+from tests import require
 
-pytest.importorskip("vllm")
+require.need("vllm")
 
 from kvcompress.serving.vllm.backend import (
     CompressedAttentionBackend,
@@ -45,8 +46,8 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     """Everything is tested on the compiled kernels and on the torch code they replace."""
     if request.param == "torch":
         monkeypatch.setattr(library, "load", lambda: None)
-    elif library.load() is None:
-        pytest.skip("kvcompress is installed without compiled kernels")
+    else:
+        require.need("kernels")
     return str(request.param)
 
 
@@ -152,11 +153,8 @@ def test_half_precision_models(codec: HeadsCodec, dtype: torch.dtype, tolerance:
     check(Engine(codec, dtype), STEPS, tolerance)
 
 
-def test_torch_attends_a_long_prompt_in_chunks_of_queries(
-    codec: HeadsCodec, path: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if path == "compiled":
-        pytest.skip("the kernels hold no scores")
+@pytest.mark.parametrize("path", ["torch"], indirect=True)
+def test_torch_attends_a_long_prompt_in_chunks_of_queries(codec: HeadsCodec, monkeypatch: pytest.MonkeyPatch) -> None:
     largest = 0
     attend = attention.attend
 

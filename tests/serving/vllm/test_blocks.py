@@ -12,9 +12,10 @@ from torch import Tensor
 from kvcompress.codec.blocks.codec import BlocksCodec
 from kvcompress.ops import library
 from kvcompress.ops.heads import reference
+from tests import require
 from tests.codec.blocks.cases import BLOCK, HEAD_DIM, HEADS, by_the_rule, codec
 
-pytest.importorskip("vllm")
+require.need("vllm")
 
 from kvcompress.serving.vllm import blocks as gear_backend
 from kvcompress.serving.vllm import compat, limits, register
@@ -107,8 +108,8 @@ class Engine:
 def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Engine:
     if request.param == "torch":
         monkeypatch.setattr(library, "load", lambda: None)
-    elif library.load() is None:
-        pytest.skip(f"no compiled kernels; build them with cmake and set {library.PATH_VARIABLE}")
+    else:
+        require.need("kernels")
     return Engine(monkeypatch)
 
 

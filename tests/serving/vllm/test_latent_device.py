@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("vllm")
+from tests import require
+
+require.need("vllm")
 
 from kvcompress.ops import gpu
 from kvcompress.ops.latent import cuda as cuda_latent

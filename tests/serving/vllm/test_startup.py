@@ -15,12 +15,12 @@ import torch
 
 from kvcompress.codec.heads.layout import PageLayout
 from kvcompress.codec.heads.spec import HeadsSpec
-from tests import tiny
+from tests import require, tiny
 from tests.ops import emulated
 from tests.ops.blocks.cases import random_codec
 from tests.ops.blocks.cuda_sides import cuda_sides
 
-pytest.importorskip("vllm")
+require.need("vllm")
 
 from kvcompress.serving.vllm import compat, register
 from kvcompress.serving.vllm.backend import CompressedAttentionBackend
