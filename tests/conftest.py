@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import tiny
+from tests import require, tiny
 
 pytest_plugins = ["tests.e2e.support_matrix.collect"]
 
@@ -20,6 +20,10 @@ stages:
   - method: scalar
     bits: {k: 4, v: 2}
 """
+
+
+def pytest_configure() -> None:
+    require.required()
 
 
 @pytest.fixture(autouse=True, scope="session")

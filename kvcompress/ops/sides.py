@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvcompress.codec.bands import STEP, Band, SideSpec
+from kvcompress.codec.bands import Band, SideSpec
 from kvcompress.codec.heads.layout import SideLayout
 from kvcompress.ops import interface
 
@@ -11,7 +11,7 @@ def side_struct(spec: SideSpec, place: SideLayout) -> interface.Side:
     struct, bands = interface.Side(), merged_bands(spec)
     struct.rank, struct.num_bands, struct.outliers = spec.rank, len(bands), spec.outliers
     for index, band in enumerate(bands):
-        struct.bits[index], struct.widths[index], struct.steps[index] = band.bits, band.width, step(band.bits)
+        struct.bits[index], struct.widths[index], struct.steps[index] = band.bits, band.width, band.code.step
     struct.gain_offset, struct.outlier_offset, struct.channel_offset, struct.code_offset = place
     struct.code_bytes = spec.code_bytes
     return struct
@@ -35,8 +35,3 @@ def merged_bands(spec: SideSpec) -> list[Band]:
         else:
             bands.append(band)
     return bands
-
-
-def step(bits: int) -> float:
-    """The quantizer's step in units of the channel's static scale; floats are stored as they are."""
-    return STEP.get(bits, 1.0)

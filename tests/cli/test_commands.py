@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from kvcompress_cli import main
 
-from tests import tiny
+from tests import require, tiny
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -285,7 +285,7 @@ def test_full_disk(run: Run, base_model: Path, recipe_file: Path, tmp_path: Path
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True, check=False)
     if mounted.returncode:
-        pytest.skip("mounting a tmpfs needs root; test_file_size_limit covers a disk that fills up")
+        require.missing("root", "mounting a tmpfs needs root; test_file_size_limit covers a disk that fills up")
     try:
         code, _, stderr = run("compress", base_model, "-r", recipe_file, "-o", disk / "out", "--samples", 2)
         assert code == 2

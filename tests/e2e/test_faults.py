@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from kvcompress.checkpoint.manifest import Manifest
+from tests import require
 from tests.e2e import faults, vllm_engine
 
-pytest.importorskip("vllm")
+require.need("vllm")
 pytestmark = pytest.mark.e2e
 
 ROOT = Path(__file__).parents[2]

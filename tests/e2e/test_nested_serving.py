@@ -14,7 +14,7 @@ from kvcompress.methods import registry
 from kvcompress.pipeline import compress as compressing
 from kvcompress.serving.loading import KV_RANK, load_codec, read_spec
 from kvcompress.serving.transformers import CompressedCache
-from tests import tiny
+from tests import require, tiny
 from tests.e2e import reference, vllm_engine
 
 pytestmark = pytest.mark.e2e
@@ -44,7 +44,7 @@ def nested(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("kv_rank", [1.0, 0.5])
 def test_vllm_gives_the_transformers_tokens_at_any_rank(nested: Path, kv_rank: float) -> None:
-    pytest.importorskip("vllm")
+    require.need("vllm")
     prompts, expected = reference.greedy(nested, LENGTHS, TOKENS, kv_rank=kv_rank)
     result = vllm_engine.run(nested, prompts, prompts, max_tokens=TOKENS, env={KV_RANK: str(kv_rank)})
     assert result["tokens"] == [expected, expected]

@@ -22,10 +22,10 @@ from kvcompress import recipe as recipes
 from kvcompress.methods import registry
 from kvcompress.pipeline import compress as compressing
 from kvcompress.serving.transformers import CompressedCache, prepare
-from tests import quantize, tiny
+from tests import quantize, require, tiny
 from tests.e2e import reference, vllm_engine
 
-pytest.importorskip("vllm")
+require.need("vllm")
 pytestmark = pytest.mark.e2e
 
 PROMPTS = tiny.prompts([3, 33, 130])

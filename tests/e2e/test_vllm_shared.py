@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from kvcompress.checkpoint.manifest import Manifest
+from tests import require
 from tests.e2e import reference, vllm_engine
 from tests.methods.test_xkv import compress
 
-pytest.importorskip("vllm")
+require.need("vllm")
 pytestmark = pytest.mark.e2e
 
 LENGTHS = [3, 33, 70, 130]

@@ -12,10 +12,10 @@ from kvcompress.methods import fwsvd, registry
 from kvcompress.methods.ranks import Ranks, Shape
 from kvcompress.modeling.low_rank import ranks_of
 from kvcompress.pipeline import compress as compressing
-from tests import tiny
+from tests import require, tiny
 from tests.e2e import reference, vllm_engine
 
-pytest.importorskip("vllm")
+require.need("vllm")
 pytestmark = pytest.mark.e2e
 
 LENGTHS = [3, 33, 130]

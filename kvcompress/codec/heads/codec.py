@@ -19,6 +19,7 @@ from kvcompress.codec import scalar
 from kvcompress.codec.bands import SideSpec
 from kvcompress.codec.contract import ReadTensor
 from kvcompress.codec.heads.spec import HeadsSpec
+from kvcompress.codec.record import Record
 from kvcompress.codec.side import Side, Sides
 
 
@@ -32,15 +33,15 @@ class SideCodec(Side[SideSpec]):
         super().__post_init__()
         object.__setattr__(self, "weight_HR", self.scale_HR.square())
 
-    def encode(self, x_THD: Tensor) -> scalar.Encoded:
+    def encode(self, x_THD: Tensor) -> Record:
         """Keys or values `[tokens, heads, head_dim]` as they are stored."""
         return scalar.encode(self.latent(x_THD), self.weight_HR, self.spec)
 
-    def decode(self, encoded: scalar.Encoded) -> Tensor:
+    def decode(self, encoded: Record) -> Tensor:
         """Stored tokens to normalized latents `[tokens, heads, rank]`, float32."""
         return scalar.decode(encoded, self.spec)
 
-    def reconstruct(self, encoded: scalar.Encoded) -> Tensor:
+    def reconstruct(self, encoded: Record) -> Tensor:
         """Stored tokens back to keys or values `[tokens, heads, head_dim]`, float32."""
         return torch.einsum("thr,hrd->thd", self.decode(encoded), self.decode_HRD) + self.mean_HD
 

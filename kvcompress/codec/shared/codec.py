@@ -23,6 +23,7 @@ from kvcompress.codec import scalar
 from kvcompress.codec.bands import SideSpec
 from kvcompress.codec.contract import ReadTensor
 from kvcompress.codec.heads.codec import SideCodec
+from kvcompress.codec.record import Record
 from kvcompress.codec.rope import Rope
 from kvcompress.codec.shared.spec import SharedSpec
 
@@ -60,11 +61,11 @@ class SharedSide:
         """What this layer adds to the group's normalized latent `[tokens, R]`."""
         return torch.einsum("thd,hdr->tr", x_THD.float() - self.mean_HD, self.encode_HDR)
 
-    def encode(self, latent_TR: Tensor) -> scalar.Encoded:
+    def encode(self, latent_TR: Tensor) -> Record:
         """The complete normalized latent, stripes in the place of heads."""
         return scalar.encode(latent_TR.unflatten(-1, self.scale_WR.shape), self.weight_WR, self.spec)
 
-    def decode(self, encoded: scalar.Encoded) -> Tensor:
+    def decode(self, encoded: Record) -> Tensor:
         """All stripes back to the normalized latent `[tokens, R]`."""
         return scalar.decode(encoded, self.spec).flatten(1)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvcompress.codec.blocks.codec import BlocksCodec
 from kvcompress.codec.blocks.spec import BlocksSpec
+from kvcompress.codec.codes.registry import CODES
 from kvcompress.ops import interface, library
 from kvcompress.ops.blocks.plan import rings_struct
 from kvcompress.ops.blocks.reference import BlocksOp
@@ -20,11 +21,13 @@ _TILE = 16
 
 
 def covers(spec: BlocksSpec) -> bool:
-    """Whether the kernels know this layer's shape."""
+    """Whether the kernels know this layer's shape and codes."""
+    codes = all("cpu" in CODES[side.bits].kernels for side in (spec.k, spec.v))
     keys = spec.k.along == "tokens" and (spec.k.group % _TILE == 0 or spec.k.group >= spec.block)
     values = spec.v.along == "channels" and (spec.v.group % 8 == 0 or spec.v.group >= spec.v.rank)
     low_rank = max(spec.k.low_rank, spec.v.low_rank) <= interface.MAX_LOW_RANK
-    return keys and values and low_rank and spec.head_dim <= interface.MAX_HEAD_DIM and spec.head_dim % 8 == 0
+    heads = spec.head_dim <= interface.MAX_HEAD_DIM and spec.head_dim % 8 == 0
+    return codes and keys and values and low_rank and heads
 
 
 class CpuBlocks(BlocksOp):

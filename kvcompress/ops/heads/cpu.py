@@ -14,8 +14,9 @@ from kvcompress.ops.rows import Numbers, int32_rows, rows_struct
 
 
 def covers(layer: HeadsSpec) -> bool:
-    """Whether the kernels know this layer's shape."""
-    return layer.head_dim <= interface.MAX_HEAD_DIM and layer.head_dim % 8 == 0
+    """Whether the kernels know this layer's shape and codes."""
+    codes = layer.k.unpacked_by("cpu") and layer.v.unpacked_by("cpu")
+    return codes and layer.head_dim <= interface.MAX_HEAD_DIM and layer.head_dim % 8 == 0
 
 
 class CpuHeads(HeadsOp):

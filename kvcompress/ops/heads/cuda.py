@@ -56,8 +56,8 @@ def _known(*sides: SideSpec) -> bool:
 
 def _side_known(side: SideSpec) -> bool:
     tiles = sum(-(-band.width // 16) for band in side.bands)
-    stored = all(band.bits in cuda_library.BITS for band in side.bands)
-    return stored and side.rank <= cuda_library.MAX_RANK and tiles <= _MAX_TILES and len(side.bands) <= 4
+    small = side.rank <= cuda_library.MAX_RANK and tiles <= _MAX_TILES and len(side.bands) <= 4
+    return side.unpacked_by("cuda") and small
 
 
 class CudaHeads(HeadsOp):

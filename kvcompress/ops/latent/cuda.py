@@ -14,7 +14,7 @@ from kvcompress.ops.latent.reference import SPLIT_TOKENS, LatentOp
 from kvcompress.ops.rows import Numbers, int32_rows, most_queries, rows_struct
 
 LEAST_TOKENS = 128
-"""A split has at least as many; the kernels see to it (csrc/cuda/latent_args.h)."""
+"""A split has at least as many; the kernels see to it (csrc/cuda/latent/args.h)."""
 
 SPLIT_COST = 256
 """Tokens in whose time a split begins and is merged, estimated from the bytes of both."""

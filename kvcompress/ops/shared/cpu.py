@@ -19,10 +19,11 @@ from kvcompress.ops.sides import record_struct
 
 
 def covers(codec: SharedCodec) -> bool:
-    """Whether the kernels know this layer's shape."""
+    """Whether the kernels know this layer's shape and codes."""
     head_dim, ranks = codec.spec.head_dim, (codec.k.decode_HRD.shape[1], codec.v.decode_HRD.shape[1])
     known = head_dim <= interface.MAX_HEAD_DIM and head_dim % 8 == 0 and max(ranks) <= interface.MAX_LATENT_CHANNELS
-    return known and not codec.spec.k.outliers and not codec.spec.v.outliers
+    sides = (codec.spec.k, codec.spec.v)
+    return known and all(side.unpacked_by("cpu") and not side.outliers for side in sides)
 
 
 class CpuShared(SharedOp):

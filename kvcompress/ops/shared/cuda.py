@@ -51,8 +51,8 @@ def covers(codec: SharedCodec) -> bool:
 def _known(side: SideSpec) -> bool:
     bands = merged_bands(side)
     tiles = sum(fragments.padded(*band) for band in bands) // fragments.TILE
-    bits = all(band.bits in cuda_library.BITS for band in bands)
-    return bits and tiles <= MAX_TILES and side.bytes_per_token <= MAX_TOKEN_BYTES and not side.outliers
+    small = tiles <= MAX_TILES and side.bytes_per_token <= MAX_TOKEN_BYTES
+    return side.unpacked_by("cuda") and small and not side.outliers
 
 
 def _aligned(records_NHSX: Tensor) -> bool:

@@ -13,7 +13,7 @@ from kvcompress.codec.bands import SideSpec
 from kvcompress.codec.shared.codec import SharedCodec
 from kvcompress.ops import interface
 from kvcompress.ops.shared import fragments
-from kvcompress.ops.sides import merged_bands, record_struct, step
+from kvcompress.ops.sides import merged_bands, record_struct
 
 
 @dataclass(frozen=True)
@@ -108,10 +108,10 @@ def by_position(decode_HRD: Tensor, spec: SideSpec, padded: Callable[[int, int],
     stripes = decode_HRD.shape[1] // spec.rank
     decode_HWRD = decode_HRD.unflatten(1, (stripes, spec.rank))
     parts, start = [], 0
-    for bits, width in merged_bands(spec):
-        part_HWRD = decode_HWRD[:, :, start : start + width] * step(bits)
-        parts.append(torch.nn.functional.pad(part_HWRD, (0, 0, 0, padded(bits, width) - width)))
-        start += width
+    for band in merged_bands(spec):
+        part_HWRD = decode_HWRD[:, :, start : start + band.width] * band.code.step
+        parts.append(torch.nn.functional.pad(part_HWRD, (0, 0, 0, padded(*band) - band.width)))
+        start += band.width
     return torch.cat(parts, dim=2).flatten(1, 2).contiguous()
 
 

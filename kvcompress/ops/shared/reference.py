@@ -14,7 +14,8 @@ from torch import Tensor
 
 from kvcompress.codec import scalar
 from kvcompress.codec.bands import SideSpec
-from kvcompress.codec.scalar import Encoded, decode
+from kvcompress.codec.record import Record
+from kvcompress.codec.scalar import decode
 from kvcompress.codec.shared.codec import SharedCodec
 from kvcompress.ops.heads.reference import SCORE_BYTES
 from kvcompress.ops.shared.batch import Batch
@@ -56,7 +57,7 @@ class SharedOp:
             latent_THR, slots_T = latent_THR[valid_T], slots_T[valid_T]
         block_size = records_NHSX.shape[2]
         encoded = scalar.encode(latent_THR, weight_HR, spec)
-        records_NHSX[slots_T // block_size, :, slots_T % block_size] = encoded.to_record()
+        records_NHSX[slots_T // block_size, :, slots_T % block_size] = encoded.to_bytes()
 
     def read(self, records_NHSX: Tensor, spec: SideSpec, block_table_N: Tensor, length: int) -> Tensor:
         """Normalized latents `[length, records, channels]` of a request's first tokens."""
@@ -144,8 +145,8 @@ def _latents(records: Sequence[Tensor], tables: Sequence[Tensor], spec: SideSpec
     for records_NHSX, table_RN in zip(records, tables, strict=True):
         blocks_N = table_RN[request, : -(-length // records_NHSX.shape[2])].long()
         record_THX = records_NHSX[blocks_N].transpose(1, 2).flatten(0, 1)[:length]
-        parts.append(Encoded.from_record(record_THX, spec))
-    return decode(Encoded.concatenate(parts), spec)
+        parts.append(Record.from_bytes(record_THX, spec))
+    return decode(Record.concatenate(parts), spec)
 
 
 def _after_last_negative(row_T: Tensor) -> int:

@@ -17,8 +17,8 @@ from kvcompress.codec.groups import check_groups
 from kvcompress.codec.heads.codec import HeadsCodec, SideCodec
 from kvcompress.codec.prompt.codec import PromptCodec, factor
 from kvcompress.codec.prompt.spec import PromptSpec
+from kvcompress.codec.record import Record
 from kvcompress.codec.rope import Rope
-from kvcompress.codec.scalar import Encoded
 from kvcompress.codec.shared.codec import SharedCodec, SharedSide
 from kvcompress.codec.shared.pages import SharedLayout
 from kvcompress.codec.shared.spec import SharedSpec
@@ -180,7 +180,7 @@ def test_pages_give_back_what_was_written() -> None:
     for side, heads, size in ((layout.k, HEADS, 16), (layout.v, 1, 12)):
         gain = torch.rand(22, heads, generator=generator).half()
         codes = torch.randint(0, 256, (22, heads, size), dtype=torch.uint8, generator=generator)
-        side.write(pages, Encoded(gain, codes), slots)
+        side.write(pages, Record(gain, codes), slots)
         written.append((side, gain[:21], codes[:21]))
     for side, gain, codes in written:
         found = side.read(pages, blocks, 21)

@@ -13,9 +13,10 @@ from kvcompress.codec.blocks.codec import BlocksCodec
 from kvcompress.codec.spec import CodecSpec
 from kvcompress.ops import library
 from kvcompress.ops.heads import reference
+from tests import require
 from tests.codec.blocks.cases import BLOCK, HEAD_DIM, HEADS, by_the_rule, codec
 
-pytest.importorskip("vllm")
+require.need("vllm")
 
 
 from kvcompress.serving.vllm import blocks, compat
@@ -101,8 +102,8 @@ class Engine:
 def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Engine:
     if request.param == "torch":
         monkeypatch.setattr(library, "load", lambda: None)
-    elif library.load() is None:
-        pytest.skip(f"no compiled kernels; build them with cmake and set {library.PATH_VARIABLE}")
+    else:
+        require.need("kernels")
     return Engine(monkeypatch)
 
 

@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("vllm")
+from tests import require
+
+require.need("vllm")
 
 from kvcompress.codec import canary as stated
 from kvcompress.codec.heads.codec import HeadsCodec, SideCodec
@@ -22,18 +24,14 @@ from kvcompress.serving.vllm.served import Served
 from tests.serving.vllm import canary_layers
 
 BLOCK, NUM_BLOCKS = canary_layers.BLOCK, canary_layers.NUM_BLOCKS
-KERNELS = [
-    "torch",
-    pytest.param(
-        "compiled", marks=pytest.mark.skipif(library.load() is None, reason="installed without compiled kernels")
-    ),
-]
 
 
-@pytest.fixture(params=KERNELS)
+@pytest.fixture(params=["torch", "compiled"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "torch":
         monkeypatch.setattr(library, "load", lambda: None)
+    else:
+        require.need("kernels")
 
 
 @pytest.fixture(autouse=True)

@@ -13,8 +13,9 @@ from kvcompress.codec.heads import attention
 from kvcompress.codec.heads.codec import HeadsCodec, SideCodec
 from kvcompress.ops import library
 from kvcompress.ops.heads import reference
+from tests import require
 
-pytest.importorskip("vllm")
+require.need("vllm")
 
 from kvcompress.serving.vllm.heads import HeadsBackend, HeadsImpl, cache_spec
 from kvcompress.serving.vllm.metadata import HostBuilder, Step
@@ -38,8 +39,8 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     """Everything is tested on the compiled kernels and on the torch code they replace."""
     if request.param == "torch":
         monkeypatch.setattr(library, "load", lambda: None)
-    elif library.load() is None:
-        pytest.skip("kvcompress is installed without compiled kernels")
+    else:
+        require.need("kernels")
     return str(request.param)
 
 
@@ -136,11 +137,8 @@ def test_half_precision_models(codec: HeadsCodec, dtype: torch.dtype, tolerance:
     check(Engine(codec, dtype), STEPS, tolerance)
 
 
-def test_torch_attends_a_long_prompt_in_chunks_of_queries(
-    codec: HeadsCodec, path: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if path == "compiled":
-        pytest.skip("the kernels hold no scores")
+@pytest.mark.parametrize("path", ["torch"], indirect=True)
+def test_torch_attends_a_long_prompt_in_chunks_of_queries(codec: HeadsCodec, monkeypatch: pytest.MonkeyPatch) -> None:
     largest = 0
     attend = attention.attend
 

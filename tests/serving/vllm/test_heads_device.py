@@ -12,7 +12,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-pytest.importorskip("vllm")
+from tests import require
+
+require.need("vllm")
 
 
 from kvcompress.codec.bands import SideSpec

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests import tiny
+from tests import require, tiny
 
-pytest.importorskip("vllm")
+require.need("vllm")
 
 from kvcompress.serving.vllm import compat, limits
 from tests.serving.vllm.engines import engine

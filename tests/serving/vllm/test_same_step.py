@@ -7,7 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-pytest.importorskip("vllm")
+from tests import require
+
+require.need("vllm")
 
 from kvcompress.serving.vllm import canary_paths, compat
 from kvcompress.serving.vllm.canary_paths import Path

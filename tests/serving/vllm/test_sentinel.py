@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("vllm")
+from tests import require
+
+require.need("vllm")
 
 from kvcompress.serving.vllm import canary_paths, compat, metrics
 from kvcompress.serving.vllm import sentinel as sentinels

@@ -16,13 +16,12 @@ from kvcompress.codec.heads.layout import PageLayout
 from kvcompress.codec.heads.spec import HeadsSpec
 from kvcompress.codec.latent.codec import LatentCodec
 from kvcompress.codec.latent.spec import LatentSpec
-from tests import tiny
+from tests import require, tiny
 from tests.ops import emulated
 from tests.ops.blocks.cases import random_codec
 from tests.ops.blocks.cuda_sides import cuda_sides
-from tests.serving.vllm import engines
 
-pytest.importorskip("vllm")
+require.need("vllm")
 
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
@@ -33,6 +32,7 @@ from kvcompress.serving.vllm.heads import cache_spec
 from kvcompress.serving.vllm.quantization import KVCompressConfig
 from kvcompress.serving.vllm.served import Served
 from kvcompress.serving.vllm.startup import SKIP_VERIFY, Startup, check_files, checkpoint_directory, heads_of_rank
+from tests.serving.vllm import engines
 
 SECTION = {"quant_method": "kvcompress", "version": 1, "codec": tiny.mixed_spec().to_json()}
 
