@@ -9,7 +9,9 @@ run the end-to-end tests.
     engine       an engine's options, and running its model
     layers       attention layers: what they are, and what is put in their place
     attention    the base classes of a form's attention
-    weights      linear layers, quantization methods and how weights are loaded
+    linear       linear layers
+    delegation   the base model's own quantization
+    complete     whether a checkpoint has filled a model
     hooks        where vLLM asks us, and where we make it ask
     llama        the model class that ours extends; not imported here, because it is slow
     offline      an engine in this process, for evaluations; not imported here either
@@ -32,12 +34,14 @@ from vllm.model_executor.layers.linear import (
     UnquantizedLinearMethod,
 )
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.kv_cache_interface import CircularBufferSpec, FullAttentionSpec
 
 from kvcompress.serving.vllm.compat.attention import Backend, Batch, Implementation, MetadataBuilder
+from kvcompress.serving.vllm.compat.complete import require_all
+from kvcompress.serving.vllm.compat.delegation import DelegatingConfig
 from kvcompress.serving.vllm.compat.engine import (
     Engine,
     capacity_tokens,
@@ -60,17 +64,14 @@ from kvcompress.serving.vllm.compat.layers import (
     is_attention,
     layer_metadata,
 )
-from kvcompress.serving.vllm.compat.weights import (
-    SET_ON_CONFIGS,
+from kvcompress.serving.vllm.compat.linear import (
     layer_parallel,
     output_rank,
-    quantization_of,
     set_weight_loader,
 )
 
 __all__ = [
     "QUANTIZATION_METHODS",
-    "SET_ON_CONFIGS",
     "SUPPORTED_VLLM",
     "Attention",
     "AttentionLayerBase",
@@ -79,6 +80,7 @@ __all__ = [
     "Batch",
     "CircularBufferSpec",
     "ColumnParallelLinear",
+    "DelegatingConfig",
     "Engine",
     "FullAttentionSpec",
     "Implementation",
@@ -86,7 +88,6 @@ __all__ = [
     "LinearBase",
     "LinearMethodBase",
     "MetadataBuilder",
-    "QuantizationConfig",
     "QuantizeMethodBase",
     "ReplicatedLinear",
     "RowParallelLinear",
@@ -109,9 +110,9 @@ __all__ = [
     "layer_parallel",
     "logger",
     "output_rank",
-    "quantization_of",
     "register_model",
     "register_quantization_config",
+    "require_all",
     "run_model",
     "running",
     "set_weight_loader",
