@@ -1,9 +1,10 @@
-"""The form of the CUDA kernels: pages in fragment order, numbers on the device, graphs; by the kernels' emulation."""
+"""Form `heads` on the CUDA kernels, emulated: pages in fragment order, numbers on the device, graphs."""
 
 from __future__ import annotations
 
 import ctypes
 import weakref
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,26 +16,22 @@ from tests import require
 
 require.need("vllm")
 
+
 from kvcompress.codec.bands import SideSpec
-from kvcompress.codec.heads.codec import HeadsCodec
 from kvcompress.codec.heads.spec import HeadsSpec
 from kvcompress.ops import gpu
 from kvcompress.ops.heads import cuda, prefill
-from kvcompress.serving.vllm import canary, compat, device_backend
+from kvcompress.serving.vllm import canary, compat, heads
 from kvcompress.serving.vllm import sentinel as sentinels
-from kvcompress.serving.vllm.backend import CompressedAttentionBackend
-from kvcompress.serving.vllm.device_backend import (
-    DeviceAttentionBackend,
-    DeviceAttentionImpl,
-    DeviceMetadataBuilder,
-)
+from kvcompress.serving.vllm.heads import DeviceHeadsBackend, DeviceHeadsImpl, HeadsBackend
+from kvcompress.serving.vllm.metadata import DeviceBuilder
 from kvcompress.serving.vllm.metrics import Numbers
 from kvcompress.serving.vllm.sentinel import Sentinel
 from kvcompress.serving.vllm.served import Served
 from tests.ops import emulated
 from tests.ops.heads.cases import bands, random_codec, relative_error
 from tests.ops.heads.cuda_sides import bar
-from tests.serving.vllm import canary_layers
+from tests.serving.vllm import canary_layers, engines
 from tests.serving.vllm.device_engine import BLOCK, HEADS, KV_HEADS, MOST_TOKENS, POISON, DeviceEngine
 from tests.serving.vllm.no_waits import NoWaits
 
@@ -55,16 +52,8 @@ def plain_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefill, "causal_lower_right", lambda q, t: torch.ones(q, t, dtype=torch.bool).tril(t - q))
 
 
-def engine(dtype: torch.dtype = torch.float32, config: Any = None) -> DeviceEngine:
-    return DeviceEngine(random_codec(KV_HEADS, HEAD_DIM, K_SIDE, V_SIDE), dtype, config)
-
-
-def config(block_size: int | None = None, drafts: int = 0) -> Any:
-    return SimpleNamespace(
-        device_config=SimpleNamespace(device_type="cuda"),
-        cache_config=SimpleNamespace(block_size=block_size or 16, user_specified_block_size=block_size is not None),
-        num_speculative_tokens=drafts,
-    )
+def engine(dtype: torch.dtype = torch.float32) -> DeviceEngine:
+    return DeviceEngine(random_codec(KV_HEADS, HEAD_DIM, K_SIDE, V_SIDE), dtype)
 
 
 class TestChoice:
@@ -72,32 +61,34 @@ class TestChoice:
 
     @staticmethod
     def chosen(k: SideSpec = K_SIDE, v: SideSpec = V_SIDE, block_size: int | None = None) -> Any:
-        return device_backend.backend_for(HeadsSpec(KV_HEADS, 256, k, v), config(block_size))
+        chosen = {"block_size": block_size or 16, "block_size_chosen": block_size is not None}
+        serving = engines.engine(device=torch.device("cuda"), **chosen)
+        return heads.backend_for(HeadsSpec(KV_HEADS, 256, k, v), serving)
 
     @pytest.mark.usefixtures("kernels")
     @pytest.mark.parametrize("block_size", [None, 64, 128, 512])
     def test_kernels_wherever_they_cover_the_layer(self, block_size: int | None) -> None:
-        assert self.chosen(block_size=block_size) is DeviceAttentionBackend
-        assert DeviceAttentionBackend.get_preferred_block_size(16) == BLOCK
+        assert self.chosen(block_size=block_size) is DeviceHeadsBackend
+        assert DeviceHeadsBackend.get_preferred_block_size(16) == BLOCK
 
     @pytest.mark.usefixtures("kernels")
     def test_torch_code_for_what_they_do_not_cover(self) -> None:
         floats = bands((32, 32))
-        assert self.chosen(k=floats, block_size=48) is CompressedAttentionBackend
-        assert self.chosen(v=floats) is CompressedAttentionBackend
+        assert self.chosen(k=floats, block_size=48) is HeadsBackend
+        assert self.chosen(v=floats) is HeadsBackend
 
     @pytest.mark.usefixtures("kernels")
     def test_torch_code_for_what_a_gpu_has_no_room_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
         wide = bands((16, 256))
-        assert self.chosen(k=wide, v=wide) is DeviceAttentionBackend
+        assert self.chosen(k=wide, v=wide) is DeviceHeadsBackend
         cuda.fits.cache_clear()
         monkeypatch.setenv("KVC_EMULATED_SHARED_BYTES", str(163 * 1024))
-        assert self.chosen(k=wide, v=wide) is CompressedAttentionBackend
+        assert self.chosen(k=wide, v=wide) is HeadsBackend
         cuda.fits.cache_clear()
 
     def test_torch_code_without_kernels(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(gpu, "kernels", lambda device: None)
-        assert self.chosen(block_size=48) is CompressedAttentionBackend
+        assert self.chosen(block_size=48) is HeadsBackend
 
     @pytest.mark.usefixtures("kernels")
     @pytest.mark.parametrize("block_size", [16, 48, 96, 192])
@@ -109,10 +100,10 @@ class TestChoice:
 
     @pytest.mark.usefixtures("kernels")
     def test_so_are_pages_that_the_engine_has_made_of_such_a_size(self) -> None:
-        impl = engine().impl
-        cache = torch.zeros(2, KV_HEADS, 192, K_SIDE.bytes_per_token + V_SIDE.bytes_per_token, dtype=torch.uint8)
+        running = engine()
+        running.cache = torch.zeros(2, KV_HEADS, 192, running.cache.shape[3], dtype=torch.uint8)
         with pytest.raises(ValueError, match="found --block-size 192"):
-            impl.latents(cache, torch.tensor([1]))
+            running.step({0: 1})
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, bar(K_SIDE)), (torch.bfloat16, 1.5e-2)])
@@ -143,7 +134,7 @@ def test_mixed_batches_without_waiting_for_the_device(dtype: torch.dtype, tolera
 def test_parts_of_a_batch() -> None:
     running = engine()
     batch = running.prepare({0: 1, 1: 64, 2: 65, 3: 70, 4: 2})
-    parts = DeviceMetadataBuilder(None, [], None, torch.device("cpu")).describe(batch).parts
+    parts = running.builder.describe(compat.Batch.of(batch)).parts
     assert [(part.requests, part.tokens, part.max_query_len) for part in parts] == [
         (slice(0, 2), slice(0, 65), 64),
         (slice(2, 3), slice(65, 130), 65),
@@ -153,10 +144,10 @@ def test_parts_of_a_batch() -> None:
     assert [list(part.query_starts) for part in parts] == [[0, 1, 65], [0, 65], [0, 70], [0, 2]]
     assert [list(part.seq_lens) for part in parts] == [[1, 64], [65], [70], [2]]
     batch.seq_lens_cpu_upper_bound = None  # then a prompt costs one wait
-    parts = running.builder.describe(batch).parts
+    parts = running.builder.describe(compat.Batch.of(batch)).parts
     assert [list(part.seq_lens) for part in parts] == [[1, 64], [65], [70], [2]]
     batch = running.prepare({0: 1, 1: 3}, 4, 6)
-    [part] = running.builder.describe(batch).parts
+    [part] = running.builder.describe(compat.Batch.of(batch)).parts
     assert part.seq_lens.data_ptr() == running.lengths.data_ptr()
     assert part.query_starts.data_ptr() == running.starts.data_ptr()
 
@@ -170,15 +161,15 @@ def test_a_captured_step_is_right_for_other_batches(
     Captured as vLLM does, with a made-up batch; replayed with requests of any length, and with padding.
     """
     launched: list[tuple[Any, ...]] = []
-    attend_latents = cuda.attend_latents
+    attend_latents = cuda.CudaHeads.attend_latents
 
-    def watched(library: Any, absorbed_THR: Any, pages: Any, layout: Any, plan: Any, *numbers: Any) -> Any:
+    def watched(op: Any, absorbed_THR: Any, pages: Any, *numbers: Any) -> Any:
         launched.append(
             (absorbed_THR.shape, *(x.data_ptr() if isinstance(x, torch.Tensor) else x for x in (pages, *numbers)))
         )
-        return attend_latents(library, absorbed_THR, pages, layout, plan, *numbers)
+        return attend_latents(op, absorbed_THR, pages, *numbers)
 
-    monkeypatch.setattr(cuda, "attend_latents", watched)
+    monkeypatch.setattr(cuda.CudaHeads, "attend_latents", watched)
     running = engine()
     running.step({0: 60, 1: 100, 2: 5})
     launched.clear()
@@ -201,22 +192,23 @@ def test_a_captured_step_is_right_for_other_batches(
 
 
 def test_graphs_are_declared_for_what_the_kernels_take() -> None:
-    support = compat.AttentionCGSupport
-    for drafts, expected in ((0, support.UNIFORM_BATCH), (3, support.UNIFORM_BATCH), (31, support.UNIFORM_BATCH)):
-        assert DeviceMetadataBuilder.get_cudagraph_support(config(drafts=drafts), None) is expected
-    many = DeviceMetadataBuilder.get_cudagraph_support(config(drafts=32), None)
-    assert many is support.UNIFORM_SINGLE_TOKEN_DECODE
-    host = CompressedAttentionBackend.get_builder_cls()
-    assert host.get_cudagraph_support(config(), None) is support.NEVER
+    def declared(builder: Any, drafts: int) -> str:
+        found: str = builder.get_cudagraph_support(SimpleNamespace(num_speculative_tokens=drafts), None).name
+        return found
+
+    assert {declared(DeviceBuilder, drafts) for drafts in (0, 3, 31)} == {"UNIFORM_BATCH"}
+    assert declared(DeviceBuilder, 32) == "UNIFORM_SINGLE_TOKEN_DECODE"
+    assert declared(HeadsBackend.get_builder_cls(), 0) == "NEVER"
 
 
 def sentinel_of(running: DeviceEngine, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Give the engine a sentinel that acts at every step; what it counts: whether each page was damaged."""
     counted: list[bool] = []
     monkeypatch.setattr(Numbers, "count", lambda self, failed: counted.append(failed))
-    layer = SimpleNamespace(layer_name="layer", impl=running.impl, kv_cache=running.cache)
+    layer = replace(engines.layer(HEADS, KV_HEADS, HEAD_DIM, cache=running.cache), name="layer")
+    layer.module.impl = running.impl
     sentinel = Sentinel([Served(0, layer, running.codec)], Numbers("0-0", 0, 100, 400, 1000), lambda: 0.0)
-    monkeypatch.setattr(compat, "sentinel_of", lambda config: sentinel)
+    running.builder.vllm_config = SimpleNamespace(quant_config=SimpleNamespace(sentinel=sentinel))
     return counted
 
 
@@ -266,21 +258,23 @@ def test_the_sentinel_picks_nothing_where_the_engine_tells_no_lengths(monkeypatc
     assert not counted
 
 
-def test_batches_made_up_for_graphs_are_nothing_to_the_sentinel(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("kernels")
+def test_batches_made_up_for_graphs_are_nothing_to_the_sentinel() -> None:
     running = engine()
-    monkeypatch.setattr(compat, "sentinel_of", lambda config: pytest.fail("asked"))
+    asked = SimpleNamespace(step=lambda names, step: pytest.fail("asked"))
+    running.builder.vllm_config = SimpleNamespace(quant_config=SimpleNamespace(sentinel=asked))
     running.builder.build_for_cudagraph_capture(running.prepare({0: 1}))
 
 
 def watched_by_the_canary() -> tuple[Served, canary.Inputs]:
     """A layer of `canary_layers` with this form's implementation and pages."""
     [served], [given] = canary_layers.make("per_head")
-    stock, codec = served.layer.impl, served.codec
-    assert isinstance(codec, HeadsCodec)
-    served.layer.impl = DeviceAttentionImpl(stock.num_heads, stock.head_size, stock.scale, stock.num_kv_heads)
-    served.layer.impl.use_codec(codec, longest=512)
-    content = codec.k.spec.bytes_per_token + codec.v.spec.bytes_per_token
-    served.layer.kv_cache = torch.full((10, 2, stock.num_kv_heads, BLOCK, content), POISON, dtype=torch.uint8)[:, 0]
+    codec: Any = served.codec
+    served.layer.module.impl = DeviceHeadsImpl(
+        served.layer.num_heads, served.layer.head_size, served.layer.scale, served.layer.num_kv_heads
+    )
+    served.layer.impl.use_codec(codec, torch.device("cpu"), 512)
+    served.layer.module.kv_cache = canary_layers.pages(served.layer, 10, BLOCK, POISON)[:, 0]
     return served, given
 
 
@@ -290,30 +284,26 @@ def test_the_canary_passes_and_leaves_the_cache_as_it_was(dtype: torch.dtype, mo
     canary_layers.without_an_engine(monkeypatch)
     served, given = watched_by_the_canary()
     canary.check_paths(None, [served], [canary.Inputs(*(x_THD.to(dtype) for x_THD in given))])
-    assert bool((served.cache == POISON).all())
+    assert bool((served.layer.cache == POISON).all())
 
 
 @pytest.mark.parametrize(
-    ("kernel", "path"), [("attend_latents", "decode"), ("gather", "prefill"), ("append", "prefill")]
+    ("kernel", "path"), [("attend_latents", "decode"), ("read", "prefill"), ("_append", "prefill")]
 )
 @pytest.mark.usefixtures("kernels")
 def test_the_canary_names_the_path_of_a_wrong_kernel(kernel: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     canary_layers.without_an_engine(monkeypatch)
     served, given = watched_by_the_canary()
-    right = getattr(cuda, kernel)
+    right = getattr(cuda.CudaHeads, kernel)
 
     def wrong(*arguments: Any, **options: Any) -> Any:
-        if kernel == "append":
-            slots_T = arguments[6]
-            return right(*arguments[:6], torch.where(slots_T % BLOCK == 9, slots_T - 1, slots_T))
-        keys, values = right(*arguments, **options)
-        return keys, 1.05 * values if kernel == "gather" else values
+        if kernel == "_append":
+            *rows, slots_T = arguments
+            return right(*rows, torch.where(slots_T % BLOCK == 9, slots_T - 1, slots_T), **options)
+        first, second = right(*arguments, **options)
+        return (first, 1.05 * second) if kernel == "read" else (1.1 * first, second)
 
-    def wrong_attention(*arguments: Any, **options: Any) -> Any:
-        mixed, lse = right(*arguments, **options)
-        return 1.1 * mixed, lse
-
-    monkeypatch.setattr(cuda, kernel, wrong_attention if kernel == "attend_latents" else wrong)
+    monkeypatch.setattr(cuda.CudaHeads, kernel, wrong)
     with pytest.raises(ValueError, match=rf"layer 0 .*, {path}: attention from compressed pages differs by"):
         canary.check_paths(None, [served], [given])
 
@@ -361,12 +351,13 @@ def test_the_profiling_run_reserves_what_attention_takes(
     metadata = running.builder.build(0, batch)
     with Memory() as memory:
         running.run(metadata, MOST_TOKENS)
-    assert memory.most <= running.impl._workspace(running.output)
-    sizes = (running.codec.spec, MOST_TOKENS, HEADS)
+    assert memory.most <= running.impl.workspace_bytes(running.output)
+    spec = running.codec.spec
     if not prompt:
-        reserved = cuda.workspace_bytes(*sizes, torch.device("cpu"))
+        ranks = (spec.head_dim, spec.k.rank, spec.v.rank)
+        reserved = gpu.workspace_bytes(*ranks, MOST_TOKENS, HEADS, torch.device("cpu"))
     elif dtype == torch.float32:
         return
     else:
-        reserved = prefill.workspace_bytes(*sizes, MOST_TOKENS, dtype)
+        reserved = prefill.workspace_bytes(spec, MOST_TOKENS, HEADS, MOST_TOKENS, dtype)
     assert reserved / 2 < memory.most <= reserved

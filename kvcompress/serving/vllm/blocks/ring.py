@@ -18,6 +18,7 @@ The step before wrote its last tokens up to c + drafts - 1, so the ring must hol
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,39 +27,13 @@ from kvcompress.codec.blocks.spec import BlocksSpec
 from kvcompress.serving.vllm import compat
 
 
-def block_cache_spec(layer: BlocksSpec, block_size: int) -> compat.FullAttentionSpec:
-    """The cache spec of one layer's complete blocks on this rank.
-
-    Args:
-        layer: the codec of the KV heads this rank holds.
-        block_size: tokens per page.
-
-    Raises:
-        ValueError: block_size is not a multiple of the codec's block.
-    """
-    if block_size % layer.block:
-        raise ValueError(
-            f"found --block-size {block_size}; the codec compresses {layer.block} tokens at a time; use a multiple of "
-            f"that, such as {-(-block_size // layer.block) * layer.block}"
-        )
-    spec = compat.FullAttentionSpec(
-        block_size=block_size,
-        num_kv_heads=layer.num_kv_heads,
-        head_size=layer.head_dim,
-        dtype=torch.uint8,
-        state_content_bytes=layer.record_bytes // layer.block,
-    )
-    assert spec.page_size_bytes == block_size * layer.bytes_per_token
-    return spec
-
-
 @dataclass(frozen=True, kw_only=True)
 class RingSpec(compat.CircularBufferSpec):  # type: ignore[misc]
     """One block per request. Its `block_size` is that of the pages, whatever the ring holds: prefix hits are cut to
     common multiples of all block sizes.
     """
 
-    def max_num_blocks_per_req(self, vllm_config: compat.VllmConfig, max_len: int) -> int:
+    def max_num_blocks_per_req(self, vllm_config: Any, max_len: int) -> int:
         # vLLM's first model runner maps every token of every group to a slot and looks it up in the request's row.
         del vllm_config
         return -(-max_len // int(self.block_size))
@@ -72,18 +47,18 @@ class Ring(compat.AttentionLayerBase):  # type: ignore[misc]
     """
 
     def __init__(
-        self, name: str, layer: BlocksSpec, tokens: int, dtype: torch.dtype, backend: type[compat.AttentionBackend]
+        self, name: str, layer: BlocksSpec, tokens: int, dtype: torch.dtype, backend: type[compat.Backend]
     ) -> None:
         assert tokens >= layer.block
         self.name, self.tokens = name, tokens
         self._layer, self._dtype, self._backend = layer, dtype, backend
         self.kv_cache = torch.tensor([])
 
-    def get_attn_backend(self) -> type[compat.AttentionBackend]:
+    def get_attn_backend(self) -> type[compat.Backend]:
         return self._backend
 
-    def get_kv_cache_spec(self, vllm_config: compat.VllmConfig) -> RingSpec:
-        block_size = vllm_config.cache_config.block_size
+    def get_kv_cache_spec(self, vllm_config: Any) -> RingSpec:
+        block_size = compat.block_size_of(vllm_config)
         row = self.tokens * self._layer.head_dim
         spec = RingSpec(
             block_size=block_size,

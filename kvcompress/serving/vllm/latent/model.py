@@ -6,23 +6,18 @@ rank makes and caches all of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kvcompress.codec.latent.codec import LatentCodec
 from kvcompress.codec.latent.spec import LatentSpec
-from kvcompress.serving.vllm import compat
-from kvcompress.serving.vllm.compat_llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
-from kvcompress.serving.vllm.latent import LatentAttentionBackend, backend_for, rotary
+from kvcompress.codec.spec import CodecSpec
+from kvcompress.serving.vllm import compat, latent
+from kvcompress.serving.vllm.compat.llama import LlamaWith
 from kvcompress.serving.vllm.quantization import KVCompressConfig
 from kvcompress.serving.vllm.startup import heads_of_rank
-
-_MAPPER = compat.WeightsMapper(
-    orig_to_new_stacked={".gate_proj": (".gate_up_proj", 0), ".up_proj": (".gate_up_proj", 1)}
-)
 
 
 class LatentAttention(nn.Module):
@@ -65,6 +60,9 @@ class LatentAttention(nn.Module):
         frequencies_F = torch.tensor(config.rope_frequencies, dtype=torch.float32)
         self.register_buffer("frequencies_F", frequencies_F, persistent=False)
         self.frequencies_F: Tensor
+        engine = compat.current_engine()
+        codec = LatentCodec(LatentSpec(width, self.rank, engine.dtype.itemsize))
+        latent.check(engine, CodecSpec((codec.spec,)))
         self.attn = compat.Attention(
             self.num_heads,
             width,
@@ -73,14 +71,11 @@ class LatentAttention(nn.Module):
             cache_config=cache_config,
             quant_config=quant_config,
             prefix=f"{prefix}.attn",
-            attn_backend=self._backend(width),
+            attn_backend=latent.backend_for(codec, engine),
             head_size_v=self.rank,
+            codec=codec,
+            engine=engine,
         )
-
-    def _backend(self, width: int) -> type[LatentAttentionBackend]:
-        dtype = torch.get_default_dtype()
-        codec = LatentCodec(LatentSpec(width, self.rank, dtype.itemsize))
-        return backend_for(codec, dtype, compat.get_current_vllm_config())
 
     def _up_projection(self, columns: int) -> nn.Parameter:
         start, stop = self.groups
@@ -114,35 +109,18 @@ class LatentAttention(nn.Module):
         return torch.cat([latent, rope * cos + torch.cat([-imaginary, real], dim=-1) * sin], dim=-1)
 
 
-class LatentDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]
-    def __init__(self, vllm_config: compat.VllmConfig, prefix: str = "", config: Any = None) -> None:
-        super().__init__(vllm_config, prefix, config, attn_layer_type=LatentAttention)
+def rotary(positions_T: Tensor, frequencies_F: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines `[tokens, 1, 2 F]` of the rotary key's angles, as `modeling.mla` computes them."""
+    angles_TF = positions_T[:, None].float() * frequencies_F
+    angles = torch.cat([angles_TF, angles_TF], dim=-1)[:, None]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-class KVCompressMLAModel(LlamaModel):  # type: ignore[misc]
-    hf_to_vllm_mapper = _MAPPER
-
-    def __init__(
-        self, *, vllm_config: compat.VllmConfig, prefix: str = "", layer_type: Any = LatentDecoderLayer
-    ) -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
-
-
-class KVCompressMLAForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
+class KVCompressMLAForCausalLM(LlamaWith):
     """The language model, by the name that config.json has for it."""
 
-    hf_to_vllm_mapper = _MAPPER
-    packed_modules_mapping: ClassVar[dict[str, list[str]]] = {"gate_up_proj": ["gate_proj", "up_proj"]}
+    attention = LatentAttention
 
-    def __init__(self, *, vllm_config: compat.VllmConfig, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self._quant_config = vllm_config.quant_config
-
-    def _init_model(self, vllm_config: compat.VllmConfig, prefix: str = "", layer_type: Any = None) -> nn.Module:
-        return KVCompressMLAModel(vllm_config=vllm_config, prefix=prefix)
-
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        loaded: set[str] = super().load_weights(weights)
-        if isinstance(self._quant_config, KVCompressConfig):
-            self._quant_config.report()
-        return loaded
+    def loaded(self, quant_config: Any) -> None:
+        if isinstance(quant_config, KVCompressConfig):
+            quant_config.report()

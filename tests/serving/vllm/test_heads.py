@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,21 +11,15 @@ from torch import Tensor
 from kvcompress.codec.bands import Band, SideSpec
 from kvcompress.codec.heads import attention
 from kvcompress.codec.heads.codec import HeadsCodec, SideCodec
-from kvcompress.codec.heads.layout import PageLayout
 from kvcompress.ops import library
 from kvcompress.ops.heads import reference
-from kvcompress.ops.heads.plan import HeadsPlan
 from tests import require
 
 require.need("vllm")
 
-from kvcompress.serving.vllm.backend import (
-    CompressedAttentionBackend,
-    CompressedAttentionImpl,
-    CompressedMetadata,
-    CompressedMetadataBuilder,
-)
-from kvcompress.serving.vllm.cache_spec import cache_spec
+from kvcompress.serving.vllm.heads import HeadsBackend, HeadsImpl, cache_spec
+from kvcompress.serving.vllm.metadata import HostBuilder, Step
+from tests.serving.vllm import engines
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK = 6, 2, 32, 16
 SCALE = HEAD_DIM**-0.5
@@ -61,8 +54,8 @@ class Engine:
 
     def __init__(self, codec: HeadsCodec, dtype: torch.dtype = torch.float32) -> None:
         self.codec = codec
-        self.impl = CompressedAttentionImpl(HEADS, HEAD_DIM, SCALE, KV_HEADS)
-        self.impl.use_codec(codec, longest=512)
+        self.impl = HeadsImpl(HEADS, HEAD_DIM, SCALE, KV_HEADS)
+        self.impl.use_codec(codec, torch.device("cpu"), 512)
         content = cache_spec(codec.spec, BLOCK).state_content_size_bytes
         # Another layer's page lies between two of ours, as in vLLM's block-outermost layout; no block starts as zeros.
         packed = torch.full((NUM_BLOCKS, 2, KV_HEADS, BLOCK, content), 0xA5, dtype=torch.uint8)
@@ -92,20 +85,11 @@ class Engine:
             lengths.append(len(grown[0]))
             start += count
         starts = torch.tensor([0, *new_tokens.values()]).cumsum(0)
-        builder = CompressedMetadataBuilder(None, [], None, torch.device("cpu"))
-        metadata = builder.build(
-            0,
-            SimpleNamespace(
-                causal=True,
-                num_reqs=len(new_tokens),
-                num_actual_tokens=total + padding,
-                slot_mapping=torch.cat([*slots, torch.full((padding,), -1)]),
-                block_table_tensor=self.tables[list(new_tokens)],
-                query_start_loc_cpu=starts,
-                seq_lens=torch.tensor(lengths),
-            ),
-        )
-        assert isinstance(metadata, CompressedMetadata)
+        slots_T = torch.cat([*slots, torch.full((padding,), -1)])
+        most = max(new_tokens.values())
+        described = engines.batch(starts, torch.tensor(lengths), slots_T, self.tables[list(new_tokens)], most)
+        metadata = HostBuilder(None, [], None, torch.device("cpu")).build(0, described)
+        assert isinstance(metadata, Step)
         output = torch.full_like(query, torch.nan)
         self.impl.forward(None, query, key, value, self.cache, metadata, output)
         return query, output
@@ -181,7 +165,10 @@ def test_blocks_split_or_scaled_by_the_engine(codec: HeadsCodec) -> None:
     # The cache that arrives decides, not the block size the spec was asked for.
     engine = Engine(codec)
     engine.step({0: 3})
-    assert engine.impl._layout_of(HeadsPlan.of(codec), 64) == PageLayout.of(codec.spec, 64)
+    content = engine.cache.shape[-1]
+    for block_size in (64, 32):
+        read = engine.impl.latents(torch.zeros(2, KV_HEADS, block_size, content, dtype=torch.uint8), torch.tensor([1]))
+        assert [len(side) for side in read] == [block_size] * 2
 
 
 def test_warm_up_without_metadata_gives_zeros(codec: HeadsCodec) -> None:
@@ -191,6 +178,6 @@ def test_warm_up_without_metadata_gives_zeros(codec: HeadsCodec) -> None:
 
 
 def test_backend_reads_only_blocks_of_whole_records() -> None:
-    sizes = CompressedAttentionBackend.get_supported_kernel_block_sizes()
+    sizes = HeadsBackend.get_supported_kernel_block_sizes()
     assert [size.base for size in sizes] == [16]
-    assert all(layout.is_block_contiguous for layout in CompressedAttentionBackend.supported_kv_cache_layouts())
+    assert all(layout.is_block_contiguous for layout in HeadsBackend.supported_kv_cache_layouts())
