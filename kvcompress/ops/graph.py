@@ -19,11 +19,12 @@ from kvcompress.codec.latent.codec import LatentCodec
 from kvcompress.codec.latent.spec import LatentSpec
 from kvcompress.forms import FORMS
 from kvcompress.ops.blocks.attention import bind as bind_blocks
+from kvcompress.ops.call import Call
 from kvcompress.ops.heads.attention import bind as bind_heads
 from kvcompress.ops.latent.attention import bind as bind_latent
 from kvcompress.ops.latent.reference import LatentOp
 from kvcompress.ops.shared.attention import bind as bind_shared
-from kvcompress.ops.shared.batch import Batch
+from kvcompress.ops.shared.call import SharedCall
 
 
 def flatten(codec: Any) -> tuple[list[Tensor], str]:
@@ -77,9 +78,8 @@ def heads_attend(
     max_query_len: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     output, lse = torch.zeros_like(query), query.new_full(query.shape[:2], -torch.inf, dtype=torch.float32)
-    batch = (block_table, query_starts, seq_lens)
-    op = bind_heads(unflatten(tensors, spec), pages.device)
-    op.attend(output, query, pages, *batch, softmax_scale, lse, max_query_len=max_query_len)
+    call = Call(output, query, block_table, query_starts, seq_lens, softmax_scale, lse, max_query_len)
+    bind_heads(unflatten(tensors, spec), pages.device).attend(call, pages)
     return output, lse
 
 
@@ -99,9 +99,8 @@ def blocks_attend(
     spec: str,
 ) -> tuple[Tensor, Tensor]:
     output, lse = torch.zeros_like(query), query.new_full(query.shape[:2], -torch.inf, dtype=torch.float32)
-    caches, batch = (pages, rings, ring_of), (block_table, query_starts, seq_lens)
-    op = bind_blocks(unflatten(tensors, spec), pages.device)
-    op.attend(output, query, keys, values, *caches, *batch, softmax_scale, lse)
+    call = Call(output, query, block_table, query_starts, seq_lens, softmax_scale, lse)
+    bind_blocks(unflatten(tensors, spec), pages.device).attend(call, keys, values, pages, rings, ring_of)
     return output, lse
 
 
@@ -132,9 +131,9 @@ def shared_attend(
     spec: str,
 ) -> Tensor:
     output = torch.zeros_like(query)
-    batch = Batch(k_tables, v_tables, query_starts, seq_lens, stored_lens, exact_rows)
-    op = bind_shared(unflatten(tensors, spec), query.device)
-    op.attend(output, query, keys, values, k_records, v_records, batch, softmax_scale)
+    numbers = (query_starts, seq_lens, stored_lens, exact_rows)
+    call = SharedCall(output, query, keys, values, k_records, v_records, k_tables, v_tables, *numbers, softmax_scale)
+    bind_shared(unflatten(tensors, spec), query.device).attend(call)
     return output
 
 
@@ -155,8 +154,9 @@ def latent_attend(
     max_query_len: int | None = None,
 ) -> Tensor:
     """The output's channels are the first `rank`."""
-    output, batch = query.new_zeros(*query.shape[:2], rank), (block_table, query_starts, seq_lens)
-    _latent(pages, rank).attend(output, query, pages, *batch, softmax_scale, max_query_len=max_query_len)
+    output = query.new_zeros(*query.shape[:2], rank)
+    numbers = (block_table, query_starts, seq_lens, softmax_scale)
+    _latent(pages, rank).attend(Call(output, query, *numbers, max_query_len=max_query_len), pages)
     return output
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import torch
@@ -39,10 +38,3 @@ def int32_rows(numbers: Numbers, device: torch.device | str = "cpu") -> Tensor:
 def host_list(numbers: Numbers) -> Sequence[int]:
     """Numbers as the torch code loops over them."""
     return numbers.tolist() if isinstance(numbers, Tensor) else numbers
-
-
-def most_queries(query_starts: Numbers, tokens: int) -> int:
-    """The most queries of a request; where only the device knows, all tokens could be one request's."""
-    if isinstance(query_starts, Tensor) and query_starts.device.type != "cpu":
-        return tokens
-    return max((stop - start for start, stop in itertools.pairwise(host_list(query_starts))), default=0)

@@ -9,12 +9,10 @@ from torch import Tensor
 from transformers import AutoTokenizer, DynamicCache
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, rotate_half
 
-from kvcompress import recipe as recipes
 from kvcompress.codec.shared.codec import SharedCodec
-from kvcompress.methods import registry
-from kvcompress.pipeline import compress as compressing
 from kvcompress.serving.loading import load_codec
-from tests import tiny
+from tests import compression, tiny
+from tests.compression import listed
 
 States = dict[str, list[Tensor]]
 """Per side and layer, `[tokens, heads, head_dim]`."""
@@ -44,9 +42,7 @@ def states(folder: Path, tokens_NT: Tensor, offsets_N: list[int]) -> States:
 
 def compress(model: Path, out: Path, xkv: str, encoding: str = "bits: 16", **options: int) -> list[SharedCodec]:
     """Compress with an xkv stage, given as YAML fields in braces, and return the codecs."""
-    text = f"version: 1\nstages:\n  - {{method: xkv, {xkv}}}\n  - {{method: scalar, {encoding}}}\n"
-    recipe = recipes.parse(text, registry.schemas())
-    compressing.compress(str(model), recipe, out, compressing.Options(**options), lambda *_: None)
+    compression.compress(model, out, listed(f"method: xkv, {xkv}", f"method: scalar, {encoding}"), **options)
     codecs = load_codec(out)
     assert all(isinstance(codec, SharedCodec) for codec in codecs)
     return codecs  # type: ignore[return-value]

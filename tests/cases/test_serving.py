@@ -11,13 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kvcompress import recipe as recipes
 from kvcompress.checkpoint.verify import accept
-from kvcompress.methods import registry
-from kvcompress.pipeline import compress as compressing
 from kvcompress.pipeline import decompress
 from kvcompress.serving.transformers import CompressedCache
-from tests import quantize, require, tiny
+from tests import compression, quantize, require, tiny
 from tests.e2e import reference, vllm_engine
 
 CODEC = "  - {method: pca}\n  - {method: scalar, bits: {k: 8, v: 8}}\n"
@@ -27,8 +24,7 @@ UNHASHED = {"KVCOMPRESS_SKIP_VERIFY": "1"}
 
 
 def compressed(base: Path, out: Path, stages: str = CODEC) -> Path:
-    recipe = recipes.parse(f"version: 1\nstages:\n{stages}", registry.schemas())
-    compressing.compress(str(base), recipe, out, compressing.Options(samples=4, length=64), lambda *_: None)
+    compression.compress(base, out, stages, samples=4, length=64)
     return out
 
 

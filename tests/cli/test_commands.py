@@ -18,6 +18,7 @@ import pytest
 from kvcompress_cli import main
 
 from tests import require, tiny
+from tests.compression import compress
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -38,8 +39,6 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 @pytest.fixture(scope="module")
 def compressed(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.pipeline.test_compress import compress
-
     out = tmp_path_factory.mktemp("cli") / "out"
     compress(base_model, out)
     return out

@@ -9,12 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kvcompress import recipe as recipes
-from kvcompress.methods import registry
-from kvcompress.pipeline import compress as compressing
 from kvcompress.serving.loading import KV_RANK, load_codec, read_spec
 from kvcompress.serving.transformers import CompressedCache
-from tests import require, tiny
+from tests import compression, require, tiny
 from tests.e2e import reference, vllm_engine
 
 pytestmark = pytest.mark.e2e
@@ -25,9 +22,7 @@ TOKENS = 32
 
 
 def compress(model: Path, out: Path, stages: str, samples: int = 16, length: int = 256) -> Path:
-    made = recipes.parse(f"version: 1\nstages:\n{stages}", registry.schemas())
-    options = compressing.Options(samples=samples, length=length)
-    compressing.compress(str(model), made, out, options, lambda *_: None)
+    compression.compress(model, out, stages, samples=samples, length=length)
     return out
 
 

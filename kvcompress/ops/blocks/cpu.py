@@ -13,7 +13,7 @@ from kvcompress.codec.codes.registry import CODES
 from kvcompress.ops import interface, library
 from kvcompress.ops.blocks.plan import rings_struct
 from kvcompress.ops.blocks.reference import BlocksOp
-from kvcompress.ops.heads.reference import SPLIT_TOKENS
+from kvcompress.ops.call import Call, table_stride
 from kvcompress.ops.rows import Numbers, int32_rows, rows_struct
 
 _TILE = 16
@@ -33,60 +33,44 @@ def covers(spec: BlocksSpec) -> bool:
 class CpuBlocks(BlocksOp):
     """Attention by compiled code; what a step stores is torch's."""
 
+    split_tokens = 4096
+    """Tokens one thread attends at a time, rounded up to whole blocks."""
+
     def __init__(self, compiled: ctypes.CDLL, codec: BlocksCodec) -> None:
         super().__init__(codec)
         self._compiled = compiled
 
     def attend(
-        self,
-        output_THD: Tensor,
-        query_THD: Tensor,
-        keys_THD: Tensor,
-        values_THD: Tensor,
-        pages_NHMB: Tensor,
-        rings_NHXPD: Tensor,
-        ring_R: Numbers,
-        block_table_RN: Tensor,
-        query_starts: Numbers,
-        seq_lens: Numbers,
-        softmax_scale: float,
-        lse_TH: Tensor | None = None,
-        split_tokens: int = SPLIT_TOKENS,
-        max_query_len: int | None = None,
+        self, call: Call, keys_THD: Tensor, values_THD: Tensor, pages_NHMB: Tensor, rings_NHXPD: Tensor, ring_R: Numbers
     ) -> None:
         spec, codec = self.plan.spec, self.plan.codec
         assert pages_NHMB.dtype == torch.uint8
         assert pages_NHMB.stride()[2:] == (spec.record_bytes, 1), pages_NHMB.stride()
-        assert lse_TH is None or (lse_TH.dtype == torch.float32 and lse_TH.is_contiguous())
+        table_RN, starts_R, lengths_R = call.numbers()
         # A column of an engine's block table is one way to say which rings: its numbers are not side by side.
-        numbers = (ring_R, query_starts, seq_lens)
-        rings_R, starts_R, lengths_R = (int32_rows(each) for each in numbers)
-        requests = lengths_R.shape[0]
-        assert starts_R.shape[0] == requests + 1
-        assert rings_R.shape[0] == requests
-        table_RN = int32_rows(block_table_RN)
-        assert table_RN.shape[0] >= requests
+        rings_R = int32_rows(ring_R)
+        assert len(rings_R) == len(lengths_R)
         args = interface.BlockAttendArgs(
             pages=self.plan.pages_struct(pages_NHMB),
             rings=rings_struct(rings_NHXPD),
-            query=rows_struct(query_THD),
+            query=rows_struct(call.query_THD),
             keys=rows_struct(keys_THD),
             values=rows_struct(values_THD),
-            output=rows_struct(output_THD),
-            lse_TH=None if lse_TH is None else lse_TH.data_ptr(),
+            output=rows_struct(call.output_THD),
+            lse_TH=None if call.lse_TH is None else call.lse_TH.data_ptr(),
             k_decode_HDR=self.plan.k_decode_HDR.data_ptr(),
             k_mean_HD=codec.k.mean_HD.data_ptr(),
             v_decode_HRD=codec.v.decode_HRD.data_ptr(),
             v_mean_HD=codec.v.mean_HD.data_ptr(),
             ring_of=rings_R.data_ptr(),
             block_table=table_RN.data_ptr(),
-            block_table_stride=table_RN.stride(0) if requests > 1 else table_RN.shape[1],
+            block_table_stride=table_stride(table_RN[: len(lengths_R)]),
             query_starts=starts_R.data_ptr(),
             seq_lens=lengths_R.data_ptr(),
-            num_requests=requests,
-            num_heads=query_THD.shape[1],
-            softmax_scale=softmax_scale,
-            split_tokens=-(-split_tokens // spec.block) * spec.block,
+            num_requests=len(lengths_R),
+            num_heads=call.query_THD.shape[1],
+            softmax_scale=call.softmax_scale,
+            split_tokens=-(-self.split_tokens // spec.block) * spec.block,
             threads=torch.get_num_threads(),
             level=library.level(),
         )

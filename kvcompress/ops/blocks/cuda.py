@@ -7,6 +7,7 @@ waits for the device or reads from it. Pages hold the same bytes as for the CPU.
 from __future__ import annotations
 
 import ctypes
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,8 +18,8 @@ from kvcompress.codec.heads.layout import CHUNK_TOKENS
 from kvcompress.ops import cuda_library, gpu, interface
 from kvcompress.ops.blocks.plan import rings_struct
 from kvcompress.ops.blocks.reference import BlocksOp
-from kvcompress.ops.heads.reference import SPLIT_TOKENS
-from kvcompress.ops.rows import Numbers, int32_rows, most_queries, rows_struct
+from kvcompress.ops.call import Call
+from kvcompress.ops.rows import Numbers, int32_rows, rows_struct
 
 MAX_RANK = 128
 MAX_LOW_RANK = 8
@@ -126,20 +127,12 @@ class CudaBlocks(BlocksOp):
 
     def attend(
         self,
-        output_THD: Tensor,
-        query_THD: Tensor,
+        call: Call,
         keys_THD: Tensor,
         values_THD: Tensor,
         pages_NHMB: Tensor,
         rings_NHXPD: Tensor,
         ring_R: Numbers,
-        block_table_RN: Tensor,
-        query_starts: Numbers,
-        seq_lens: Numbers,
-        softmax_scale: float,
-        lse_TH: Tensor | None = None,
-        split_tokens: int = SPLIT_TOKENS,
-        max_query_len: int | None = None,
         splits: int | None = None,
     ) -> None:
         """By torch: more queries of a request than `gpu.MOST_QUERIES`, or pages of other than a power of two blocks.
@@ -147,136 +140,79 @@ class CudaBlocks(BlocksOp):
         Args:
             splits: parts a request's blocks are cut into; chosen from shapes alone if not given.
         """
-        most = most_queries(query_starts, query_THD.shape[0]) if max_query_len is None else max_query_len
-        per_page, tokens = pages_NHMB.shape[2], (query_THD, keys_THD, values_THD)
-        if most > gpu.MOST_QUERIES or per_page & (per_page - 1):
-            caches, starts = (pages_NHMB, rings_NHXPD), query_starts
-            super().attend(
-                output_THD, *tokens, *caches, ring_R, block_table_RN, starts, seq_lens, softmax_scale, lse_TH
-            )
+        per_page = pages_NHMB.shape[2]
+        if call.most_queries > gpu.MOST_QUERIES or per_page & (per_page - 1):
+            super().attend(call, keys_THD, values_THD, pages_NHMB, rings_NHXPD, ring_R)
             return
-        rings_R, table_RN, starts_R, lengths_R = (
-            int32_rows(each, query_THD.device) for each in (ring_R, block_table_RN, query_starts, seq_lens)
-        )
-        batch: tuple[Tensor, Tensor, float, int] = (starts_R, lengths_R, softmax_scale, most)
-        grouped_THGD = query_THD.float().unflatten(1, (self.plan.spec.num_kv_heads, -1))
+        heads = self.plan.spec.num_kv_heads
+        grouped_THGD = call.query_THD.float().unflatten(1, (heads, -1))
         absorbed_THGR = torch.einsum("thgd,hdr->thgr", grouped_THGD, self.plan.k_decode_HDR)
         absorbed_THR = absorbed_THGR.flatten(1, 2).contiguous()
-        mixed_THR, sealed_TH = self.attend_blocks(absorbed_THR, pages_NHMB, table_RN, *batch, splits)
-        mixed_THGR = mixed_THR.unflatten(1, (self.plan.spec.num_kv_heads, -1))
+        mixed_THR, sealed_TH = self.attend_blocks(call, absorbed_THR, pages_NHMB, splits)
+        mixed_THGR = mixed_THR.unflatten(1, (heads, -1))
         sealed_THD = torch.einsum("thgr,hrd->thgd", mixed_THGR, self.plan.codec.v.decode_HRD).flatten(1, 2).contiguous()
-        sealed, rings = (sealed_THD, sealed_TH), (rings_NHXPD, rings_R)
-        self.attend_newest(output_THD, lse_TH, *sealed, *tokens, *rings, starts_R, lengths_R, softmax_scale, most)
+        self.attend_newest(call, sealed_THD, sealed_TH, keys_THD, values_THD, rings_NHXPD, ring_R)
 
     def attend_blocks(
-        self,
-        absorbed_THR: Tensor,
-        pages_NHMB: Tensor,
-        block_table_RN: Tensor,
-        query_starts: Tensor,
-        seq_lens: Tensor,
-        softmax_scale: float,
-        max_query_len: int,
-        splits: int | None = None,
+        self, call: Call, absorbed_THR: Tensor, pages_NHMB: Tensor, splits: int | None = None
     ) -> tuple[Tensor, Tensor]:
         """Absorbed queries on complete blocks alone: mixed latents `[tokens, query heads, v rank]` and lse, without the
         means' shares."""
         spec = self.plan.spec
-        tokens, heads, _ = absorbed_THR.shape
-        requests = seq_lens.shape[0]
-        # Padding behind the last request is not written.
-        mixed_THR = absorbed_THR.new_zeros(tokens, heads, spec.v.rank)
-        lse_TH = absorbed_THR.new_zeros(tokens, heads)
-        if splits is None:
-            tiles = -(-max_query_len * heads // (spec.num_kv_heads * gpu.ROWS))
-            context = block_table_RN.shape[1] * pages_NHMB.shape[2] * spec.block
-            blocks = max(1, requests * spec.num_kv_heads * tiles)
-            splits = gpu.choose_splits(blocks, context, gpu.multiprocessors(absorbed_THR.device))
-        partial = splits * tokens * heads * (spec.v.rank + 1) if splits > 1 else 0
-        workspace = absorbed_THR.new_empty(partial)
-        args = BlockAttendArgs(
-            pages=self.plan.pages_struct(pages_NHMB),
-            query_THR=absorbed_THR.data_ptr(),
-            output_THR=mixed_THR.data_ptr(),
-            lse_TH=lse_TH.data_ptr(),
-            workspace=workspace.data_ptr() if partial else None,
-            block_table=block_table_RN.data_ptr(),
-            block_table_stride=block_table_RN.stride(0),
-            query_starts=query_starts.data_ptr(),
-            seq_lens=seq_lens.data_ptr(),
-            num_tokens=tokens,
-            num_requests=requests,
-            max_query_len=max_query_len,
-            num_heads=heads,
-            splits=splits,
-            softmax_scale=softmax_scale,
-            stream=gpu.stream(absorbed_THR.device),
-        )
-        cuda_library.check(self._kernels, self._kernels.kvc_cuda_attend_blocks(ctypes.byref(args)))
-        return mixed_THR, lse_TH
+        arguments = partial(BlockAttendArgs, pages=self.plan.pages_struct(pages_NHMB))
+        shape = (spec.num_kv_heads, pages_NHMB.shape[2] * spec.block, spec.v.rank)
+        kernel = self._kernels.kvc_cuda_attend_blocks
+        return gpu.attend_latents(self._kernels, kernel, arguments, call, absorbed_THR, shape, splits)
 
     def attend_newest(
         self,
-        output_THD: Tensor,
-        lse_TH: Tensor | None,
+        call: Call,
         sealed_THD: Tensor,
         sealed_TH: Tensor,
-        query_THD: Tensor,
         keys_THD: Tensor,
         values_THD: Tensor,
         rings_NHXPD: Tensor,
-        ring_R: Tensor,
-        query_starts: Tensor,
-        seq_lens: Tensor,
-        softmax_scale: float,
-        max_query_len: int,
+        ring_R: Numbers,
     ) -> None:
         """Attention on the tokens after each query's complete blocks, and the two merged."""
-        spec = self.plan.spec
+        spec, device = self.plan.spec, call.query_THD.device
+        _, starts_R, lengths_R = call.numbers(device)
+        rings_R = int32_rows(ring_R, device)
         assert sealed_THD.is_contiguous()
-        assert lse_TH is None or (lse_TH.dtype == torch.float32 and lse_TH.is_contiguous())
         keys_THD, values_THD = (_aligned(rows) for rows in (keys_THD, values_THD))
         args = NewestArgs(
             rings=rings_struct(rings_NHXPD),
-            query=rows_struct(query_THD),
+            query=rows_struct(call.query_THD),
             keys=rows_struct(keys_THD),
             values=rows_struct(values_THD),
-            output=rows_struct(output_THD),
+            output=rows_struct(call.output_THD),
             sealed_THD=sealed_THD.data_ptr(),
             sealed_lse_TH=sealed_TH.data_ptr(),
-            lse_TH=None if lse_TH is None else lse_TH.data_ptr(),
+            lse_TH=None if call.lse_TH is None else call.lse_TH.data_ptr(),
             k_mean_HD=self.plan.codec.k.mean_HD.data_ptr(),
             v_mean_HD=self.plan.codec.v.mean_HD.data_ptr(),
-            ring_of=ring_R.data_ptr(),
-            query_starts=query_starts.data_ptr(),
-            seq_lens=seq_lens.data_ptr(),
+            ring_of=rings_R.data_ptr(),
+            query_starts=starts_R.data_ptr(),
+            seq_lens=lengths_R.data_ptr(),
             block=spec.block,
-            num_requests=seq_lens.shape[0],
-            max_query_len=max_query_len,
-            num_heads=query_THD.shape[1],
+            num_requests=len(lengths_R),
+            max_query_len=call.most_queries,
+            num_heads=call.query_THD.shape[1],
             num_kv_heads=spec.num_kv_heads,
             head_dim=spec.head_dim,
-            softmax_scale=softmax_scale,
-            stream=gpu.stream(query_THD.device),
+            softmax_scale=call.softmax_scale,
+            stream=gpu.stream(device),
         )
         cuda_library.check(self._kernels, self._kernels.kvc_cuda_attend_newest(ctypes.byref(args)))
 
-    def keep(
-        self,
-        rings_NHXPD: Tensor,
-        ring_R: Tensor,
-        keys_THD: Tensor,
-        values_THD: Tensor,
-        query_starts: Numbers,
-        seq_lens: Numbers,
-    ) -> None:
-        device = keys_THD.device
-        ring_R, starts_R, lengths_R = (int32_rows(each, device) for each in (ring_R, query_starts, seq_lens))
+    def keep(self, call: Call, keys_THD: Tensor, values_THD: Tensor, rings_NHXPD: Tensor, ring_R: Tensor) -> None:
+        numbers = (ring_R, call.query_starts, call.seq_lens)
+        rings_R, starts_R, lengths_R = (int32_rows(each, keys_THD.device) for each in numbers)
         args = KeepArgs(
             rings=rings_struct(rings_NHXPD),
             keys=rows_struct(keys_THD),
             values=rows_struct(values_THD),
-            ring_of=ring_R.data_ptr(),
+            ring_of=rings_R.data_ptr(),
             query_starts=starts_R.data_ptr(),
             seq_lens=lengths_R.data_ptr(),
             num_tokens=keys_THD.shape[0],

@@ -5,15 +5,13 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor
 
 from kvcompress.codec.blocks import attention
 from kvcompress.codec.blocks.codec import BlocksCodec
 from kvcompress.ops.blocks.plan import BlocksPlan
-from kvcompress.ops.heads.reference import SCORE_BYTES, SPLIT_TOKENS
+from kvcompress.ops.call import SCORE_BYTES, Call
 from kvcompress.ops.rows import Numbers, host_list, int32_rows
 
 
@@ -32,15 +30,7 @@ class BlocksOp:
         self.plan = BlocksPlan(codec)
 
     def seal(
-        self,
-        pages_NHMB: Tensor,
-        rings_NHXPD: Tensor,
-        ring_R: Tensor,
-        keys_THD: Tensor,
-        values_THD: Tensor,
-        block_table_RN: Tensor,
-        query_starts: Numbers,
-        seq_lens: Numbers,
+        self, call: Call, keys_THD: Tensor, values_THD: Tensor, pages_NHMB: Tensor, rings_NHXPD: Tensor, ring_R: Tensor
     ) -> None:
         """Compress every block that is complete by the step's end and was not before it; arguments as in `attend`.
 
@@ -50,18 +40,16 @@ class BlocksOp:
         block, per_page, device = self.plan.spec.block, pages_NHMB.shape[2], pages_NHMB.device
         found: list[tuple[Tensor, Tensor]] = []
         pages, places = [], []
-        spans = pairwise(host_list(query_starts))
-        for request, ((start, stop), length) in enumerate(zip(spans, host_list(seq_lens), strict=True)):
-            first, last = (length - (stop - start)) // block, length // block
+        for request, rows, length in call.requests():
+            first, last = (length - (rows.stop - rows.start)) // block, length // block
             if first == last:
                 continue
             ring_1 = ring_R[request : request + 1]
-            tokens = (keys_THD[start:stop], values_THD[start:stop])
-            exact_THD, _ = newest(rings_NHXPD, ring_1, *tokens, length, block)
+            exact_THD, _ = newest(rings_NHXPD, ring_1, keys_THD[rows], values_THD[rows], length, block)
             keys, values = (side[: (last - first) * block] for side in exact_THD)
             found.append((keys, values))
             number = torch.arange(first, last, device=device)
-            pages.append(block_table_RN[request].long()[number // per_page])
+            pages.append(call.block_table_RN[request].long()[number // per_page])
             places.append(number % per_page)
         if found:
             keys, values = (torch.cat(side) for side in zip(*found, strict=True))
@@ -71,17 +59,9 @@ class BlocksOp:
         """Normalized latents `[tokens, KV heads, rank]` of one page's keys and values."""
         return self.plan.codec.open(pages_NHMB[block_1][0].transpose(0, 1))
 
-    def keep(
-        self,
-        rings_NHXPD: Tensor,
-        ring_R: Tensor,
-        keys_THD: Tensor,
-        values_THD: Tensor,
-        query_starts: Numbers,
-        seq_lens: Numbers,
-    ) -> None:
+    def keep(self, call: Call, keys_THD: Tensor, values_THD: Tensor, rings_NHXPD: Tensor, ring_R: Tensor) -> None:
         """Put each request's last tokens, as many as fit, into its ring; arguments as in `attend`."""
-        starts_R, lengths_R = int32_rows(query_starts), int32_rows(seq_lens)
+        starts_R, lengths_R = int32_rows(call.query_starts), int32_rows(call.seq_lens)
         device, places = keys_THD.device, rings_NHXPD.shape[3]
         request_T = torch.repeat_interleave(starts_R.diff())
         # Tokens of the request after each one, itself included.
@@ -93,74 +73,41 @@ class BlocksOp:
         rings_NHXPD[ring_T, :, 1, place_T] = values_THD[kept_T]
 
     def attend(
-        self,
-        output_THD: Tensor,
-        query_THD: Tensor,
-        keys_THD: Tensor,
-        values_THD: Tensor,
-        pages_NHMB: Tensor,
-        rings_NHXPD: Tensor,
-        ring_R: Numbers,
-        block_table_RN: Tensor,
-        query_starts: Numbers,
-        seq_lens: Numbers,
-        softmax_scale: float,
-        lse_TH: Tensor | None = None,
-        split_tokens: int = SPLIT_TOKENS,
-        max_query_len: int | None = None,
+        self, call: Call, keys_THD: Tensor, values_THD: Tensor, pages_NHMB: Tensor, rings_NHXPD: Tensor, ring_R: Numbers
     ) -> None:
-        """Causal attention of every request's newest tokens; `codec.blocks.codec` says what each of them sees.
+        """Attention on complete blocks in pages and newer tokens in rings; `codec.blocks.codec` says what a query sees.
 
         Args:
-            output_THD: result, written in place `[tokens, query heads, head_dim]`.
-            query_THD: post-RoPE queries of all requests, one after the other; float32, bfloat16 or float16.
-            keys_THD, values_THD: the same tokens' own `[tokens, KV heads, head_dim]`.
-            pages_NHMB: every block that the requests' tokens complete is in its page already.
+            call: its block table has pages of complete blocks, each of which is in its page already.
+            keys_THD, values_THD: the step's own `[tokens, KV heads, head_dim]`.
             ring_R: the ring of each request.
-            block_table_RN: pages of each request, in order; entries past its complete blocks are not read.
-            query_starts: where each request's queries begin, and the end of the last `[requests + 1]`.
-            seq_lens: tokens of each request, its queries' own included `[requests]`.
-            softmax_scale: usually head_dim ** -0.5.
-            lse_TH: if given, receives each row's log of the sum of exponentials, float32 `[tokens, query heads]`.
-            split_tokens: for CPU kernels, rounded up to whole blocks.
-            max_query_len: the most queries of a request, for a GPU: its kernels read lengths on the device, and start
-                enough threads for any lengths. More than a few are a prefill, which torch attends on decoded blocks.
 
         Raises:
             ValueError: a request has more queries than tokens, or a page or ring lies outside the cache; neither is
                 looked for on a GPU.
         """
-        codec, spec, per_page = self.plan.codec, self.plan.spec, pages_NHMB.shape[2]
-        query_starts, ring_R = host_list(query_starts), host_list(ring_R)
-        for request, length in enumerate(host_list(seq_lens)):
-            start, stop = query_starts[request], query_starts[request + 1]
-            if start == stop:
-                continue
+        codec, spec, per_page, rings = self.plan.codec, self.plan.spec, pages_NHMB.shape[2], host_list(ring_R)
+        for request, rows, length in call.requests():
             blocks = torch.arange(length // spec.block, device=pages_NHMB.device)
-            page = block_table_RN[request].long()[blocks // per_page]
+            page = call.block_table_RN[request].long()[blocks // per_page]
             latents_THR = codec.open(pages_NHMB[page, :, blocks % per_page])
-            ring_1 = torch.tensor([ring_R[request]], device=pages_NHMB.device)
-            tokens = (keys_THD[start:stop], values_THD[start:stop])
-            exact_THD, exact_start = newest(rings_NHXPD, ring_1, *tokens, length, spec.block)
-            rows = latents_THR[0].shape[0] + exact_THD[0].shape[0]
-            step = max(1, SCORE_BYTES // (4 * query_THD.shape[1] * rows))
-            for first in range(start, stop, step):
-                last = min(first + step, stop)
-                # Tokens after the chunk's last query are invisible to all of it.
-                end = length - (stop - last)
+            ring_1 = torch.tensor([rings[request]], device=pages_NHMB.device)
+            exact_THD, exact_start = newest(rings_NHXPD, ring_1, keys_THD[rows], values_THD[rows], length, spec.block)
+            attended = latents_THR[0].shape[0] + exact_THD[0].shape[0]
+            for chunk, end in call.chunks(rows, length, attended):
                 k_latent_THR, v_latent_THR = (latent[: end // spec.block * spec.block] for latent in latents_THR)
                 exact_keys_THD, exact_values_THD = (side[: end - exact_start] for side in exact_THD)
                 mixed_QHGD, lse_QHG = attention.attend(
-                    query_THD[first:last].unflatten(1, (spec.num_kv_heads, -1)),
+                    call.query_THD[chunk].unflatten(1, (spec.num_kv_heads, -1)),
                     (k_latent_THR, v_latent_THR),
                     (exact_keys_THD, exact_values_THD),
                     exact_start,
                     codec,
-                    softmax_scale,
+                    call.softmax_scale,
                 )
-                output_THD[first:last] = mixed_QHGD.flatten(1, 2).to(output_THD.dtype)
-                if lse_TH is not None:
-                    lse_TH[first:last] = lse_QHG.flatten(1)
+                call.output_THD[chunk] = mixed_QHGD.flatten(1, 2).to(call.output_THD.dtype)
+                if call.lse_TH is not None:
+                    call.lse_TH[chunk] = lse_QHG.flatten(1)
 
     def workspace_bytes(self, tokens: int, num_heads: int, longest: int) -> int:
         """Bytes that `attend` takes at most beside its arguments, in steps of `tokens`, for requests of `longest`."""

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from kvcompress.codec.heads.spec import HeadsSpec
 from kvcompress.ops import interface, library
-from kvcompress.ops.heads.reference import SPLIT_TOKENS, HeadsOp
-from kvcompress.ops.rows import Numbers, int32_rows, rows_struct
+from kvcompress.ops.call import Call, table_stride
+from kvcompress.ops.heads.reference import HeadsOp
+from kvcompress.ops.rows import rows_struct
 
 
 def covers(layer: HeadsSpec) -> bool:
@@ -21,6 +22,10 @@ def covers(layer: HeadsSpec) -> bool:
 
 class CpuHeads(HeadsOp):
     """Storing and attending by compiled code; reading pages back is torch's."""
+
+    split_tokens = 4096
+    """Tokens one thread attends at a time, a multiple of 64. Fixed positions, so that a result depends on nothing but
+    its own tokens."""
 
     def __init__(self, compiled: ctypes.CDLL, *arguments: object) -> None:
         super().__init__(*arguments)  # type: ignore[arg-type]
@@ -48,42 +53,26 @@ class CpuHeads(HeadsOp):
         )
         library.check(self._compiled.kvc_append(ctypes.byref(args)))
 
-    def attend(
-        self,
-        output_THD: Tensor,
-        query_THD: Tensor,
-        pages_NHX: Tensor,
-        block_table_RN: Tensor,
-        query_starts: Numbers,
-        seq_lens: Numbers,
-        softmax_scale: float,
-        lse_TH: Tensor | None = None,
-        split_tokens: int = SPLIT_TOKENS,
-        max_query_len: int | None = None,
-    ) -> None:
-        assert lse_TH is None or (lse_TH.dtype == torch.float32 and lse_TH.is_contiguous())
+    def attend(self, call: Call, pages_NHX: Tensor) -> None:
         k, v = self.plan.codec.k, self.plan.codec.v
-        block_table_RN, starts_R, lengths_R = (int32_rows(each) for each in (block_table_RN, query_starts, seq_lens))
-        requests = lengths_R.shape[0]
-        assert starts_R.shape[0] == requests + 1
-        assert block_table_RN.shape[0] >= requests
+        table_RN, starts_R, lengths_R = call.numbers()
         args = interface.AttendArgs(
             pages=self.plan.pages_struct(pages_NHX, self.layout(pages_NHX)),
-            query=rows_struct(query_THD),
-            output=rows_struct(output_THD),
-            lse_TH=None if lse_TH is None else lse_TH.data_ptr(),
+            query=rows_struct(call.query_THD),
+            output=rows_struct(call.output_THD),
+            lse_TH=None if call.lse_TH is None else call.lse_TH.data_ptr(),
             k_decode_HDR=self.plan.k_decode_HDR.data_ptr(),
             k_mean_HD=k.mean_HD.data_ptr(),
             v_decode_HRD=v.decode_HRD.data_ptr(),
             v_mean_HD=v.mean_HD.data_ptr(),
-            block_table=block_table_RN.data_ptr(),
-            block_table_stride=block_table_RN.stride(0) if requests > 1 else block_table_RN.shape[1],
+            block_table=table_RN.data_ptr(),
+            block_table_stride=table_stride(table_RN[: len(lengths_R)]),
             query_starts=starts_R.data_ptr(),
             seq_lens=lengths_R.data_ptr(),
-            num_requests=requests,
-            num_heads=query_THD.shape[1],
-            softmax_scale=softmax_scale,
-            split_tokens=split_tokens,
+            num_requests=len(lengths_R),
+            num_heads=call.query_THD.shape[1],
+            softmax_scale=call.softmax_scale,
+            split_tokens=self.split_tokens,
             threads=torch.get_num_threads(),
             level=library.level(),
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,9 +18,10 @@ from kvcompress.codec.heads.codec import HeadsCodec, SideCodec
 from kvcompress.codec.heads.layout import CHUNK_TOKENS, FRAGMENT, PageLayout
 from kvcompress.codec.heads.spec import HeadsSpec
 from kvcompress.ops import cuda_library, gpu, interface
+from kvcompress.ops.call import Call
 from kvcompress.ops.heads import prefill
-from kvcompress.ops.heads.reference import SPLIT_TOKENS, HeadsOp
-from kvcompress.ops.rows import DTYPES, Numbers, host_list, int32_rows, most_queries, rows_struct
+from kvcompress.ops.heads.reference import HeadsOp
+from kvcompress.ops.rows import DTYPES, int32_rows, rows_struct
 from kvcompress.ops.sides import side_struct
 
 _MAX_TILES = 17
@@ -124,108 +126,43 @@ class CudaHeads(HeadsOp):
         cuda_library.check(self._kernels, self._kernels.kvc_cuda_gather(ctypes.byref(args)))
         return k_THR, v_THR
 
-    def attend(
-        self,
-        output_THD: Tensor,
-        query_THD: Tensor,
-        pages_NHX: Tensor,
-        block_table_RN: Tensor,
-        query_starts: Numbers,
-        seq_lens: Numbers,
-        softmax_scale: float,
-        lse_TH: Tensor | None = None,
-        split_tokens: int = SPLIT_TOKENS,
-        max_query_len: int | None = None,
-        splits: int | None = None,
-    ) -> None:
+    def attend(self, call: Call, pages_NHX: Tensor, splits: int | None = None) -> None:
         """More queries of a request than `gpu.MOST_QUERIES` are a prefill.
 
         Args:
             splits: parts a request's tokens are cut into; chosen from shapes alone if not given.
         """
-        if max_query_len is None:
-            max_query_len = most_queries(query_starts, query_THD.shape[0])
-        if max_query_len > gpu.MOST_QUERIES:
-            if lse_TH is None and query_THD.dtype in prefill.FUSED_DTYPES:
-                lists = (host_list(query_starts), host_list(seq_lens))
-                prefill.attend(self, output_THD, query_THD, pages_NHX, block_table_RN, *lists, softmax_scale)
+        if call.most_queries > gpu.MOST_QUERIES:
+            if call.lse_TH is None and call.query_THD.dtype in prefill.FUSED_DTYPES:
+                prefill.attend(self, call, pages_NHX)
             else:
-                batch = (block_table_RN, query_starts, seq_lens)
-                super().attend(output_THD, query_THD, pages_NHX, *batch, softmax_scale, lse_TH)
+                super().attend(call, pages_NHX)
             return
-        grouped_THGD = query_THD.float().unflatten(1, (self.plan.spec.num_kv_heads, -1))
+        spec, k, v = self.plan.spec, self.plan.codec.k, self.plan.codec.v
+        grouped_THGD = call.query_THD.float().unflatten(1, (spec.num_kv_heads, -1))
         absorbed_THGR = torch.einsum("thgd,hdr->thgr", grouped_THGD, self.plan.k_decode_HDR)
-        mixed_THR, found_TH = self.attend_latents(
-            absorbed_THGR.flatten(1, 2).contiguous(),
-            pages_NHX,
-            int32_rows(block_table_RN, query_THD.device),
-            int32_rows(query_starts, query_THD.device),
-            int32_rows(seq_lens, query_THD.device),
-            softmax_scale,
-            max_query_len,
-            splits,
-        )
-        k, v = self.plan.codec.k, self.plan.codec.v
-        mixed_THGR = mixed_THR.unflatten(1, (self.plan.spec.num_kv_heads, -1))
+        mixed_THR, found_TH = self.attend_latents(call, absorbed_THGR.flatten(1, 2).contiguous(), pages_NHX, splits)
+        mixed_THGR = mixed_THR.unflatten(1, (spec.num_kv_heads, -1))
         output_THGD = torch.einsum("thgr,hrd->thgd", mixed_THGR, v.decode_HRD) + v.mean_HD[:, None, :]
-        output_THD.copy_(output_THGD.flatten(1, 2))
-        if lse_TH is not None:
+        call.output_THD.copy_(output_THGD.flatten(1, 2))
+        if call.lse_TH is not None:
             mean_THG = torch.einsum("thgd,hd->thg", grouped_THGD, k.mean_HD)
-            lse_TH.copy_(found_TH + softmax_scale * mean_THG.flatten(1))
+            call.lse_TH.copy_(found_TH + call.softmax_scale * mean_THG.flatten(1))
 
     def attend_latents(
-        self,
-        absorbed_THR: Tensor,
-        pages_NHX: Tensor,
-        block_table_RN: Tensor,
-        query_starts: Tensor,
-        seq_lens: Tensor,
-        softmax_scale: float,
-        max_query_len: int,
-        splits: int | None = None,
+        self, call: Call, absorbed_THR: Tensor, pages_NHX: Tensor, splits: int | None = None
     ) -> tuple[Tensor, Tensor]:
         """Absorbed queries to mixed latents of values `[tokens, query heads, v rank]` and lse, without the means'
         shares.
 
         Args:
             absorbed_THR: queries times k_decode, float32, contiguous `[tokens, query heads, k rank]`.
-            block_table_RN, query_starts, seq_lens: int32, on the device.
         """
-        tokens, heads, _ = absorbed_THR.shape
-        layout, rank = self.layout(pages_NHX), self.plan.spec.v.rank
-        requests, kv_heads = seq_lens.shape[0], layout.num_kv_heads
-        # Zeros, because padding behind the last request is not written.
-        mixed_THR = absorbed_THR.new_zeros(tokens, heads, rank)
-        lse_TH = absorbed_THR.new_zeros(tokens, heads)
-        if not tokens or not requests:
-            return mixed_THR, lse_TH
-        assert block_table_RN.stride(-1) == 1
-        if splits is None:
-            tiles = -(-max_query_len * heads // (kv_heads * gpu.ROWS))
-            context = block_table_RN.shape[1] * layout.block_size
-            splits = gpu.choose_splits(requests * kv_heads * tiles, context, gpu.multiprocessors(absorbed_THR.device))
-        partial = splits * tokens * heads * (rank + 1) if splits > 1 else 0
-        workspace = absorbed_THR.new_empty(partial)
-        args = cuda_library.AttendArgs(
-            pages=self.plan.pages_struct(pages_NHX, layout),
-            query_THR=absorbed_THR.data_ptr(),
-            output_THR=mixed_THR.data_ptr(),
-            lse_TH=lse_TH.data_ptr(),
-            workspace=workspace.data_ptr() if partial else None,
-            block_table=block_table_RN.data_ptr(),
-            block_table_stride=block_table_RN.stride(0),
-            query_starts=query_starts.data_ptr(),
-            seq_lens=seq_lens.data_ptr(),
-            num_tokens=tokens,
-            num_requests=requests,
-            max_query_len=max_query_len,
-            num_heads=heads,
-            splits=splits,
-            softmax_scale=softmax_scale,
-            stream=gpu.stream(absorbed_THR.device),
-        )
-        cuda_library.check(self._kernels, self._kernels.kvc_cuda_attend(ctypes.byref(args)))
-        return mixed_THR, lse_TH
+        layout = self.layout(pages_NHX)
+        arguments = partial(cuda_library.AttendArgs, pages=self.plan.pages_struct(pages_NHX, layout))
+        shape = (layout.num_kv_heads, layout.block_size, self.plan.spec.v.rank)
+        kernel = self._kernels.kvc_cuda_attend
+        return gpu.attend_latents(self._kernels, kernel, arguments, call, absorbed_THR, shape, splits)
 
     def workspace_bytes(self, tokens: int, num_heads: int, longest: int, dtype: torch.dtype) -> int:
         spec, device = self.plan.spec, self.plan.codec.k.mean_HD.device

@@ -7,13 +7,12 @@ the model computes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from kvcompress.codec.heads.spec import HeadsSpec
+from kvcompress.ops.call import Call
 from kvcompress.ops.heads.reference import HeadsOp
 
 STEP_TOKENS = 8192
@@ -23,22 +22,11 @@ FUSED_DTYPES = (torch.float16, torch.bfloat16)
 """What torch has fused attention for; in float32 it would hold all scores."""
 
 
-def attend(
-    op: HeadsOp,
-    output_THD: Tensor,
-    query_THD: Tensor,
-    pages_NHX: Tensor,
-    block_table_RN: Tensor,
-    query_starts: Sequence[int],
-    seq_lens: Sequence[int],
-    softmax_scale: float,
-) -> None:
+def attend(op: HeadsOp, call: Call, pages_NHX: Tensor) -> None:
     """`HeadsOp.attend`, request after request; queries in one of `FUSED_DTYPES`."""
-    for request, length in enumerate(seq_lens):
-        rows = slice(query_starts[request], query_starts[request + 1])
-        if rows.start < rows.stop:
-            table_N = block_table_RN[request]
-            output_THD[rows] = _attend(op, query_THD[rows], pages_NHX, table_N, length, softmax_scale)
+    for request, rows, length in call.requests():
+        table_N = call.block_table_RN[request]
+        call.output_THD[rows] = _attend(op, call.query_THD[rows], pages_NHX, table_N, length, call.softmax_scale)
 
 
 def workspace_bytes(spec: HeadsSpec, queries: int, num_heads: int, longest: int, dtype: torch.dtype) -> int:

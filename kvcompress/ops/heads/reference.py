@@ -8,14 +8,8 @@ from torch import Tensor
 from kvcompress.codec.heads import attention, pages
 from kvcompress.codec.heads.codec import HeadsCodec
 from kvcompress.codec.heads.layout import TOKEN_MAJOR, PageLayout
+from kvcompress.ops.call import SCORE_BYTES, Call
 from kvcompress.ops.heads.plan import HeadsPlan
-from kvcompress.ops.rows import Numbers, host_list
-
-SCORE_BYTES = 64 * 2**20
-"""Bound on the scores (queries x tokens) held at a time: a long prefill is attended in chunks of queries."""
-
-SPLIT_TOKENS = 4096
-"""Tokens one thread attends at a time. Fixed positions, so that a result depends on nothing but its own tokens."""
 
 
 class HeadsOp:
@@ -84,60 +78,25 @@ class HeadsOp:
         k_THR, v_THR = pages.read(pages_NHX, layout, self.plan.codec, blocks_N, length)
         return k_THR.to(dtype), v_THR.to(dtype)
 
-    def attend(
-        self,
-        output_THD: Tensor,
-        query_THD: Tensor,
-        pages_NHX: Tensor,
-        block_table_RN: Tensor,
-        query_starts: Numbers,
-        seq_lens: Numbers,
-        softmax_scale: float,
-        lse_TH: Tensor | None = None,
-        split_tokens: int = SPLIT_TOKENS,
-        max_query_len: int | None = None,
-    ) -> None:
-        """Causal attention of every request's newest tokens over all its tokens, which `append` has stored already.
-
-        Args:
-            output_THD: result, written in place `[tokens, query heads, head_dim]`.
-            query_THD: post-RoPE queries of all requests, one after the other; float32, bfloat16 or float16.
-            block_table_RN: block numbers of each request's tokens, in order; entries past its end are not read.
-            query_starts: where each request's queries begin, and the end of the last `[requests + 1]`.
-            seq_lens: tokens of each request, its queries' own included `[requests]`. On a GPU, numbers of a few
-                queries per request should be the device's, numbers of more the host's: then nobody waits.
-            softmax_scale: usually head_dim ** -0.5.
-            lse_TH: if given, receives each row's log of the sum of exponentials, float32 `[tokens, query heads]`.
-            split_tokens: a positive multiple of 64, for CPU kernels.
-            max_query_len: the most queries of a request, for a GPU: its kernels read lengths on the device, and start
-                enough threads for any lengths.
+    def attend(self, call: Call, pages_NHX: Tensor) -> None:
+        """Attention over tokens that `append` has stored already.
 
         Raises:
             ValueError: a request has more queries than tokens, or a block lies outside the cache; neither is looked
                 for on a GPU.
         """
-        codec, starts = self.plan.codec, host_list(query_starts)
-        for request, length in enumerate(host_list(seq_lens)):
-            start, stop = starts[request], starts[request + 1]
-            if start == stop:
-                continue
-            k_latent_THR, v_latent_THR = self.read(pages_NHX, block_table_RN[request], length)
-            query_QHGD = query_THD[start:stop].unflatten(1, (self.plan.spec.num_kv_heads, -1))
-            step = max(1, SCORE_BYTES // (4 * query_THD.shape[1] * length))
-            for first in range(start, stop, step):
-                last = min(first + step, stop)
-                # Tokens after the chunk's last query are invisible to all of it.
-                visible = length - (stop - last)
+        heads = self.plan.spec.num_kv_heads
+        for request, rows, length in call.requests():
+            latents_THR = self.read(pages_NHX, call.block_table_RN[request], length)
+            for chunk, visible in call.chunks(rows, length, length):
+                k_latent_THR, v_latent_THR = (latent_THR[:visible] for latent_THR in latents_THR)
+                query_QHGD = call.query_THD[chunk].unflatten(1, (heads, -1))
                 mixed_QHGD, lse_QHG = attention.attend(
-                    query_QHGD[first - start : last - start],
-                    k_latent_THR[:visible],
-                    v_latent_THR[:visible],
-                    codec,
-                    softmax_scale,
+                    query_QHGD, k_latent_THR, v_latent_THR, self.plan.codec, call.softmax_scale
                 )
-                output_THD[first:last] = mixed_QHGD.flatten(1, 2).to(output_THD.dtype)
-                if lse_TH is not None:
-                    lse_TH[first:last] = lse_QHG.flatten(1)
+                call.output_THD[chunk] = mixed_QHGD.flatten(1, 2).to(call.output_THD.dtype)
+                if call.lse_TH is not None:
+                    call.lse_TH[chunk] = lse_QHG.flatten(1)
 
     def workspace_bytes(self, tokens: int, num_heads: int, longest: int, dtype: torch.dtype) -> int:
         """Bytes that `attend` takes at most beside its arguments.

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from kvcompress.ops import interface, library
+from kvcompress.ops.call import Call, table_stride
 from kvcompress.ops.latent.plan import latent_pages_struct
-from kvcompress.ops.latent.reference import SPLIT_TOKENS, LatentOp
-from kvcompress.ops.rows import DTYPES, Numbers, int32_rows, rows_struct
+from kvcompress.ops.latent.reference import LatentOp
+from kvcompress.ops.rows import DTYPES, rows_struct
 
 
 def covers(channels: int, dtype: torch.dtype) -> bool:
@@ -20,6 +21,9 @@ def covers(channels: int, dtype: torch.dtype) -> bool:
 
 class CpuLatent(LatentOp):
     """Storing and attending by compiled code."""
+
+    split_tokens = 1024
+    """Tokens one thread attends at a time, a multiple of 64: few, because all heads are one piece of work."""
 
     def __init__(self, compiled: ctypes.CDLL) -> None:
         self._compiled = compiled
@@ -36,36 +40,22 @@ class CpuLatent(LatentOp):
         )
         library.check(self._compiled.kvc_latent_append(ctypes.byref(args)))
 
-    def attend(
-        self,
-        output_THR: Tensor,
-        query_THC: Tensor,
-        pages_NSC: Tensor,
-        block_table_RN: Tensor,
-        query_starts: Numbers,
-        seq_lens: Numbers,
-        softmax_scale: float,
-        split_tokens: int = SPLIT_TOKENS,
-        max_query_len: int | None = None,
-    ) -> None:
-        table_RN, starts_R, lengths_R = int32_rows(block_table_RN), int32_rows(query_starts), int32_rows(seq_lens)
-        requests = lengths_R.shape[0]
-        assert starts_R.shape[0] == requests + 1
-        assert table_RN.shape[0] >= requests
-        assert query_THC.shape[2] == pages_NSC.shape[2]
+    def attend(self, call: Call, pages_NSC: Tensor) -> None:
+        table_RN, starts_R, lengths_R = call.numbers()
+        assert call.query_THD.shape[2] == pages_NSC.shape[2]
         args = interface.LatentAttendArgs(
             pages=latent_pages_struct(pages_NSC),
-            query=rows_struct(query_THC),
-            output=rows_struct(output_THR),
+            query=rows_struct(call.query_THD),
+            output=rows_struct(call.output_THD),
             block_table=table_RN.data_ptr(),
-            block_table_stride=table_RN.stride(0) if requests > 1 else table_RN.shape[1],
+            block_table_stride=table_stride(table_RN[: len(lengths_R)]),
             query_starts=starts_R.data_ptr(),
             seq_lens=lengths_R.data_ptr(),
-            num_requests=requests,
-            num_heads=query_THC.shape[1],
-            rank=output_THR.shape[2],
-            softmax_scale=softmax_scale,
-            split_tokens=split_tokens,
+            num_requests=len(lengths_R),
+            num_heads=call.query_THD.shape[1],
+            rank=call.output_THD.shape[2],
+            softmax_scale=call.softmax_scale,
+            split_tokens=self.split_tokens,
             threads=torch.get_num_threads(),
             level=library.level(),
         )

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from kvcompress.ops import cuda_library, gpu, interface
+from kvcompress.ops.call import Call
 from kvcompress.ops.latent.plan import latent_pages_struct
-from kvcompress.ops.latent.reference import SPLIT_TOKENS, LatentOp
-from kvcompress.ops.rows import Numbers, int32_rows, most_queries, rows_struct
+from kvcompress.ops.latent.reference import LatentOp
+from kvcompress.ops.rows import rows_struct
 
 LEAST_TOKENS = 128
 """A split has at least as many; the kernels see to it (csrc/cuda/latent/args.h)."""
@@ -90,19 +91,7 @@ class CudaLatent(LatentOp):
         )
         cuda_library.check(self._kernels, self._kernels.kvc_cuda_latent_append(ctypes.byref(args)))
 
-    def attend(
-        self,
-        output_THR: Tensor,
-        query_THC: Tensor,
-        pages_NSC: Tensor,
-        block_table_RN: Tensor,
-        query_starts: Numbers,
-        seq_lens: Numbers,
-        softmax_scale: float,
-        split_tokens: int = SPLIT_TOKENS,
-        max_query_len: int | None = None,
-        splits: int | None = None,
-    ) -> None:
+    def attend(self, call: Call, pages_NSC: Tensor, splits: int | None = None) -> None:
         """Everything is brought to the device.
 
         Args:
@@ -110,20 +99,18 @@ class CudaLatent(LatentOp):
         """
         assert pages_NSC.data_ptr() % 16 == 0
         assert pages_NSC.stride(0) % 8 == pages_NSC.stride(1) % 8 == 0
+        query_THC, output_THR = call.query_THD, call.output_THD
         if query_THC.data_ptr() % 4 or query_THC.stride(0) % 2 or query_THC.stride(1) % 2:
             query_THC = query_THC.clone(memory_format=torch.contiguous_format)
-        if max_query_len is None:
-            max_query_len = most_queries(query_starts, query_THC.shape[0])
-        block_table_RN, starts_R, lengths_R = (
-            int32_rows(numbers, query_THC.device) for numbers in (block_table_RN, query_starts, seq_lens)
-        )
+        table_RN, starts_R, lengths_R = call.numbers(query_THC.device)
+        max_query_len = call.most_queries
         tokens, heads, rank = output_THR.shape
         requests = lengths_R.shape[0]
         if not tokens or not requests:
             return
-        assert block_table_RN.stride(-1) == 1
+        assert table_RN.stride(-1) == 1
         if splits is None:
-            context = block_table_RN.shape[1] * pages_NSC.shape[1]
+            context = table_RN.shape[1] * pages_NSC.shape[1]
             splits = choose_splits(requests, max_query_len * heads, context, gpu.multiprocessors(pages_NSC.device))
         partial = _partial(splits, tokens * heads, rank)
         workspace = torch.empty(partial, device=pages_NSC.device)
@@ -132,8 +119,8 @@ class CudaLatent(LatentOp):
             query=rows_struct(query_THC),
             output=rows_struct(output_THR),
             workspace=workspace.data_ptr() if partial else None,
-            block_table=block_table_RN.data_ptr(),
-            block_table_stride=block_table_RN.stride(0),
+            block_table=table_RN.data_ptr(),
+            block_table_stride=table_RN.stride(0),
             query_starts=starts_R.data_ptr(),
             seq_lens=lengths_R.data_ptr(),
             num_tokens=tokens,
@@ -142,7 +129,7 @@ class CudaLatent(LatentOp):
             num_heads=heads,
             rank=rank,
             splits=splits,
-            softmax_scale=softmax_scale,
+            softmax_scale=call.softmax_scale,
             stream=gpu.stream(pages_NSC.device),
         )
         cuda_library.check(self._kernels, self._kernels.kvc_cuda_latent_attend(ctypes.byref(args)))

@@ -11,11 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvcompress.ops.heads.reference import SCORE_BYTES
-from kvcompress.ops.rows import Numbers, host_list
-
-SPLIT_TOKENS = 1024
-"""Tokens one thread attends at a time: fewer than of per-head pages, because all heads are one piece of work."""
+from kvcompress.ops.call import Call
 
 
 class LatentOp:
@@ -36,57 +32,30 @@ class LatentOp:
         block_size = pages_NSC.shape[1]
         pages_NSC[slots_T // block_size, slots_T % block_size] = key_TC.to(pages_NSC.dtype)
 
-    def attend(
-        self,
-        output_THR: Tensor,
-        query_THC: Tensor,
-        pages_NSC: Tensor,
-        block_table_RN: Tensor,
-        query_starts: Numbers,
-        seq_lens: Numbers,
-        softmax_scale: float,
-        split_tokens: int = SPLIT_TOKENS,
-        max_query_len: int | None = None,
-    ) -> None:
-        """Causal attention of every request's new tokens over all of its tokens, in float32.
+    def attend(self, call: Call, pages_NSC: Tensor) -> None:
+        """Attention over tokens that `append` has stored already, in float32.
 
         Args:
-            output_THR: written in place; R, the latent's channels, are the first of the cached vector's.
-            query_THC: absorbed queries `[tokens, heads, channels]`; float32, bfloat16 or float16.
-            pages_NSC: what `append` has stored, the new tokens included.
-            block_table_RN: blocks of each request, in order; entries past its end are not read.
-            query_starts: where each request's new tokens start in query and output, and where the last one's end.
-            seq_lens: tokens of each request, new ones included.
-            softmax_scale: on the product of query and cached vector.
-            split_tokens: a positive multiple of 64; of no effect on a GPU.
-            max_query_len: the most queries of a request, for a GPU: its kernels read lengths on the device, and start
-                enough threads for any lengths.
+            call: queries are absorbed `[tokens, heads, channels]`, and of the output `[tokens, heads, rank]` the
+                channels are the first of the cached vector's.
 
         Raises:
             ValueError: a request has more queries than tokens, or a block lies outside the cache; neither is looked
                 for on a GPU.
         """
-        query_starts = host_list(query_starts)
-        rank, heads = output_THR.shape[2], query_THC.shape[1]
-        for request, length in enumerate(host_list(seq_lens)):
-            start, stop = query_starts[request], query_starts[request + 1]
-            if start == stop:
-                continue
-            blocks_N = block_table_RN[request, : -(-length // pages_NSC.shape[1])].long()
+        rank = call.output_THD.shape[2]
+        for request, rows, length in call.requests():
+            blocks_N = call.block_table_RN[request, : -(-length // pages_NSC.shape[1])].long()
             keys_LC = pages_NSC[blocks_N].flatten(0, 1)[:length].float()
-            step = max(1, SCORE_BYTES // (4 * heads * length))
-            for first in range(start, stop, step):
-                last = min(first + step, stop)
-                # Tokens after the chunk's last query are invisible to all of it.
-                visible = length - (stop - last)
-                queries = last - first
-                query_HQC = query_THC[first:last].float().transpose(0, 1) * softmax_scale
+            for chunk, visible in call.chunks(rows, length, length):
+                queries = chunk.stop - chunk.start
+                query_HQC = call.query_THD[chunk].float().transpose(0, 1) * call.softmax_scale
                 scores_HQL = query_HQC @ keys_LC[:visible].mT
                 if queries > 1:
                     mask_QL = torch.ones(queries, visible, dtype=torch.bool, device=scores_HQL.device)
                     scores_HQL = scores_HQL.masked_fill(~mask_QL.tril(visible - queries), -torch.inf)
                 mixed_HQR = scores_HQL.softmax(-1) @ keys_LC[:visible, :rank]
-                output_THR[first:last] = mixed_HQR.transpose(0, 1).to(output_THR.dtype)
+                call.output_THD[chunk] = mixed_HQR.transpose(0, 1).to(call.output_THD.dtype)
 
     def workspace_bytes(self, tokens: int, num_heads: int, rank: int, longest: int) -> int:
         """Bytes that `attend` takes at most beside its arguments, in steps of `tokens`, for requests of `longest`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,9 +11,9 @@ from kvcompress.codec.bands import SideSpec
 from kvcompress.codec.shared.codec import SharedCodec
 from kvcompress.ops import interface, library
 from kvcompress.ops.rows import rows_struct
-from kvcompress.ops.shared.batch import Batch
+from kvcompress.ops.shared.call import SharedCall
 from kvcompress.ops.shared.records import records_array, records_struct
-from kvcompress.ops.shared.reference import EXPAND_QUERIES, SPLIT_TOKENS, SharedOp
+from kvcompress.ops.shared.reference import SharedOp
 from kvcompress.ops.sides import record_struct
 
 
@@ -28,6 +27,15 @@ def covers(codec: SharedCodec) -> bool:
 
 class CpuShared(SharedOp):
     """Storing and attending by compiled code; many queries of a request are torch's, which expands keys once."""
+
+    split_tokens = 512
+    """Tokens one thread attends at a time, a multiple of 64: few, because keys are expanded and all heads are one piece
+    of work."""
+    expand_queries = 256
+    """From this many queries of a request on, its keys and values are expanded once for all of them, in torch.
+
+    The kernels expand keys once per 64 rows of queries; torch does it once, but with values, and scores take it longer.
+    """
 
     def __init__(self, compiled: ctypes.CDLL, codec: SharedCodec) -> None:
         super().__init__(codec)
@@ -53,57 +61,29 @@ class CpuShared(SharedOp):
         )
         library.check(self._compiled.kvc_store(ctypes.byref(args)))
 
-    def attend(
-        self,
-        output_THD: Tensor,
-        query_THD: Tensor,
-        keys_THD: Tensor,
-        values_THD: Tensor,
-        k_records: Sequence[Tensor],
-        v_records: Sequence[Tensor],
-        batch: Batch,
-        softmax_scale: float,
-        split_tokens: int = SPLIT_TOKENS,
-        expand_queries: int = EXPAND_QUERIES,
-        max_query_len: int | None = None,
-    ) -> None:
-        batch = batch.on("cpu")
-        rows, records = (output_THD, query_THD, keys_THD, values_THD), (k_records, v_records)
+    def attend(self, call: SharedCall) -> None:
+        call = call.on("cpu")
         # Rows that are stored after all are torch's, too.
-        most = expand_queries if bool((batch.exact_rows >= 0).all()) else 0
-        for run, on_kernels in batch.runs(lambda queries: queries < most):
-            if on_kernels:
-                self._attend(*rows, *records, run, softmax_scale, split_tokens)
-            else:
-                super().attend(*rows, *records, run, softmax_scale)
+        most = self.expand_queries if bool((call.exact_rows >= 0).all()) else 0
+        for run, on_kernels in call.runs(lambda queries: queries < most):
+            (self._attend if on_kernels else super().attend)(run)
 
-    def _attend(
-        self,
-        output_THD: Tensor,
-        query_THD: Tensor,
-        keys_THD: Tensor,
-        values_THD: Tensor,
-        k_records: Sequence[Tensor],
-        v_records: Sequence[Tensor],
-        batch: Batch,
-        softmax_scale: float,
-        split_tokens: int,
-    ) -> None:
+    def _attend(self, call: SharedCall) -> None:
         plan, codec = self.plan, self.plan.codec
         codes, scale = None, None
         if codec.rope is not None and library.level() >= library.LEVELS.index("avx512vnni"):
             codes, scale = plan.k_codes_blocked or (None, None)
         own = codec.rope is None
-        exact_starts_R = batch.exact_starts_R
+        exact_starts_R = call.exact_starts_R
         args = interface.SharedAttendArgs(
-            k=records_array(k_records, batch.k_tables, plan.k_struct),
-            v=records_array(v_records, batch.v_tables, plan.v_struct),
-            num_k=len(k_records),
-            num_stripes=len(v_records),
-            query=rows_struct(query_THD),
-            output=rows_struct(output_THD),
-            keys=rows_struct(keys_THD),
-            values=rows_struct(values_THD),
+            k=records_array(call.k_records, call.k_tables, plan.k_struct),
+            v=records_array(call.v_records, call.v_tables, plan.v_struct),
+            num_k=len(call.k_records),
+            num_stripes=len(call.v_records),
+            query=rows_struct(call.query_THD),
+            output=rows_struct(call.output_THD),
+            keys=rows_struct(call.keys_THD),
+            values=rows_struct(call.values_THD),
             k_mean_HD=codec.k.mean_HD.data_ptr(),
             k_decode_HDR=plan.k_decode_HDR.data_ptr() if own else None,
             k_decode_blocked=None if own or codes is not None else plan.k_decode_blocked.data_ptr(),
@@ -113,17 +93,17 @@ class CpuShared(SharedOp):
             v_mean_HD=codec.v.mean_HD.data_ptr(),
             rope_frequency_F=None if codec.rope is None else codec.rope.frequency_F.data_ptr(),
             rope_amplitude=plan.amplitude,
-            query_starts=batch.query_starts.data_ptr(),
-            seq_lens=batch.seq_lens.data_ptr(),
-            stored_lens=batch.stored_lens.data_ptr(),
-            exact_rows=batch.exact_rows.data_ptr(),
+            query_starts=call.query_starts.data_ptr(),
+            seq_lens=call.seq_lens.data_ptr(),
+            stored_lens=call.stored_lens.data_ptr(),
+            exact_rows=call.exact_rows.data_ptr(),
             exact_starts=exact_starts_R.data_ptr(),
-            num_requests=batch.seq_lens.shape[0],
-            num_heads=query_THD.shape[1],
+            num_requests=call.seq_lens.shape[0],
+            num_heads=call.query_THD.shape[1],
             num_kv_heads=codec.k.mean_HD.shape[0],
             head_dim=codec.k.mean_HD.shape[1],
-            softmax_scale=softmax_scale,
-            split_tokens=split_tokens,
+            softmax_scale=call.softmax_scale,
+            split_tokens=self.split_tokens,
             threads=torch.get_num_threads(),
             level=library.level(),
         )

@@ -8,8 +8,6 @@ reads from it, so calls can be captured in a CUDA graph.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -19,11 +17,11 @@ from kvcompress.codec.shared.codec import SharedCodec
 from kvcompress.ops import cuda_library, gpu
 from kvcompress.ops.rows import rows_struct
 from kvcompress.ops.shared import fragments
-from kvcompress.ops.shared.batch import Batch
+from kvcompress.ops.shared.call import SharedCall
 from kvcompress.ops.shared.interface import SharedAttendArgs, StoreArgs
 from kvcompress.ops.shared.plan import SharedPlan
 from kvcompress.ops.shared.records import records_array, records_struct
-from kvcompress.ops.shared.reference import EXPAND_QUERIES, SPLIT_TOKENS, SharedOp
+from kvcompress.ops.shared.reference import SharedOp
 from kvcompress.ops.sides import merged_bands, record_struct
 
 MAX_STRIPES = 32
@@ -88,66 +86,37 @@ class CudaShared(SharedOp):
         )
         cuda_library.check(self._kernels, self._kernels.kvc_cuda_store(ctypes.byref(args)))
 
-    def attend(
-        self,
-        output_THD: Tensor,
-        query_THD: Tensor,
-        keys_THD: Tensor,
-        values_THD: Tensor,
-        k_records: Sequence[Tensor],
-        v_records: Sequence[Tensor],
-        batch: Batch,
-        softmax_scale: float,
-        split_tokens: int = SPLIT_TOKENS,
-        expand_queries: int = EXPAND_QUERIES,
-        max_query_len: int | None = None,
-    ) -> None:
-        records = (k_records, v_records)
-        assert all(_aligned(each) for side in records for each in side)
-        device, tokens = query_THD.device, (keys_THD, values_THD)
-        if batch.query_starts.device == device:
-            most = query_THD.shape[0] if max_query_len is None else max_query_len
-            if most <= gpu.MOST_QUERIES:
-                self.attend_few(output_THD, query_THD, *tokens, *records, batch.on(device), softmax_scale, most)
-                return
-        for run, on_kernels in batch.on("cpu").runs(lambda queries: queries <= gpu.MOST_QUERIES):
+    def attend(self, call: SharedCall) -> None:
+        assert all(_aligned(records) for records in (*call.k_records, *call.v_records))
+        device = call.query_THD.device
+        if call.query_starts.device == device and call.most_queries <= gpu.MOST_QUERIES:
+            self.attend_few(call.on(device))
+            return
+        for run, on_kernels in call.on("cpu").runs(lambda queries: queries <= gpu.MOST_QUERIES):
             if on_kernels:
-                starts_R, most = run.query_starts, int(run.query_starts.diff().max())
-                own = slice(int(starts_R[0]), int(starts_R[-1]))
-                few = replace(run, query_starts=starts_R - starts_R[0]).on(device)
-                self.attend_few(output_THD[own], query_THD[own], *tokens, *records, few, softmax_scale, most)
+                self.attend_few(run.alone().on(device))
             else:
-                super().attend(output_THD, query_THD, *tokens, *records, run, softmax_scale)
+                super().attend(run)
 
     def attend_few(
-        self,
-        output_THD: Tensor,
-        query_THD: Tensor,
-        keys_THD: Tensor,
-        values_THD: Tensor,
-        k_records: Sequence[Tensor],
-        v_records: Sequence[Tensor],
-        batch: Batch,
-        softmax_scale: float,
-        max_query_len: int,
-        splits: tuple[int, int] | None = None,
-        score_bytes: int = SCORE_BYTES,
+        self, call: SharedCall, splits: tuple[int, int] | None = None, score_bytes: int = SCORE_BYTES
     ) -> None:
-        """`attend` with everything on the device.
+        """With everything on the device.
 
         Args:
             splits: parts that a request's tokens are cut into, for scores and for values; chosen from shapes alone if
                 not given.
         """
+        query_THD, max_query_len = call.query_THD, call.most_queries
         plan, codec = self.plan, self.plan.codec
         tokens, heads, head_dim = query_THD.shape
-        requests, kv_heads = batch.seq_lens.shape[0], codec.k.mean_HD.shape[0]
+        requests, kv_heads = call.seq_lens.shape[0], codec.k.mean_HD.shape[0]
         # Zeros, because padding behind the last request is not written.
         mixed_THR = query_THD.new_zeros(tokens, heads, codec.v.decode_HRD.shape[1], dtype=torch.float32)
         exact_THD = query_THD.new_zeros(tokens, heads, head_dim, dtype=torch.float32)
         mixed_lse_TH, exact_lse_TH = query_THD.new_zeros(2, tokens, heads, dtype=torch.float32)
         if tokens and requests:
-            sides = zip((*k_records, *v_records), (*batch.k_tables, *batch.v_tables), strict=True)
+            sides = zip((*call.k_records, *call.v_records), (*call.k_tables, *call.v_tables), strict=True)
             context = min(records.shape[2] * table.shape[1] for records, table in sides)
             stride = -(-context // 64) * 64
             at_once = max(1, min(requests, score_bytes // (4 * max_query_len * heads * stride)))
@@ -161,15 +130,15 @@ class CudaShared(SharedOp):
                 )
             partial = splits[1] * tokens * heads * (mixed_THR.shape[2] + 1) if splits[1] > 1 else 0
             workspace = mixed_THR.new_empty(partial)
-            exact_starts_R = batch.exact_starts_R
+            exact_starts_R = call.exact_starts_R
             described, kept = _described_keys(plan, query_THD)
             args = SharedAttendArgs(
-                k=records_array(k_records, batch.k_tables, plan.k_struct),
-                v=records_array(v_records, batch.v_tables, plan.v_struct),
-                num_k=len(k_records),
-                num_stripes=len(v_records),
-                keys=rows_struct(keys_THD),
-                values=rows_struct(values_THD),
+                k=records_array(call.k_records, call.k_tables, plan.k_struct),
+                v=records_array(call.v_records, call.v_tables, plan.v_struct),
+                num_k=len(call.k_records),
+                num_stripes=len(call.v_records),
+                keys=rows_struct(call.keys_THD),
+                values=rows_struct(call.values_THD),
                 scores=scores.data_ptr(),
                 score_stride=stride,
                 mixed_THR=mixed_THR.data_ptr(),
@@ -177,10 +146,10 @@ class CudaShared(SharedOp):
                 exact_THD=exact_THD.data_ptr(),
                 exact_lse_TH=exact_lse_TH.data_ptr(),
                 workspace=workspace.data_ptr() if partial else None,
-                query_starts=batch.query_starts.data_ptr(),
-                seq_lens=batch.seq_lens.data_ptr(),
-                stored_lens=batch.stored_lens.data_ptr(),
-                exact_rows=batch.exact_rows.data_ptr(),
+                query_starts=call.query_starts.data_ptr(),
+                seq_lens=call.seq_lens.data_ptr(),
+                stored_lens=call.stored_lens.data_ptr(),
+                exact_rows=call.exact_rows.data_ptr(),
                 exact_starts=exact_starts_R.data_ptr(),
                 num_tokens=tokens,
                 num_requests=requests,
@@ -191,7 +160,7 @@ class CudaShared(SharedOp):
                 head_dim=head_dim,
                 score_splits=splits[0],
                 mix_splits=splits[1],
-                softmax_scale=softmax_scale,
+                softmax_scale=call.softmax_scale,
                 stream=gpu.stream(query_THD.device),
                 **described,
             )
@@ -200,7 +169,7 @@ class CudaShared(SharedOp):
         mixed_THGR = mixed_THR.unflatten(1, (kv_heads, -1))
         stored_THGD = torch.einsum("thgr,hrd->thgd", mixed_THGR, codec.v.decode_HRD) + codec.v.mean_HD[:, None, :]
         share_TH1 = torch.sigmoid(mixed_lse_TH - exact_lse_TH)[..., None]
-        output_THD.copy_(torch.lerp(exact_THD, stored_THGD.flatten(1, 2), share_TH1))
+        call.output_THD.copy_(torch.lerp(exact_THD, stored_THGD.flatten(1, 2), share_TH1))
 
     def workspace_bytes(self, tokens: int, num_heads: int, longest: int) -> int:
         codec = self.plan.codec

@@ -17,18 +17,9 @@ from kvcompress.codec.bands import SideSpec
 from kvcompress.codec.record import Record
 from kvcompress.codec.scalar import decode
 from kvcompress.codec.shared.codec import SharedCodec
-from kvcompress.ops.heads.reference import SCORE_BYTES
-from kvcompress.ops.shared.batch import Batch
+from kvcompress.ops.call import SCORE_BYTES
+from kvcompress.ops.shared.call import SharedCall
 from kvcompress.ops.shared.plan import SharedPlan
-
-SPLIT_TOKENS = 512
-"""Tokens one thread attends at a time: few, because keys are expanded and all heads are one piece of work."""
-
-EXPAND_QUERIES = 256
-"""From this many queries of a request on, its keys and values are expanded once for all of them, in torch.
-
-The kernels expand keys once per 64 rows of queries; torch does it once, but with values, and scores take it longer.
-"""
 
 
 class SharedOp:
@@ -63,64 +54,35 @@ class SharedOp:
         """Normalized latents `[length, records, channels]` of a request's first tokens."""
         return _latents([records_NHSX], [block_table_N[None]], spec, 0, length)
 
-    def attend(
-        self,
-        output_THD: Tensor,
-        query_THD: Tensor,
-        keys_THD: Tensor,
-        values_THD: Tensor,
-        k_records: Sequence[Tensor],
-        v_records: Sequence[Tensor],
-        batch: Batch,
-        softmax_scale: float,
-        split_tokens: int = SPLIT_TOKENS,
-        expand_queries: int = EXPAND_QUERIES,
-        max_query_len: int | None = None,
-    ) -> None:
-        """Causal attention of every request's newest tokens over all its tokens.
-
-        A request's first tokens are attended as they are stored, the others as they are: rows of the running step. Keys
-        of the layer's own are all attended as stored.
-
-        Args:
-            output_THD: result, written in place `[tokens, query heads, head_dim]`.
-            query_THD: post-RoPE queries of all requests; float32, bfloat16 or float16; may be padded at the end.
-            keys_THD, values_THD: the step's own `[tokens, KV heads, head_dim]`, keys after RoPE.
-            k_records, v_records: one per layer of the group; keys of the layer's own: its records alone.
-            batch: the step's numbers.
-            softmax_scale: usually head_dim ** -0.5.
-            split_tokens: a positive multiple of 64; of no effect on a GPU.
-            expand_queries: requests with as many queries go to torch code; on a GPU, those with more than a few.
-            max_query_len: the most queries of a request, for a GPU: its kernels read lengths on the device, and start
-                enough threads for any lengths.
-
+    def attend(self, call: SharedCall) -> None:
+        """
         Raises:
             ValueError: a request has more queries than tokens, or a block lies outside the cache; neither is looked
                 for on a GPU.
         """
         codec, exact_start = self.plan.codec, 0
-        starts, lengths, stored_lens = (
-            each.tolist() for each in (batch.query_starts, batch.seq_lens, batch.stored_lens)
-        )
+        numbers = (call.query_starts, call.seq_lens, call.stored_lens)
+        starts, lengths, stored_lens = (each.tolist() for each in numbers)
         for request, length in enumerate(lengths):
             stored = stored_lens[request]
-            row_T = batch.exact_rows[exact_start : exact_start + length - stored].long()
+            row_T = call.exact_rows[exact_start : exact_start + length - stored].long()
             exact_start += length - stored
             from_pages = stored + _after_last_negative(row_T)
             rows = slice(starts[request], starts[request + 1])
             if rows.start == rows.stop:
                 continue
+            k_read = (call.k_records, call.k_tables, codec.k.spec, request)
             if codec.rope is None:
-                k_THD = _latents(k_records, batch.k_tables, codec.k.spec, request, length)
-                k_THD = torch.einsum("thr,hrd->thd", k_THD, codec.k.decode_HRD) + codec.k.mean_HD
+                k_THD = torch.einsum("thr,hrd->thd", _latents(*k_read, length), codec.k.decode_HRD) + codec.k.mean_HD
             else:
-                k_THD = _with_exact(
-                    _stored_keys(codec, k_records, batch.k_tables, request, from_pages), keys_THD, row_T
-                )
-            v_TR = _latents(v_records, batch.v_tables, codec.v.spec, request, from_pages).flatten(1)
+                k_TR = _latents(*k_read, from_pages).flatten(1)
+                k_THD = torch.einsum("tr,hrd->thd", k_TR, codec.k.decode_HRD) + codec.k.mean_HD
+                k_THD = codec.rope.rotate(k_THD, torch.arange(from_pages, device=k_THD.device))
+                k_THD = _with_exact(k_THD, call.keys_THD, row_T)
+            v_TR = _latents(call.v_records, call.v_tables, codec.v.spec, request, from_pages).flatten(1)
             v_THD = torch.einsum("tr,hrd->thd", v_TR, codec.v.decode_HRD) + codec.v.mean_HD
-            v_THD = _with_exact(v_THD, values_THD, row_T)
-            _attend(output_THD[rows], query_THD[rows], k_THD, v_THD, softmax_scale)
+            v_THD = _with_exact(v_THD, call.values_THD, row_T)
+            _attend(call.output_THD[rows], call.query_THD[rows], k_THD, v_THD, call.softmax_scale)
 
     def workspace_bytes(self, tokens: int, num_heads: int, longest: int) -> int:
         """Bytes that `attend` takes at most beside its arguments, in steps of `tokens`, for requests of `longest`."""
@@ -128,15 +90,6 @@ class SharedOp:
         channels = len(spec.group) * (spec.k.rank + spec.v.rank) + 4 * spec.num_kv_heads * spec.head_dim
         scores = max(SCORE_BYTES, num_heads * longest * torch.float32.itemsize)
         return 3 * (longest * channels * torch.float32.itemsize + scores)
-
-
-def _stored_keys(
-    codec: SharedCodec, records: Sequence[Tensor], tables: Sequence[Tensor], request: int, length: int
-) -> Tensor:
-    assert codec.rope is not None
-    latent_TR = _latents(records, tables, codec.k.spec, request, length).flatten(1)
-    k_THD = torch.einsum("tr,hrd->thd", latent_TR, codec.k.decode_HRD) + codec.k.mean_HD
-    return codec.rope.rotate(k_THD, torch.arange(length, device=k_THD.device))
 
 
 def _latents(records: Sequence[Tensor], tables: Sequence[Tensor], spec: SideSpec, request: int, length: int) -> Tensor:

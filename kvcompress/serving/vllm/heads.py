@@ -80,16 +80,7 @@ class HeadsImpl(compat.Implementation):
         pages_NHX = kv_cache.flatten(2)
         self.op.append(pages_NHX, key, value, step.slot_mapping[: key.shape[0]])
         for part in step.parts:
-            self.op.attend(
-                output[part.tokens],
-                query[part.tokens],
-                pages_NHX,
-                step.block_table[part.requests],
-                part.query_starts,
-                part.seq_lens,
-                self.scale,
-                max_query_len=part.max_query_len,
-            )
+            self.op.attend(part.call(step, query, output, self.scale), pages_NHX)
 
     def workspace_bytes(self, output: Tensor) -> int:
         return self.op.workspace_bytes(output.shape[0], self.num_heads, self._longest, output.dtype)

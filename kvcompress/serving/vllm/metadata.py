@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from kvcompress.ops import gpu
+from kvcompress.ops.call import Call
 from kvcompress.serving.vllm import compat
 
 
@@ -31,6 +32,18 @@ class Part:
     """Counted from the part's first token."""
     seq_lens: Tensor | Sequence[int]
     max_query_len: int | None = None
+
+    def call(self, step: Step, query: Tensor, output: Tensor, scale: float) -> Call:
+        """As operations take it; query and output are of the whole step."""
+        return Call(
+            output[self.tokens],
+            query[self.tokens],
+            step.block_table[self.requests],
+            self.query_starts,
+            self.seq_lens,
+            scale,
+            max_query_len=self.max_query_len,
+        )
 
 
 @dataclass

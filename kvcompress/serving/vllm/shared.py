@@ -27,7 +27,7 @@ from kvcompress.codec.spec import CodecSpec
 from kvcompress.ops import gpu
 from kvcompress.ops.rows import int32_rows
 from kvcompress.ops.shared.attention import bind
-from kvcompress.ops.shared.batch import Batch
+from kvcompress.ops.shared.call import SharedCall
 from kvcompress.ops.shared.reference import SharedOp
 from kvcompress.serving.vllm import compat
 from kvcompress.serving.vllm.metadata import HostBuilder, Step
@@ -133,17 +133,20 @@ class SharedImpl(compat.Implementation):
             k_places = [self.spec.place]
             latent_THR, records = self.codec.k.latent(key), pages[self.spec.place]["k"]
             self.op.store(records, self.spec.k, latent_THR, self.codec.k.weight_HR, slots_T)
-        self.op.attend(
+        call = SharedCall(
             output,
             query,
             key,
             value,
             [pages[place]["k"] for place in k_places],
             [page["v"] for page in pages],
-            Batch([tables[place] for place in k_places], tables, *numbers.of_requests),
+            [tables[place] for place in k_places],
+            tables,
+            *numbers.of_requests,
             self.scale,
-            max_query_len=numbers.max_query_len,
+            numbers.max_query_len,
         )
+        self.op.attend(call)
         if self is self.members[-1]:
             self._store(pages, key.shape[0])
 
@@ -193,7 +196,7 @@ class Numbers:
 
     positions_T: Tensor
     of_requests: tuple[Tensor, Tensor, Tensor, Tensor]
-    """As `ops.shared.batch.Batch` has them: query starts, lengths of requests and of what is stored, exact rows."""
+    """As `ops.shared.call.SharedCall` has them: query starts, lengths of requests and of what is stored, exact rows."""
     max_query_len: int
 
     @classmethod

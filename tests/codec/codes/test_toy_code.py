@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvcompress import recipe as recipes
 from kvcompress.checkpoint.manifest import Manifest
 from kvcompress.checkpoint.reader import Checkpoint
 from kvcompress.codec import scalar
@@ -28,18 +27,17 @@ from kvcompress.codec.heads.spec import HeadsSpec
 from kvcompress.codec.nested import cut_spec
 from kvcompress.codec.shared.codec import SharedCodec
 from kvcompress.codec.spec import CodecSpec
-from kvcompress.methods import registry
 from kvcompress.methods.scalar import ScalarConfig, side_spec
 from kvcompress.ops.blocks import cpu as blocks_cpu
 from kvcompress.ops.blocks import cuda as blocks_cuda
 from kvcompress.ops.heads import attention, cpu, cuda
 from kvcompress.ops.shared import cpu as shared_cpu
 from kvcompress.ops.shared import cuda as shared_cuda
-from kvcompress.pipeline import compress as compressing
 from kvcompress.pipeline import plan as planning
 from kvcompress.serving.loading import load_codec
 from kvcompress.serving.transformers import CompressedCache
 from tests import tiny
+from tests.compression import compress, listed, recipe
 
 EIGHT = (-2.1519, -1.3439, -0.7560, -0.2451, 0.2451, 0.7560, 1.3439, 2.1519)
 """The eight values of least squared error for a standard normal variable (Max 1960)."""
@@ -182,37 +180,29 @@ def test_a_budget_is_spent_on_it_where_it_is_best(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("parameters", ["bits: 3", "bands: {k: [[4, 8], [3, 16]], v: [[3, 32]]}"])
 def test_recipe_plan_compress_and_serve(parameters: str, base_model: Path, tmp_path: Path) -> None:
-    def made(stage: str) -> recipes.Recipe:
-        text = f"version: 1\nstages:\n  - method: pca\n  - method: scalar\n    {stage}\n"
-        return recipes.parse(text, registry.schemas())
-
     model, tokens, differences = tiny.load_model(base_model), torch.tensor(tiny.prompts([50])), {}
     with torch.no_grad():
         base = model(tokens).logits
         for number, stage in enumerate(("bits: 2", parameters, "bits: 4")):
-            out = tmp_path / str(number)
-            options = compressing.Options(samples=6, length=96)
-            compressing.compress(str(base_model), made(stage), out, options, lambda *_: None)
+            out, stages = tmp_path / str(number), listed("method: pca", f"method: scalar, {stage}")
+            compress(base_model, out, stages)
             cache = CompressedCache.from_pretrained(out)
             differences[stage] = float((model(tokens, past_key_values=cache).logits - base).square().mean())
             per_token = Manifest.load(out).bytes_per_token.compressed
             assert cache.nbytes == 50 * per_token
-            assert planning.make(Checkpoint.open(base_model), made(stage), "tiny").bytes_per_token == per_token
+            assert planning.make(Checkpoint.open(base_model), recipe(stages), "tiny").bytes_per_token == per_token
     assert differences["bits: 4"] < differences[parameters] < differences["bits: 2"]
 
 
 def test_layers_that_share_a_latent_are_torchs_too(base_model: Path, tmp_path: Path) -> None:
-    text = "version: 1\nstages:\n  - {method: xkv, group: 2, rank: 0.5}\n  - {method: scalar, bits: {k: 3, v: 4}}\n"
-    options = compressing.Options(samples=6, length=96)
-    compressing.compress(
-        str(base_model), recipes.parse(text, registry.schemas()), tmp_path / "out", options, lambda *_: None
-    )
-    for codec in load_codec(tmp_path / "out"):
+    out = tmp_path / "out"
+    compress(base_model, out, listed("method: xkv, group: 2, rank: 0.5", "method: scalar, bits: {k: 3, v: 4}"))
+    for codec in load_codec(out):
         assert isinstance(codec, SharedCodec)
         assert not shared_cpu.covers(codec)
         assert not shared_cuda.covers(codec)
-    cache = CompressedCache.from_pretrained(tmp_path / "out")
+    cache = CompressedCache.from_pretrained(out)
     with torch.no_grad():
         logits = tiny.load_model(base_model)(torch.tensor(tiny.prompts([50])), past_key_values=cache).logits
     assert torch.isfinite(logits).all()
-    assert cache.nbytes == 50 * Manifest.load(tmp_path / "out").bytes_per_token.compressed
+    assert cache.nbytes == 50 * Manifest.load(out).bytes_per_token.compressed

@@ -17,6 +17,7 @@ from kvcompress.codec.blocks.spec import BlocksSpec
 from kvcompress.codec.spec import CodecSpec
 from kvcompress.ops.blocks.attention import bind
 from kvcompress.ops.blocks.reference import BlocksOp
+from kvcompress.ops.call import Call
 from kvcompress.serving.vllm import compat
 from kvcompress.serving.vllm.blocks.ring import Ring
 from kvcompress.serving.vllm.metadata import HostBuilder, Step
@@ -95,11 +96,12 @@ class BlocksImpl(compat.Implementation):
         """Compress the blocks that this step completes, attend, then keep the step's newest tokens."""
         rings_NHXPD = self.ring.sides_NHXPD
         ring_R = compat.layer_metadata(self.ring.name).block_table[: step.seq_lens.shape[0], 0]
+        call = Call(output, query, step.block_table, step.query_starts, step.seq_lens, self.scale)
+        caches = (self._pages(kv_cache), rings_NHXPD, ring_R)
         # All blocks before any attention: a prompt may begin with blocks that another request of this step completes.
-        caches, numbers = (self._pages(kv_cache), rings_NHXPD, ring_R), (step.query_starts, step.seq_lens)
-        self.op.seal(*caches, key, value, step.block_table, *numbers)
-        self.op.attend(output, query, key, value, *caches, step.block_table, *numbers, self.scale)
-        self.op.keep(rings_NHXPD, ring_R, key, value, *numbers)
+        self.op.seal(call, key, value, *caches)
+        self.op.attend(call, key, value, *caches)
+        self.op.keep(call, key, value, rings_NHXPD, ring_R)
 
     def workspace_bytes(self, output: Tensor) -> int:
         return self.op.workspace_bytes(output.shape[0], self.num_heads, self._longest)

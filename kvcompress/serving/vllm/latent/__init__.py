@@ -8,6 +8,7 @@ Pages are the same everywhere; where the CUDA kernels attend, a step's numbers s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -15,7 +16,6 @@ from torch import Tensor
 from kvcompress.codec.latent.codec import LatentCodec
 from kvcompress.codec.spec import CodecSpec
 from kvcompress.ops.latent.attention import bind
-from kvcompress.ops.rows import Numbers
 from kvcompress.serving.vllm import compat
 from kvcompress.serving.vllm.metadata import DeviceBuilder, HostBuilder, Part, Step
 
@@ -64,15 +64,7 @@ class LatentImpl(compat.Implementation):
         assert pages_NSC.shape[2] == self.head_size, "the cache must hold the latent once"
         self.op.append(pages_NSC, key[:, 0], step.slot_mapping[: key.shape[0]])
         for part in step.parts:
-            self.op.attend(
-                output[part.tokens],
-                query[part.tokens],
-                pages_NSC,
-                step.block_table[part.requests],
-                *_numbers(step, part),
-                self.scale,
-                max_query_len=part.max_query_len,
-            )
+            self.op.attend(_on_device(step, part).call(step, query, output, self.scale), pages_NSC)
 
     def workspace_bytes(self, output: Tensor) -> int:
         tokens, heads, rank = output.shape
@@ -82,13 +74,13 @@ class LatentImpl(compat.Implementation):
         return [kv_cache[block_1][0, 0].float()]
 
 
-def _numbers(step: Step, part: Part) -> tuple[Numbers, Numbers]:
-    """Where the part's queries start, and its requests' lengths."""
+def _on_device(step: Step, part: Part) -> Part:
+    """The part, its numbers where kernels read them. A prompt's are on the host, for forms that decode its pages."""
     if isinstance(part.query_starts, Tensor):
-        return part.query_starts, part.seq_lens
-    # A prompt's are on the host, for forms that decode its pages; here kernels attend it, too.
+        return part
     requests = part.requests
-    return step.query_starts[requests.start : requests.stop + 1] - part.tokens.start, step.seq_lens[requests]
+    starts_R = step.query_starts[requests.start : requests.stop + 1] - part.tokens.start
+    return replace(part, query_starts=starts_R, seq_lens=step.seq_lens[requests])
 
 
 class LatentBackend(compat.Backend):
