@@ -32,7 +32,7 @@ from kvcompress_eval.tasks.ruler.qa import hotpotqa, squad
 from kvcompress_eval.tasks.ruler.sources import more_words
 from kvcompress_eval.tokenizer import TextTokenizer
 
-from tests.eval.ruler_files import write_sources
+from benchmarks.ruler_files import write_sources
 
 
 def test_the_thirteen_tasks_and_their_stand_ins() -> None:
