@@ -15,8 +15,8 @@ from torch import Tensor
 
 from benchmarks import gpu_decode
 from benchmarks.gpu import blocks, check, latents, profile, shared, sweep
-from kvcompress.ops.blocks import cuda as cuda_blocks
-from kvcompress.ops.heads import cuda
+from kvcompress.ops.blocks.cuda import CudaBlocks
+from kvcompress.ops.heads.cuda import CudaHeads
 from kvcompress.ops.latent import cuda as cuda_latent
 from kvcompress.ops.shared import cuda as cuda_shared
 from tests.ops import emulated
@@ -65,8 +65,8 @@ def test_checks_pass_on_the_emulation() -> None:
 
 @pytest.mark.usefixtures("on_device")
 def test_checks_fail_on_wrong_results(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = cuda.attend_latents
-    monkeypatch.setattr(cuda, "attend_latents", lambda *args: tuple(1.02 * x for x in right(*args)))
+    right = CudaHeads.attend_latents
+    monkeypatch.setattr(CudaHeads, "attend_latents", lambda *args: tuple(1.02 * x for x in right(*args)))
     every = check.checks
     monkeypatch.setattr(check, "checks", lambda small: (item for item in every(small) if "attention" in item[0]))
     assert len(check.failures(small=True)) == 3
@@ -78,20 +78,9 @@ def test_steps_of_the_sweep(monkeypatch: pytest.MonkeyPatch, instance: str) -> N
     monkeypatch.setattr(sweep, "COLD_BYTES", 1)
     cache = sweep.Cache(instance, 128, 1)
     assert cache.bytes == cache.pages[0].numel()
-    library = cuda.library_for(cache.pages[0], cache.layout, cache.plan)
-    assert library is not None
-    mixed_THR, _ = cuda.attend_latents(
-        library,
-        torch.randn(1, sweep.HEADS, cache.plan.k.spec.rank),
-        cache.pages[0],
-        cache.layout,
-        cache.plan,
-        cache.table_RN,
-        cache.starts_R,
-        cache.lengths_R,
-        0.1,
-        1,
-    )
+    absorbed_THR = torch.randn(1, sweep.HEADS, cache.spec.k.rank)
+    batch = (cache.table_RN, cache.starts_R, cache.lengths_R)
+    mixed_THR, _ = cache.op.attend_latents(absorbed_THR, cache.pages[0], *batch, 0.1, 1)
     assert mixed_THR.isfinite().all()
     sweep.kernel_step(cache, 1)(0)
     sweep.whole_step(cache, 1)(0)
@@ -160,8 +149,8 @@ def test_measuring_shared_latents(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 @pytest.mark.usefixtures("on_device")
 def test_checks_of_blocks_fail_on_wrong_results(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = cuda_blocks.attend_blocks
-    monkeypatch.setattr(cuda_blocks, "attend_blocks", lambda *args: tuple(1.02 * x for x in right(*args)))
+    right = CudaBlocks.attend_blocks
+    monkeypatch.setattr(CudaBlocks, "attend_blocks", lambda *args: tuple(1.02 * x for x in right(*args)))
     [(_, attention), (_, stored), *_] = blocks.checks(small=True)
     for check_of_blocks in (attention, stored):
         with pytest.raises(AssertionError):
@@ -174,7 +163,7 @@ def test_steps_of_the_sweep_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     for instance in ("gear 4", "gear 2 without outliers"):
         cache = blocks.Cache(instance, 192, 1)
         assert cache.bytes == cache.pages[0].numel()
-        latents = cache.plan.codec.open(cache.pages[0][:, :, 0])
+        latents = cache.op.plan.codec.open(cache.pages[0][:, :, 0])
         assert all(1 < float(latent.abs().mean()) < 20 for latent in latents)
         blocks.kernel_step(cache, 1)(0)
         blocks.whole_step(cache, 1)(0)
