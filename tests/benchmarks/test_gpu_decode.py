@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,8 +16,8 @@ from benchmarks import gpu_decode
 from benchmarks.gpu import blocks, check, latents, profile, shared, sweep
 from kvcompress.ops.blocks.cuda import CudaBlocks
 from kvcompress.ops.heads.cuda import CudaHeads
-from kvcompress.ops.latent import cuda as cuda_latent
-from kvcompress.ops.shared import cuda as cuda_shared
+from kvcompress.ops.latent.cuda import CudaLatent
+from kvcompress.ops.shared.cuda import CudaShared
 from tests.ops import emulated
 
 ROOT = Path(__file__).parents[2]
@@ -88,13 +87,13 @@ def test_steps_of_the_sweep(monkeypatch: pytest.MonkeyPatch, instance: str) -> N
 
 @pytest.mark.usefixtures("on_device")
 def test_checks_of_latents_fail_on_wrong_results(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = cuda_latent.attend
+    right = CudaLatent.attend
 
-    def wrong(library: ctypes.CDLL, output_THR: Tensor, *args: Any) -> None:
-        right(library, output_THR, *args)
+    def wrong(op: CudaLatent, output_THR: Tensor, *args: Any, **options: Any) -> None:
+        right(op, output_THR, *args, **options)
         output_THR *= 1.02
 
-    monkeypatch.setattr(cuda_latent, "attend", wrong)
+    monkeypatch.setattr(CudaLatent, "attend", wrong)
     monkeypatch.setattr(check, "checks", latents.checks)
     assert len(check.failures(small=True)) == 4
 
@@ -119,13 +118,13 @@ def test_measuring_latents(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 
 @pytest.mark.usefixtures("on_device")
 def test_checks_of_shared_latents_fail_on_wrong_results(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = cuda_shared.attend
+    right = CudaShared.attend_few
 
-    def wrong(library: ctypes.CDLL, output_THD: Tensor, *args: Any) -> None:
-        right(library, output_THD, *args)
+    def wrong(op: CudaShared, output_THD: Tensor, *args: Any) -> None:
+        right(op, output_THD, *args)
         output_THD *= 1.02
 
-    monkeypatch.setattr(cuda_shared, "attend", wrong)
+    monkeypatch.setattr(CudaShared, "attend_few", wrong)
     every = shared.checks
     monkeypatch.setattr(check, "checks", lambda small: (item for item in every(small) if "attention" in item[0]))
     assert len(check.failures(small=True)) == 2
