@@ -27,10 +27,11 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
+from kvcompress.families import LINEARS
 from kvcompress.methods import sweep
 from kvcompress.methods.base import Outline, TransformMethod
 from kvcompress.methods.context import Context
-from kvcompress.methods.factoring import TARGETS, Factors, Linear, factored, find
+from kvcompress.methods.factoring import Factors, Linear, factored, find
 from kvcompress.methods.ranks import Ranks, allocate, by_importance, uniform
 from kvcompress.recipe import Kind, StageConfig
 
@@ -54,16 +55,16 @@ class FwsvdConfig(StageConfig):
         "error", description="how the budget is shared: evenly, by Fisher mass, or where it removes most error"
     )
     removed: float = Field(0.2, ge=0.0, le=0.9, description="share of the target layers' parameters to remove")
-    targets: tuple[str, ...] = Field(TARGETS, description="linear layers to factor")
+    targets: tuple[str, ...] = Field(LINEARS, description="linear layers to factor")
 
     @field_validator("targets")
     @classmethod
     def _known(cls, targets: tuple[str, ...]) -> tuple[str, ...]:
         for name in targets:
-            if name not in TARGETS:
-                near = difflib.get_close_matches(name, TARGETS, n=1)
+            if name not in LINEARS:
+                near = difflib.get_close_matches(name, LINEARS, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise ValueError(f"unknown linear layer {name!r}{hint}; expected any of {', '.join(TARGETS)}")
+                raise ValueError(f"unknown linear layer {name!r}{hint}; expected any of {', '.join(LINEARS)}")
         if not targets or len(set(targets)) < len(targets):
             raise ValueError("expected at least one linear layer, and none twice")
         return targets

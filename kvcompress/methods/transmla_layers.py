@@ -18,7 +18,7 @@ from kvcompress.checkpoint.safetensors_file import TORCH_DTYPES
 from kvcompress.geometry import ModelGeometry
 from kvcompress.methods import layerwise, rorope
 from kvcompress.methods.context import Context
-from kvcompress.methods.transmla import Choice, TransMlaConfig, frequencies, kept_frequencies
+from kvcompress.methods.transmla import Choice, TransMlaConfig, attention_prefix, frequencies, kept_frequencies
 
 PROBES = 2
 """Calibration samples on which candidates are compared."""
@@ -171,7 +171,7 @@ def _layer_tensors(
         if attention.q_proj.bias is not None:
             made["q_a_proj.bias"] = axes_QR.mT @ attention.q_proj.bias.double().cpu()
     # Tensors keep the dtype of those they are made of, and what follows sees them as they are stored.
-    base = f"model.layers.{attention.layer_idx}.self_attn."
+    base = attention_prefix(attention.layer_idx)
 
     def dtype_of(name: str) -> str:
         kind = "bias" if name.endswith(".bias") else "weight"
