@@ -143,7 +143,9 @@ def parse(config: Mapping[str, Any]) -> DecoderConfig:
     architecture = family.architecture
     missing = next((key for key in _SIZES if key not in whole), None)
     if missing is not None:
-        raise unknown(architecture, why=f"; it cannot be tried, because config.json has no {missing}")
+        raise unknown(
+            architecture, config.get("model_type"), f"; it cannot be tried, because config.json has no {missing}"
+        )
     for key in ("num_key_value_heads", "head_dim"):
         if key in whole and whole[key] is None and key not in family.nullable:
             raise ValueError(f"config.json has {key} null, which a {architecture} cannot read; remove the key")
@@ -209,7 +211,7 @@ def architecture_of(config: Mapping[str, Any]) -> str:
     raise unknown(name, model_type)
 
 
-def unknown(name: str, model_type: object = None, why: str = "") -> ValueError:
+def unknown(name: str, model_type: object, why: str = "") -> ValueError:
     """The refusal of an architecture that we do not know, with a reason where it was tried."""
     near = difflib.get_close_matches(name, supported(), n=1)
     # Names of other models' classes are alike, too; model_type tells them from slips.

@@ -140,6 +140,22 @@ class LayerRunner:
             refuse_overflow(layer, self._index, self.dtype, lambda: self._run(layer, hidden_TC, offset, None))
         return output_TC
 
+    def advance(
+        self,
+        layer: nn.Module,
+        hidden_NTC: Tensor,
+        calibration: Calibration,
+        collector: Callable[[int, int], Collector | None] | None = None,
+    ) -> None:
+        """All samples through one layer, in place.
+
+        Args:
+            collector: makes the collector of a sample, from its number and its first position.
+        """
+        for sample, offset in enumerate(calibration.offsets_N.tolist()):
+            collect = None if collector is None else collector(sample, offset)
+            hidden_NTC[sample] = self.forward(layer, hidden_NTC[sample], offset, collect)
+
     def backward(self, layer: nn.Module, hidden_TC: Tensor, offset: int, gradient_TC: Tensor) -> Tensor:
         """One sample back through one layer.
 

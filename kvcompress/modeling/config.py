@@ -49,7 +49,10 @@ def check_model(checkpoint: Checkpoint) -> None:
         missing = [] if rotary else [names.rotary]
         missing += [name for name in model.state_dict() if name.startswith(layers) and name not in checkpoint.tensors]
         if missing:
-            raise unknown(family.architecture, why=f"; it is not ordinary: {missing[0]} is not where it usually is")
+            model_type = checkpoint.config["model_type"]
+            raise unknown(
+                family.architecture, model_type, f"; it is not ordinary: {missing[0]} is not where it usually is"
+            )
 
 
 def _refusal(directory: Path, error: Exception) -> ValueError:

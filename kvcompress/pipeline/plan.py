@@ -107,7 +107,7 @@ def make(
     config = parse(checkpoint.config)
     if config.family.tried:
         if strict:
-            raise unknown(config.architecture)
+            raise unknown(config.architecture, checkpoint.config["model_type"])
         warnings.warn(
             f"{config.architecture} is not known to kvcompress: it is taken to be an ordinary decoder, whose parts "
             "have the usual names; let --strict refuse it, and measure what the result can do",
