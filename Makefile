@@ -31,7 +31,7 @@ help:
 
 setup: $(VENV)/.ready
 
-$(VENV)/.ready: requirements/cpu.txt pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(wildcard csrc/*/*) $(wildcard csrc/*/*/*)
+$(VENV)/.ready: requirements/cpu.txt pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(shell find csrc -type f)
 	@echo "== environment: $(VENV)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed"; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -35,8 +35,8 @@ def page(real_name: str, real: dict[str, Any], peers_name: str, peers: dict[str,
         "## Beside what others do",
         f"{day(peers_name)}: `benchmarks/peers.py`; peers are simulated, and what that leaves out stands in "
         "`benchmarks/quality/roster.py`. Every token, its own step's included, is attended in its stored form, except "
-        "in exact windows. x counts everything that is stored, exact windows at the window's length; KL is against the "
-        "base, in nats per token.",
+        "in exact windows and, of `xkv`, which reads eight at a time, the step's own. x counts everything that is "
+        "stored, exact windows at the window's length; KL is against the base, in nats per token.",
     ]
     for length in table.lengths(peers):
         parts += [f"{capital(table.title(peers, length))}:", table.markdown(peers, length)]

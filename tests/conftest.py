@@ -7,19 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import tiny
+from tests import require, tiny
+from tests.compression import BALANCED
 
 pytest_plugins = ["tests.e2e.support_matrix.collect"]
 
-BALANCED = """\
-version: 1
-stages:
-  - method: pca
-    metric: attention
-    rank: {k: 1.0, v: 0.75}
-  - method: scalar
-    bits: {k: 4, v: 2}
-"""
+
+def pytest_configure() -> None:
+    require.required()
 
 
 @pytest.fixture(autouse=True, scope="session")

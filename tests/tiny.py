@@ -31,7 +31,7 @@ from kvcompress.checkpoint.verify import CODEC_FILE
 from kvcompress.checkpoint.workdir import WorkDir
 from kvcompress.checkpoint.writer import copy_shards, copy_side_files, write_file, write_tensors
 from kvcompress.codec.bands import Band, SideSpec
-from kvcompress.codec.forms import to_tensors
+from kvcompress.codec.file import to_tensors
 from kvcompress.codec.heads.codec import HeadsCodec, SideCodec
 from kvcompress.codec.heads.spec import HeadsSpec
 from kvcompress.codec.spec import CodecSpec

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -38,20 +37,16 @@ def build() -> Path:
         _run(["cmake", "-S", str(ROOT), "-B", str(BUILD), *options])
         _run(["cmake", "--build", str(BUILD), "--parallel", str(os.cpu_count()), "--target", "kvcompress_cuda"])
         return BUILD / "libkvcompress_cuda.so"
-    flags = ["-std=c++17", f"-arch=sm_{architecture}", "-Xcompiler", "-fPIC", "-I", str(ROOT / "csrc" / "include")]
-    sources = ROOT / "csrc" / "cuda"
-    parts = [("encode", ["-fmad=false"]), ("store", ["-fmad=false"])]  # whose bytes are the reference's
-    parts += [(name, []) for name in ("api", "blocks", "latent", "shared")]
-    instances = re.findall(r"X\((\d+), (\d+)\)", (sources / "instances.h").read_text())
-    parts += [("decode", [f"-DKVC_K_BITS={k}", f"-DKVC_V_BITS={v}"]) for k, v in instances]
-    target, objects = BUILD / "libkvcompress_cuda.so", [BUILD / f"{number}.o" for number in range(len(parts))]
+    csrc = ROOT / "csrc"
+    flags = ["-std=c++17", f"-arch=sm_{architecture}", "-Xcompiler", "-fPIC", f"-I{csrc}", f"-I{csrc / 'include'}"]
+    objects = {source: BUILD / f"{source.parent.name}_{source.stem}.o" for source in csrc.glob("cuda/*/*.cu")}
+    # Encoders' bytes are the reference's.
+    own = {source: ["-fmad=false"] if source.stem == "encode" else [] for source in objects}
+    target = BUILD / "libkvcompress_cuda.so"
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        commands = [
-            [nvcc, *flags, *own, "-c", str(sources / f"{name}.cu"), "-o", str(made)]
-            for (name, own), made in zip(parts, objects, strict=True)
-        ]
+        commands = ([nvcc, *flags, *own[cu], "-c", str(cu), "-o", str(made)] for cu, made in objects.items())
         list(threads.map(_run, commands))
-    _run([nvcc, *flags, "-shared", *map(str, objects), "-o", str(target)])
+    _run([nvcc, *flags, "-shared", *map(str, objects.values()), "-o", str(target)])
     return target
 
 

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from kvcompress.codec.codes.registry import listed, widths
+
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a Hugging Face checkpoint, or a hub id.")]
 Directory = Annotated[str, typer.Argument(metavar="DIR", help="Folder (or hub id) of a compressed checkpoint.")]
 RecipeFile = Annotated[Path, typer.Option("--recipe", "-r", help="Recipe file (YAML); see examples/recipes.")]
@@ -17,5 +19,7 @@ KvRank = Annotated[
 ]
 KvBits = Annotated[
     int,
-    typer.Option(help="Store no channel in more than this many bits (16, 8, 4 or 2); likewise.", show_default=False),
+    typer.Option(
+        help=f"Store no channel in more than this many bits ({listed(widths()[1:])}); likewise.", show_default=False
+    ),
 ]

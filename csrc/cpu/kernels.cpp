@@ -1,10 +1,10 @@
 // One instruction-set level; CMake compiles this file once per level with its flags, KVC_LEVEL (the namespace) and
 // KVC_LEVEL_NUMBER (enum kvc_level).
-#include "attend.h"
-#include "block_attend.h"
-#include "encode.h"
-#include "latent.h"
-#include "shared.h"
+#include "cpu/heads/attend.h"
+#include "cpu/blocks/attend.h"
+#include "cpu/core/encode.h"
+#include "cpu/latent/attend.h"
+#include "cpu/shared/attend.h"
 
 namespace kvcompress::cpu::KVC_LEVEL {
 

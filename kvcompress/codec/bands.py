@@ -6,24 +6,15 @@ water-filling (Cover & Thomas, Elements of Information Theory, 10.3). Rank trunc
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
-CODE_BITS = (32, 16, 8, 4, 2)
-"""Code widths a channel can be stored in. 32 and 16 are IEEE floats; the others are uniform quantizer codes."""
-
-FLOAT_BITS = (32, 16)
-"""Widths that are numbers, not codes: they have no step and need no gain."""
+from kvcompress.codec.codes.code import Code, Processor
+from kvcompress.codec.codes.registry import CODES, widths
 
 CHANNEL_GROUP = 8
 """Channels are kept and packed in groups of this size, so that every band is a whole number of bytes."""
-
-EXPECTED_ERROR = {32: 0.0, 16: 0.0, 8: 8.73e-5, 4: 0.0115, 2: 0.1188, 0: 1.0}
-"""Mean squared error of a unit-variance Gaussian channel at each code width; 0 bits drops the channel."""
-
-STEP = {8: 0.0308, 4: 0.3352, 2: 0.9957}
-"""Quantizer step in units of the standard deviation, per code width."""
 
 GAIN_BYTES = 2
 """One IEEE half per token, head and side, where any band is quantized."""
@@ -41,6 +32,24 @@ class Band(NamedTuple):
     bits: int
     width: int
 
+    @property
+    def code(self) -> Code:
+        return CODES[self.bits]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes per token and head."""
+        return self.bits * self.width // 8
+
+
+def summary(bands: Sequence[Band], width: int) -> dict[str, Any]:
+    """Bands as plan and manifest show them; `width` is the channels of the uncompressed cache that they stand for."""
+    return {
+        "rank": sum(band.width for band in bands),
+        "bits": round(8 * sum(band.nbytes for band in bands) / width, 4),
+        "bands": [list(band) for band in bands],
+    }
+
 
 @dataclass(frozen=True)
 class SideSpec:
@@ -56,15 +65,15 @@ class SideSpec:
         if not self.bands:
             raise ValueError("a codec keeps at least one band of channels; found none")
         for bits, width in self.bands:
-            if bits not in CODE_BITS:
-                raise ValueError(f"found a band of {bits} bits; expected one of {CODE_BITS}")
+            if bits not in CODES:
+                raise ValueError(f"found a band of {bits} bits; expected one of {widths()}")
             if width <= 0 or width % CHANNEL_GROUP:
                 raise ValueError(f"found a band of {width} channels; expected a positive multiple of {CHANNEL_GROUP}")
-        widths = [band.bits for band in self.bands]
-        if sorted(widths, reverse=True) != widths:
-            raise ValueError(f"bands must go from most to fewest bits, because channels do; found {widths}")
-        alone = next((bits for bits in FLOAT_BITS if bits in widths), None)
-        if alone and len(widths) > 1:
+        found = [band.bits for band in self.bands]
+        if sorted(found, reverse=True) != found:
+            raise ValueError(f"bands must go from most to fewest bits, because channels do; found {found}")
+        alone = next((band.bits for band in self.bands if not band.code.has_gain), None)
+        if alone and len(found) > 1:
             raise ValueError(f"a {alone}-bit band stands alone: it has no gain to share with quantized bands")
         if not 0 <= self.outliers <= MAX_OUTLIERS:
             raise ValueError(f"found {self.outliers} outliers per token and head; expected 0 to {MAX_OUTLIERS}")
@@ -93,12 +102,16 @@ class SideSpec:
 
     @property
     def has_gain(self) -> bool:
-        return self.bands[0].bits not in FLOAT_BITS
+        return self.bands[0].code.has_gain
+
+    def unpacked_by(self, processor: Processor) -> bool:
+        """Whether a processor's kernels know the codes of all bands."""
+        return all(processor in band.code.kernels for band in self.bands)
 
     @property
     def code_bytes(self) -> int:
         """Bytes of codes per token and head."""
-        return sum(band.bits * band.width for band in self.bands) // 8
+        return sum(band.nbytes for band in self.bands)
 
     @property
     def part_bytes(self) -> tuple[int, int, int, int]:
@@ -119,13 +132,8 @@ class SideSpec:
         return sum(self.part_bytes)
 
     def summary(self, width: int) -> dict[str, Any]:
-        """As plan and manifest show it; `width` is the channels of the uncompressed cache that it stands for."""
-        return {
-            "rank": self.rank,
-            "bits": round(8 * self.code_bytes / width, 4),
-            "bands": [list(band) for band in self.bands],
-            "outliers": self.outliers,
-        }
+        """The module's `summary`, and outliers."""
+        return {**summary(self.bands, width), "outliers": self.outliers}
 
     def to_json(self) -> dict[str, Any]:
         bands = [list(band) for band in self.bands]

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcompress.codec.forms import CacheCodec, round_trip
+from kvcompress.codec.contract import CacheCodec
 
 PROMPT_TOKENS = 192
 """Of the bundled text: what the codec was calibrated for, and nobody's private data."""
@@ -116,7 +116,7 @@ class ModelStatement:
 def state(codecs: Sequence[CacheCodec], keys_THD: Sequence[Tensor], values_THD: Sequence[Tensor]) -> list[Statement]:
     """The statements of layers that are decoded together, from the prompt's keys (after RoPE) and values, in order."""
     positions_T = torch.arange(keys_THD[0].shape[0], device=keys_THD[0].device)
-    decoded = round_trip(codecs, keys_THD, values_THD, positions_T)
+    decoded = codecs[0].round_trip(codecs, keys_THD, values_THD, positions_T)
     return [
         {"k": SideStatement.of(key, read_key), "v": SideStatement.of(value, read_value)}
         for key, value, (read_key, read_value) in zip(keys_THD, values_THD, decoded, strict=True)

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from kvcompress.codec.bands import CODE_BITS
+from kvcompress.codec.codes.registry import CODES, listed, widths
 from kvcompress.codec.spec import CodecSpec
 
 if TYPE_CHECKING:
-    from kvcompress.codec.forms import CacheCodec
+    from kvcompress.codec.contract import CacheCodec
 
 
-WIDEST = max(CODE_BITS)
+WIDEST = max(CODES)
 """As `bits`: leave all channels as they are stored."""
 
 
@@ -29,8 +29,8 @@ def check_share(share: float) -> float:
 
 def check_bits(bits: int) -> int:
     """Raises ValueError: no code width."""
-    if bits not in CODE_BITS:
-        raise ValueError(f"found KV bits {bits}; expected {', '.join(map(str, CODE_BITS[:-1]))} or {CODE_BITS[-1]}")
+    if bits not in CODES:
+        raise ValueError(f"found KV bits {bits}; expected {listed(widths())}")
     return bits
 
 

@@ -1,9 +1,7 @@
 """The scalar encoding: latents to bytes and back, one token at a time.
 
 A latent channel is divided by its static scale (calibrated standard deviation) and by one gain per token and head,
-then rounded to a symmetric mid-rise uniform quantizer whose step is the mean-square optimum for a Gaussian
-(J. Max, Quantizing for Minimum Distortion, 1960). A code c of b bits stands for (c - (2^b - 1) / 2) * step.
-16- and 32-bit channels are IEEE floats and need no gain.
+then stored in its band's code (`codec.codes`). Channels that are floats need no gain.
 
 Why static scales: the decoder never multiplies per channel. Scales and steps fold into the query once per decode
 step (keys) or into the output once (values), and the gain multiplies one score or one probability.
@@ -16,14 +14,13 @@ adds it without looking at the code. The idea is KVQuant's dense-and-sparse spli
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from kvcompress.codec.bands import STEP, Band, SideSpec
-from kvcompress.codec.codes.packing import pack, unpack
+from kvcompress.codec.bands import SideSpec
+from kvcompress.codec.record import Record
 
 _GAIN_CANDIDATES = tuple(2.0 ** (i / 3) for i in range(-3, 7))
 _SMALLEST_GAIN, _LARGEST_GAIN = 2.0**-14, 65504.0
@@ -33,55 +30,7 @@ CLIP_THRESHOLD = 0.01
 """A token clips when codes that end too early lose this share of its weighted squares, in one head of one side."""
 
 
-class Encoded(NamedTuple):
-    """Tokens of one side as they are stored."""
-
-    gain_TH: Tensor | None
-    """float16; None for channels that are floats."""
-    codes_THB: Tensor
-    """uint8."""
-    outlier_THN: Tensor | None = None
-    """float16: what the codes leave of the exact channels, in units of the static scale; None without outliers."""
-    channel_THN: Tensor | None = None
-    """uint8."""
-
-    def to_parts(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
-        """Bytes `[tokens, heads, width]` of each part, in the order of `SideSpec.part_bytes`."""
-        gain_TH1 = None if self.gain_TH is None else self.gain_TH[..., None]
-        return _bytes_of(gain_TH1), _bytes_of(self.outlier_THN), self.channel_THN, self.codes_THB
-
-    @classmethod
-    def from_parts(cls, parts: Iterable[Tensor | None]) -> Encoded:
-        """Inverse of `to_parts`."""
-        gain, outliers, channels, codes = parts
-        assert codes is not None
-        gain_TH = None if gain is None else _halves_of(gain).squeeze(-1)
-        return cls(gain_TH, codes, None if outliers is None else _halves_of(outliers), channels)
-
-    def heads(self, start: int, stop: int) -> Encoded:
-        """Heads [start, stop)."""
-        parts = [None if part is None else part[:, start:stop] for part in self]
-        return Encoded(parts[0], self.codes_THB[:, start:stop], *parts[2:])
-
-    @classmethod
-    def concatenate(cls, heads: Sequence[Encoded]) -> Encoded:
-        """The heads of several, one after the other."""
-        parts = [None if part[0] is None else torch.cat(part, dim=1) for part in zip(*heads, strict=True)]
-        codes_THB = torch.cat([head.codes_THB for head in heads], dim=1)
-        return cls(parts[0], codes_THB, *parts[2:])
-
-    def to_record(self) -> Tensor:
-        """All parts of a token and head in one row of bytes `[tokens, heads, bytes]`."""
-        return torch.cat([part for part in self.to_parts() if part is not None], dim=-1)
-
-    @classmethod
-    def from_record(cls, record_THX: Tensor, side: SideSpec) -> Encoded:
-        """Inverse of `to_record`."""
-        parts = record_THX.split(side.part_bytes, dim=-1)
-        return cls.from_parts(part if part.shape[-1] else None for part in parts)
-
-
-def encode(latent_THR: Tensor, weight_HR: Tensor, side: SideSpec) -> Encoded:
+def encode(latent_THR: Tensor, weight_HR: Tensor, side: SideSpec) -> Record:
     """Encode normalized latents (already divided by their static scale).
 
     The gain is chosen per token and head to minimise the weighted squared error *including clipping* over a small grid
@@ -97,34 +46,30 @@ def encode(latent_THR: Tensor, weight_HR: Tensor, side: SideSpec) -> Encoded:
     """
     assert latent_THR.shape[-1] == side.rank, (latent_THR.shape, side)
     latent_THR = torch.nan_to_num(latent_THR.float(), nan=0.0, posinf=_HALF_MAX, neginf=-_HALF_MAX)
-    if side.bands[0].bits == 32:
-        return Encoded(None, latent_THR.contiguous().view(torch.uint8))
-    if side.bands[0].bits == 16:
-        return Encoded(None, latent_THR.clamp(-_HALF_MAX, _HALF_MAX).half().contiguous().view(torch.uint8))
+    if not side.has_gain:
+        (band,) = side.bands
+        return Record(None, band.code.pack(band.code.encode(latent_THR)))
     gain_TH, channel_THN = _best_gain(latent_THR, weight_HR, side)
-    code_THR = _quantize(latent_THR / gain_TH[..., None].float(), side)
-    packed = [pack(code_THR[..., start:stop], band.bits) for band, start, stop in band_slices(side)]
+    codes = _codes(latent_THR / gain_TH[..., None].float(), side)
+    packed = [band.code.pack(code) for band, code in zip(side.bands, codes, strict=True)]
     codes_THB = torch.cat(packed, dim=-1)
     if not side.outliers:
-        return Encoded(gain_TH, codes_THB)
-    left_THR = latent_THR - _values(code_THR, side) * gain_TH[..., None].float()
+        return Record(gain_TH, codes_THB)
+    left_THR = latent_THR - _values(codes, side) * gain_TH[..., None].float()
     outlier_THN = left_THR.gather(-1, channel_THN).clamp(-_HALF_MAX, _HALF_MAX).half()
-    return Encoded(gain_TH, codes_THB, outlier_THN, channel_THN.to(torch.uint8))
+    return Record(gain_TH, codes_THB, outlier_THN, channel_THN.to(torch.uint8))
 
 
-def decode(encoded: Encoded, side: SideSpec) -> Tensor:
+def decode(record: Record, side: SideSpec) -> Tensor:
     """Inverse of `encode` up to rounding: float32 normalized latents `[tokens, heads, rank]`."""
-    gain_TH, codes_THB, outlier_THN, channel_THN = encoded
-    if not side.has_gain:
-        dtype = torch.float16 if side.bands[0].bits == 16 else torch.float32
-        return codes_THB.contiguous().view(dtype).float()
-    assert gain_TH is not None
-    parts, offset = [], 0
-    for band in side.bands:
-        size = band.bits * band.width // 8
-        parts.append(_value(unpack(codes_THB[..., offset : offset + size], band.bits), band.bits))
-        offset += size
-    latent_THR = torch.cat(parts, dim=-1) * gain_TH[..., None].float()
+    gain_TH, codes_THB, outlier_THN, channel_THN = record
+    packed = codes_THB.split([band.nbytes for band in side.bands], dim=-1)
+    codes = [band.code.unpack(part) for band, part in zip(side.bands, packed, strict=True)]
+    latent_THR = _values(codes, side)
+    if gain_TH is None:
+        assert not side.has_gain
+        return latent_THR
+    latent_THR = latent_THR * gain_TH[..., None].float()
     if outlier_THN is None or channel_THN is None:
         assert not side.outliers
         return latent_THR
@@ -132,39 +77,20 @@ def decode(encoded: Encoded, side: SideSpec) -> Tensor:
     return latent_THR.scatter_add(-1, channel_THN.long().clamp(max=side.rank - 1), outlier_THN.float())
 
 
-def clips(encoded: Encoded, latent_THR: Tensor, weight_HR: Tensor, side: SideSpec) -> Tensor:
+def clips(record: Record, latent_THR: Tensor, weight_HR: Tensor, side: SideSpec) -> Tensor:
     """Which tokens and heads clip (`CLIP_THRESHOLD`): latents and what `encode` made of them to bool `[tokens, heads]`.
 
     What is lost is how far channels lie beyond the outermost code; channels stored exactly lose nothing.
     """
-    if encoded.gain_TH is None:
+    if record.gain_TH is None:
         return torch.zeros(latent_THR.shape[:2], dtype=torch.bool, device=latent_THR.device)
-    largest_R = torch.cat(
-        [torch.full((band.width,), _value(torch.tensor(2**band.bits - 1), band.bits).item()) for band in side.bands]
-    )
-    reach_THR = encoded.gain_TH[..., None].float() * largest_R.to(latent_THR.device)
+    reach_R = torch.cat([torch.full((band.width,), band.code.reach) for band in side.bands])
+    reach_THR = record.gain_TH[..., None].float() * reach_R.to(latent_THR.device)
     beyond_THR = (latent_THR.abs() - reach_THR).clamp_min(0.0)
-    if encoded.channel_THN is not None:
-        beyond_THR = beyond_THR.scatter(-1, encoded.channel_THN.long(), 0.0)
+    if record.channel_THN is not None:
+        beyond_THR = beyond_THR.scatter(-1, record.channel_THN.long(), 0.0)
     lost_TH = (weight_HR * beyond_THR.square()).sum(-1)
     return lost_TH > CLIP_THRESHOLD * (weight_HR * latent_THR.square()).sum(-1)
-
-
-def band_slices(side: SideSpec) -> Iterator[tuple[Band, int, int]]:
-    """Each band with the channels it covers, as (band, start, stop)."""
-    start = 0
-    for band in side.bands:
-        yield band, start, start + band.width
-        start += band.width
-
-
-def _bytes_of(halves: Tensor | None) -> Tensor | None:
-    return None if halves is None else halves.contiguous().view(torch.uint8)
-
-
-def _halves_of(stored: Tensor) -> Tensor:
-    # A copy: a slice of a record may be contiguous and still begin at an odd byte.
-    return stored.clone(memory_format=torch.contiguous_format).view(torch.float16)
 
 
 def _best_gain(latent_THR: Tensor, weight_HR: Tensor, side: SideSpec) -> tuple[Tensor, Tensor]:
@@ -177,7 +103,7 @@ def _best_gain(latent_THR: Tensor, weight_HR: Tensor, side: SideSpec) -> tuple[T
     best_gain = rms_TH1.clone()
     for factor in _GAIN_CANDIDATES:
         candidate = rms_TH1 * factor
-        value_THR = _values(_quantize(latent_THR / candidate, side), side)
+        value_THR = _values(_codes(latent_THR / candidate, side), side)
         weight_THR = weight_HR
         if side.outliers:
             channel = _largest(weight_HR * (latent_THR - candidate * value_THR).square(), side.outliers)
@@ -204,18 +130,13 @@ def _largest(x_THR: Tensor, count: int) -> Tensor:
     return torch.cat(found, dim=-1) if found else x_THR.new_empty((*x_THR.shape[:-1], 0), dtype=torch.int64)
 
 
-def _quantize(unit_THR: Tensor, side: SideSpec) -> Tensor:
-    parts = []
-    for band, start, stop in band_slices(side):
-        top = 2**band.bits - 1
-        parts.append((unit_THR[..., start:stop] / STEP[band.bits] + top / 2).round().clamp_(0, top))
-    return torch.cat(parts, dim=-1)
+def _codes(unit_THR: Tensor, side: SideSpec) -> list[Tensor]:
+    """Code numbers of each band."""
+    bands = unit_THR.split([band.width for band in side.bands], dim=-1)
+    return [band.code.encode(unit) for band, unit in zip(side.bands, bands, strict=True)]
 
 
-def _values(code_THR: Tensor, side: SideSpec) -> Tensor:
-    return torch.cat([_value(code_THR[..., start:stop], band.bits) for band, start, stop in band_slices(side)], dim=-1)
-
-
-def _value(code: Tensor, bits: int) -> Tensor:
-    value: Tensor = (code.float() - (2**bits - 1) / 2) * STEP[bits]
-    return value
+def _values(codes: Sequence[Tensor], side: SideSpec) -> Tensor:
+    """What the code numbers of each band stand for, in one."""
+    values = [band.code.decode(code) for band, code in zip(side.bands, codes, strict=True)]
+    return values[0] if len(values) == 1 else torch.cat(values, dim=-1)

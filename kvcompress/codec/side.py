@@ -12,7 +12,7 @@ from typing import Generic, Protocol, Self, TypeVar
 import torch
 from torch import Tensor
 
-from kvcompress.codec.forms import ReadTensor
+from kvcompress.codec.contract import ReadTensor
 from kvcompress.codec.spec import CacheSpec
 
 
@@ -66,11 +66,16 @@ class Side(Generic[SpecT]):
         )
 
     def to(self, device: torch.device | str) -> Self:
-        return self._map(lambda tensor: tensor.to(device))
+        """On a device, laid out as kernels read it."""
+        return self._map(lambda tensor: tensor.to(device).contiguous())
 
     def heads(self, start: int, stop: int) -> Self:
         """The codec of KV heads [start, stop): what one tensor-parallel rank needs."""
         return self._map(lambda tensor: tensor[start:stop])
+
+    def silent(self) -> Tensor:
+        """Whether all latents stand for nothing, bool `[]`."""
+        return ~self.inverse_HRD.any()
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Self:
         return type(self)(self.spec, *(change(tensor) for tensor in self.tensors().values()))
@@ -95,3 +100,6 @@ class Sides(Generic[SideT]):
 
     def heads(self, start: int, stop: int) -> Self:
         return type(self)(self.k.heads(start, stop), self.v.heads(start, stop))
+
+    def silent(self) -> list[Tensor]:
+        return [self.k.silent(), self.v.silent()]

@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self
 
-FORMS = {
-    "per_head": ("kvcompress.codec.heads.spec", "HeadsSpec", "kvcompress.codec.heads.codec", "HeadsCodec"),
-    "shared": ("kvcompress.codec.shared.spec", "SharedSpec", "kvcompress.codec.shared.codec", "SharedCodec"),
-    "prompt": ("kvcompress.codec.prompt.spec", "PromptSpec", "kvcompress.codec.prompt.codec", "PromptCodec"),
-    "blocks": ("kvcompress.codec.blocks.spec", "BlocksSpec", "kvcompress.codec.blocks.codec", "BlocksCodec"),
-}
-"""The forms a layer's cache can take, by the name config.json has for them: where the spec class is (plain data, no
-torch), and where the codec class is. Serving has one module per form (`serving.transformers.cache`, `serving.vllm`)."""
+from kvcompress.forms import FORMS
 
 
 class CacheSpec(Protocol):
@@ -77,6 +69,5 @@ def _layer_from_json(data: Mapping[str, Any]) -> CacheSpec:
         raise ValueError(
             f"found a cache of form {data['form']!r}; this version reads {', '.join(FORMS)}; upgrade kvcompress"
         )
-    module, name, _, _ = FORMS[data["form"]]
-    spec: CacheSpec = getattr(importlib.import_module(module), name).from_json(data)
+    spec: CacheSpec = FORMS[data["form"]].spec.from_json(data)
     return spec

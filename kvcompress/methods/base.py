@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from kvcompress.calibration.statistics import LayerStatistics
     from kvcompress.checkpoint.reader import Checkpoint
     from kvcompress.checkpoint.writer import Transform
-    from kvcompress.codec.forms import CacheCodec
+    from kvcompress.codec.contract import CacheCodec
     from kvcompress.codec.heads.codec import SideCodec
     from kvcompress.codec.shared.codec import SharedSide
     from kvcompress.methods.context import Context
@@ -148,7 +148,7 @@ class Profile:
     """
 
     form: ClassVar[str] = "per_head"
-    """Of the layer's cache, as in `codec.spec.FORMS`."""
+    """Of the layer's cache, as in `kvcompress.forms.FORMS`."""
 
     k_rank: int
     v_rank: int

@@ -20,25 +20,25 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from kvcompress.codec.blocks.spec import OUTLIER_GROUP, Axis, BlockSide, BlocksSpec
+from kvcompress.codec.codes.registry import listed, quantized
 from kvcompress.geometry import ModelGeometry
 from kvcompress.methods.base import EncodingMethod, LatentBasis, LayerBases, Profile
+from kvcompress.methods.widths import QuantizedWidth
 from kvcompress.recipe import Kind, Pair, StageConfig
 
 if TYPE_CHECKING:
     from kvcompress.codec.blocks.codec import BlocksCodec, BlockSideCodec
 
-Bits = Literal[8, 4, 2]
-
 
 class BitsPair(Pair):
-    k: Bits
-    v: Bits
+    k: QuantizedWidth
+    v: QuantizedWidth
 
 
 class GearConfig(StageConfig):
     kind: ClassVar[Kind] = "encoding"
     method: Literal["gear"] = "gear"
-    bits: BitsPair = Field(BitsPair(k=2, v=2), description="width of the codes: 8, 4 or 2")
+    bits: BitsPair = Field(BitsPair(k=2, v=2), description=f"width of the codes: {listed(quantized())}")
     group: int = Field(64, ge=8, description="values that share a scale: tokens for keys, channels for values")
     rank: int = Field(2, ge=0, description="rank of the residual's factors per block and head; 0 for none")
     outliers: float = Field(0.02, ge=0.0, le=1.0, description="share of a block's entries kept exactly; 0 for none")
@@ -56,7 +56,10 @@ class GearConfig(StageConfig):
 
 class Gear(EncodingMethod[GearConfig]):
     name = "gear"
-    summary = "2/4/8-bit groups plus a low-rank residual plus exact outliers, per block of tokens; newest block exact"
+    summary = (
+        f"{'/'.join(map(str, quantized()[::-1]))}-bit groups plus a low-rank residual plus exact outliers, per block "
+        "of tokens; newest block exact"
+    )
     paper = "GEAR, arXiv 2403.05527"
     config = GearConfig
 

@@ -1,39 +1,38 @@
-"""Scalar encoding: latent channels in 32, 16, 8, 4 or 2 bits, dropped where they are worth none.
+"""Scalar encoding: latent channels in codes of few bits or in floats, dropped where they are worth none.
 
 Three ways to say how many: `bits` (one width for every kept channel), `bands` (explicit), or
 `target_bits_per_channel`, which spends an exact budget by reverse water-filling over groups of 8 channels (Cover &
-Thomas, 10.3.3) with the measured error of the quantizer at each width: for keys and values of every layer apart, or one
+Thomas, 10.3.3) with the expected error of the code at each width: for keys and values of every layer apart, or one
 budget for the whole model, where the error that counts is that of the residual stream (`Profile`).
-`outliers` channels of every token and head are stored exactly beside their codes. `codec.scalar` has the quantizer.
+`outliers` channels of every token and head are stored exactly beside their codes. `codec.codes` has the codes.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from kvcompress.codec.bands import CHANNEL_GROUP, EXPECTED_ERROR, Band, SideSpec
+from kvcompress.codec.bands import CHANNEL_GROUP, Band, SideSpec
+from kvcompress.codec.codes.registry import CODES, listed, quantized, widths
 from kvcompress.codec.spec import CacheSpec
 from kvcompress.geometry import ModelGeometry
 from kvcompress.methods.base import EncodingMethod, LayerBases, Profile
+from kvcompress.methods.widths import QuantizedWidth, Width
 from kvcompress.recipe import Kind, Pair, StageConfig
 
 if TYPE_CHECKING:
-    from kvcompress.codec.forms import CacheCodec
+    from kvcompress.codec.contract import CacheCodec
 
-Bits = Literal[32, 16, 8, 4, 2]
-BandList = list[tuple[Literal[8, 4, 2], Annotated[int, Field(gt=0, multiple_of=CHANNEL_GROUP)]]]
-Target = Annotated[float, Field(gt=0.0, le=8.0)]
-
-_UNIT = 2 * CHANNEL_GROUP
-"""Bits by which a group's cost changes: 8 channels at 2 bits."""
+BandList = list[tuple[QuantizedWidth, Annotated[int, Field(gt=0, multiple_of=CHANNEL_GROUP)]]]
+Target = Annotated[float, Field(gt=0.0, le=float(max(quantized())))]
 
 
 class BitsPair(Pair):
-    k: Bits
-    v: Bits
+    k: Width
+    v: Width
 
 
 class BandsPair(Pair):
@@ -61,7 +60,7 @@ class OutliersPair(Pair):
 class ScalarConfig(StageConfig):
     kind: ClassVar[Kind] = "encoding"
     method: Literal["scalar"] = "scalar"
-    bits: BitsPair | None = Field(None, description="one code width for every kept channel: 32, 16, 8, 4 or 2")
+    bits: BitsPair | None = Field(None, description=f"one code width for every kept channel: {listed(widths())}")
     bands: BandsPair | None = Field(
         None, description="lists of [bits, channels], most bits first, e.g. [[8, 16], [4, 32]]"
     )
@@ -90,7 +89,10 @@ class ScalarConfig(StageConfig):
 
 class Scalar(EncodingMethod[ScalarConfig]):
     name = "scalar"
-    summary = "8, 4 or 2-bit codes with static scales, a gain and exact outliers per token and head; 16 or 32: floats"
+    summary = (
+        f"{listed(quantized())}-bit codes with static scales, a gain and exact outliers per token and head; "
+        f"{listed(sorted(set(widths()) - set(quantized())))}: floats"
+    )
     paper = "Max 1960 (quantizer); reverse water-filling, Cover & Thomas 10.3.3"
     config = ScalarConfig
     forms = ("per_head", "shared")
@@ -145,50 +147,56 @@ def side_spec(
         return spec
     assert isinstance(config.target_bits_per_channel, TargetPair)
     target = getattr(config.target_bits_per_channel, side)
-    units = _units(target, head_dim, [rank // CHANNEL_GROUP])
-    bands, _ = _splits(rank, variance_R)[units]
-    return SideSpec(bands, outliers)
+    units, found = _units(target, head_dim, [rank // CHANNEL_GROUP]), _splits(rank, variance_R)
+    # Not every number can be spent: widths of 8, 4 and 2 bits leave one unit below the top.
+    return SideSpec(found[max(spent for spent in found if spent <= units)][0], outliers)
+
+
+def _unit() -> int:
+    """Bits by which the cost of a group of channels changes."""
+    return CHANNEL_GROUP * math.gcd(*quantized())
 
 
 def _units(target: float, head_dim: int, groups: Sequence[int]) -> int:
-    """The budget of sides with so many channel groups each, in units of `_UNIT` bits.
+    """The budget of sides with so many channel groups each, in `_unit`s.
 
     Raises:
-        ValueError: less than 2 bits for a group of every side, or more than 8 bits for all groups.
+        ValueError: less than the narrowest code for a group of every side, or more than the widest for all groups.
     """
-    units, largest = round(target * head_dim * len(groups) / _UNIT), 4 * sum(groups)
-    if not len(groups) <= units <= largest:
+    bits = round(target * head_dim * len(groups) / _unit()) * _unit()
+    widths = [width * CHANNEL_GROUP for width in quantized()]
+    if not widths[-1] * len(groups) <= bits <= widths[0] * sum(groups):
         kept, all_channels = CHANNEL_GROUP * sum(groups), head_dim * len(groups)
         raise ValueError(
             f"scalar: target_bits_per_channel {target} cannot be met with {kept} of {all_channels} channels; "
-            f"expected {_UNIT / head_dim:g} to {8.0 * kept / all_channels:g}"
+            f"expected {widths[-1] / head_dim:g} to {quantized()[0] * kept / all_channels:g}"
         )
-    # Three units have no code width, so one below the top cannot be spent.
-    return units - 1 if units == largest - 1 else units
+    return bits // _unit()
 
 
 def _splits(rank: int, variance_R: Sequence[float] | None) -> dict[int, tuple[tuple[Band, ...], float]]:
     """For every number of units that can be spent, the bands with the least expected squared error, and that error."""
     import numpy as np
 
-    groups = rank // CHANNEL_GROUP
+    groups, widths = rank // CHANNEL_GROUP, quantized()
     # Nominal profile for planning: any strictly falling one gives a split of the same size.
     variances = np.asarray(variance_R or [0.9**channel for channel in range(rank)], np.float64)
     energy = np.concatenate([[0.0], variances.reshape(groups, CHANNEL_GROUP).sum(1).cumsum()])
-    # Few enough to try them all: how many groups get 8, 4 and 2 bits.
-    n8, n4, n2 = (count.ravel() for count in np.indices((groups + 1,) * 3))
-    fits = n8 + n4 + n2 <= groups
-    n8, n4, n2 = n8[fits], n4[fits], n2[fits]
-    ends = [np.zeros_like(n8), n8, n8 + n4, n8 + n4 + n2]
-    error = energy[-1] - energy[ends[3]]
-    for bits, start, stop in zip((8, 4, 2), ends[:-1], ends[1:], strict=True):
-        error = error + EXPECTED_ERROR[bits] * (energy[stop] - energy[start])
-    units = 4 * n8 + 2 * n4 + n2
-    best = {}
+    # Few enough to try them all: how many groups get each code, most bits first.
+    counts = np.zeros((0, 1), np.int64)
+    for _ in widths:
+        left = groups - counts.sum(0)
+        counts = np.vstack([counts.repeat(left + 1, axis=1), np.concatenate([np.arange(n + 1) for n in left])])
+    ends = np.concatenate([np.zeros_like(counts[:1]), counts.cumsum(0)])
+    error = energy[-1] - energy[ends[-1]]
+    for bits, start, stop in zip(widths, ends[:-1], ends[1:], strict=True):
+        error = error + CODES[bits].expected_error * (energy[stop] - energy[start])
+    units = np.array(widths) * CHANNEL_GROUP // _unit() @ counts
+    best: dict[int, tuple[tuple[Band, ...], float]] = {}
     for chosen in np.lexsort((error, units)).tolist():
-        counts = (int(n8[chosen]), int(n4[chosen]), int(n2[chosen]))
         if units[chosen] and int(units[chosen]) not in best:
-            bands = tuple(Band(bits, n * CHANNEL_GROUP) for bits, n in zip((8, 4, 2), counts, strict=True) if n)
+            found = zip(widths, counts[:, chosen].tolist(), strict=True)
+            bands = tuple(Band(bits, n * CHANNEL_GROUP) for bits, n in found if n)
             best[int(units[chosen])] = (bands, float(error[chosen]))
     return best
 
@@ -223,7 +231,8 @@ def _joint_bands(target: float, head_dim: int, profiles: Sequence[Profile]) -> l
         total = np.lib.stride_tricks.sliding_window_view(before, len(cost))[:, ::-1] + cost
         choices.append(total.argmin(1))
         least = total.min(1)
-    assert np.isfinite(least[budget])
+    # As near to it as widths allow.
+    budget = int(np.isfinite(least).nonzero()[0].max())
     spent = []
     for choice in reversed(choices):
         spent.append(int(choice[budget]))

@@ -12,7 +12,6 @@ from kvcompress.ops import interface, library
 
 ABI_VERSION = 2
 MAX_RANK = 256
-BITS = (16, 8, 4, 2)
 
 PATH_VARIABLE = "KVCOMPRESS_CUDA_LIBRARY"
 """Environment variable: the library to load instead of the installed one; empty turns the CUDA kernels off."""

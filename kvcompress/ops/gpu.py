@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from kvcompress.codec.heads.layout import CHUNK_TOKENS
 from kvcompress.ops import cuda_library
+from kvcompress.ops.call import Call
 
 ROWS = 8
 """Query rows of one block of threads."""
@@ -32,6 +36,64 @@ def choose_splits(blocks: int, context: int, multiprocessors: int) -> int:
     wanted = -(-4 * multiprocessors // blocks)
     most = context // (2 * _WARPS * CHUNK_TOKENS)
     return max(1, min(wanted, most))
+
+
+def attend_latents(
+    kernels: ctypes.CDLL,
+    attend: Callable[[Any], int],
+    arguments: Callable[..., ctypes.Structure],
+    call: Call,
+    absorbed_THR: Tensor,
+    shape: tuple[int, int, int],
+    splits: int | None,
+) -> tuple[Tensor, Tensor]:
+    """Absorbed queries to mixed latents of values `[tokens, query heads, rank]` and lse, by one of the kernels.
+
+    Args:
+        attend: the kernel.
+        arguments: makes its struct; the pages are in it already.
+        shape: KV heads, tokens per block, and rank of the values' latents.
+        splits: parts a request's tokens are cut into; chosen from shapes alone if not given.
+    """
+    (kv_heads, block_size, rank), (tokens, heads, _) = shape, absorbed_THR.shape
+    table_RN, starts_R, lengths_R = call.numbers(absorbed_THR.device)
+    # Zeros, because padding behind the last request is not written.
+    mixed_THR, lse_TH = absorbed_THR.new_zeros(tokens, heads, rank), absorbed_THR.new_zeros(tokens, heads)
+    if not tokens or not len(lengths_R):
+        return mixed_THR, lse_TH
+    if splits is None:
+        blocks = len(lengths_R) * kv_heads * -(-call.most_queries * heads // (kv_heads * ROWS))
+        splits = choose_splits(blocks, table_RN.shape[1] * block_size, multiprocessors(absorbed_THR.device))
+    partial = splits * tokens * heads * (rank + 1) if splits > 1 else 0
+    workspace = absorbed_THR.new_empty(partial)
+    args = arguments(
+        query_THR=absorbed_THR.data_ptr(),
+        output_THR=mixed_THR.data_ptr(),
+        lse_TH=lse_TH.data_ptr(),
+        workspace=workspace.data_ptr() if partial else None,
+        block_table=table_RN.data_ptr(),
+        block_table_stride=table_RN.stride(0),
+        query_starts=starts_R.data_ptr(),
+        seq_lens=lengths_R.data_ptr(),
+        num_tokens=tokens,
+        num_requests=len(lengths_R),
+        max_query_len=call.most_queries,
+        num_heads=heads,
+        splits=splits,
+        softmax_scale=call.softmax_scale,
+        stream=stream(absorbed_THR.device),
+    )
+    cuda_library.check(kernels, attend(ctypes.byref(args)))
+    return mixed_THR, lse_TH
+
+
+def workspace_bytes(head_dim: int, k_rank: int, v_rank: int, tokens: int, num_heads: int, device: torch.device) -> int:
+    """Bytes that attention on absorbed latents takes at most beside its arguments, in steps of so many tokens."""
+    # Queries in float32 and the output, before and after its mean; absorbed queries and mixed latents, once more in the
+    # order that a product wants; splits, of which there are no more than rows keep the device busy (`choose_splits`).
+    row = 3 * head_dim + 2 * k_rank + 2 * v_rank + 2
+    splits = 4 * multiprocessors(device) * ROWS * (v_rank + 1)
+    return (tokens * num_heads * row + splits) * torch.float32.itemsize
 
 
 @functools.cache

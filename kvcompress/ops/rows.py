@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from kvcompress.ops import interface
+
+Numbers = Tensor | Sequence[int]
+"""Of a batch, on the host or on the device."""
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Numbers of the types kernels read and write (kvc_dtype)."""
@@ -20,10 +22,12 @@ def rows_covered(*rows_THD: Tensor) -> bool:
 
 
 def rows_struct(rows_THD: Tensor) -> interface.Rows:
+    """The C description of rows of float32, bfloat16 or float16 numbers, those of a row side by side."""
+    assert rows_THD.stride(-1) == 1
     return interface.Rows(rows_THD.data_ptr(), rows_THD.stride(0), rows_THD.stride(1), DTYPES[rows_THD.dtype])
 
 
-def int32_rows(numbers: Tensor | Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+def int32_rows(numbers: Numbers, device: torch.device | str = "cpu") -> Tensor:
     """Numbers as kernels read them: int32, those of a row side by side."""
     if not isinstance(numbers, Tensor):
         return torch.tensor(numbers, dtype=torch.int32, device=device)
@@ -31,13 +35,6 @@ def int32_rows(numbers: Tensor | Sequence[int], device: torch.device | str = "cp
     return found if found.stride(-1) == 1 else found.contiguous()
 
 
-def host_list(numbers: Tensor | Sequence[int]) -> Sequence[int]:
+def host_list(numbers: Numbers) -> Sequence[int]:
     """Numbers as the torch code loops over them."""
     return numbers.tolist() if isinstance(numbers, Tensor) else numbers
-
-
-def most_queries(query_starts: Tensor | Sequence[int], tokens: int) -> int:
-    """The most queries of a request; where only the device knows, all tokens could be one request's."""
-    if isinstance(query_starts, Tensor) and query_starts.device.type != "cpu":
-        return tokens
-    return max((stop - start for start, stop in itertools.pairwise(host_list(query_starts))), default=0)

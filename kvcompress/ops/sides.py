@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from kvcompress.codec.bands import STEP, Band, SideSpec
+from kvcompress.codec.bands import Band, SideSpec
 from kvcompress.codec.heads.layout import SideLayout
 from kvcompress.ops import interface
 
@@ -13,7 +11,7 @@ def side_struct(spec: SideSpec, place: SideLayout) -> interface.Side:
     struct, bands = interface.Side(), merged_bands(spec)
     struct.rank, struct.num_bands, struct.outliers = spec.rank, len(bands), spec.outliers
     for index, band in enumerate(bands):
-        struct.bits[index], struct.widths[index], struct.steps[index] = band.bits, band.width, step(band.bits)
+        struct.bits[index], struct.widths[index], struct.steps[index] = band.bits, band.width, band.code.step
     struct.gain_offset, struct.outlier_offset, struct.channel_offset, struct.code_offset = place
     struct.code_bytes = spec.code_bytes
     return struct
@@ -37,19 +35,3 @@ def merged_bands(spec: SideSpec) -> list[Band]:
         else:
             bands.append(band)
     return bands
-
-
-def step(bits: int) -> float:
-    """The quantizer's step in units of the channel's static scale; floats are stored as they are."""
-    return STEP.get(bits, 1.0)
-
-
-def spec_numbers(spec: SideSpec) -> list[int]:
-    """A spec as numbers, for torch ops."""
-    return [spec.outliers, len(spec.bands), *(number for band in spec.bands for number in band)]
-
-
-def spec_of(numbers: Sequence[int]) -> SideSpec:
-    """Inverse of `spec_numbers`."""
-    flat = numbers[2:]
-    return SideSpec(tuple(Band(*pair) for pair in zip(flat[::2], flat[1::2], strict=True)), numbers[0])

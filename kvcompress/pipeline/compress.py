@@ -252,7 +252,7 @@ def _cache_codec(
     plan: Plan, context: Context, prompt: Callable[[], list[int]]
 ) -> tuple[CodecSpec, dict[str, Tensor], list[dict[str, Any]], dict[str, Any] | None]:
     """The codec's spec and tensors, each layer as the manifest shows it, and what the codec states of itself."""
-    from kvcompress.codec.forms import to_tensors
+    from kvcompress.codec.file import to_tensors
     from kvcompress.pipeline.capture import capture
     from kvcompress.pipeline.fit import fit, spec_of
     from kvcompress.pipeline.measure import measure

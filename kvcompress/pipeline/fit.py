@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from kvcompress.checkpoint.hashing import sha256_file
 from kvcompress.checkpoint.safetensors_file import load_tensors, save_tensors
-from kvcompress.codec.forms import CacheCodec, from_tensors, to_tensors
+from kvcompress.codec.contract import CacheCodec
+from kvcompress.codec.file import from_tensors, to_tensors
 from kvcompress.codec.spec import CodecSpec
 from kvcompress.methods.context import Context
 from kvcompress.methods.registry import basis_of, encoding_of

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kvcompress.calibration.capture import Collector, exact_attention, stored_linear
 from kvcompress.codec import canary
-from kvcompress.codec.forms import CacheCodec, GroupCodec, round_trip
+from kvcompress.codec.contract import CacheCodec
 from kvcompress.codec.heads.codec import HeadsCodec
 from kvcompress.methods.context import Context
 from kvcompress.modeling.low_rank import LowRankLinear
@@ -64,7 +64,7 @@ def _measure(
             continue
         waiting[index] = recorder
         # Layers that share a latent wait for the last of their group.
-        group = codec.group if isinstance(codec, GroupCodec) else (index,)
+        group = codec.spec.group or (index,)
         if index == group[-1]:
             together = [codecs[member].to(runner.device) for member in group]  # type: ignore[union-attr]
             for member, found in zip(group, _group_errors(together, [waiting.pop(i) for i in group]), strict=True):
@@ -126,7 +126,7 @@ def _through(codecs: Sequence[CacheCodec], samples: Sequence[_Sample]) -> list[t
         for sides in zip(*((sample.key_BHTD, sample.value_BHTD) for sample in samples), strict=True)
     )
     positions_T = torch.arange(keys[0].shape[0], device=keys[0].device) + samples[0].offset
-    decoded = round_trip(codecs, keys, values, positions_T)
+    decoded = codecs[0].round_trip(codecs, keys, values, positions_T)
     return [
         (k_THD.transpose(0, 1)[None].to(sample.key_BHTD.dtype), v_THD.transpose(0, 1)[None].to(sample.value_BHTD.dtype))
         for (k_THD, v_THD), sample in zip(decoded, samples, strict=True)

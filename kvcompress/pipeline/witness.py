@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from kvcompress.calibration.capture import LayerRunner
 from kvcompress.calibration.corpus import Calibration
 from kvcompress.codec import canary
-from kvcompress.codec.forms import CacheCodec
+from kvcompress.codec.contract import CacheCodec
 
 
 class Witness:

@@ -12,7 +12,8 @@ from kvcompress.checkpoint.reader import CONFIG_VERSION, is_compressed
 from kvcompress.checkpoint.safetensors_file import load_tensors
 from kvcompress.checkpoint.verify import CODEC_FILE, STATEMENT_FILE
 from kvcompress.codec.canary import ModelStatement
-from kvcompress.codec.forms import CacheCodec, from_tensors
+from kvcompress.codec.contract import CacheCodec
+from kvcompress.codec.file import from_tensors
 from kvcompress.codec.nested import WIDEST, check_bits, check_share, cut_codecs, cut_spec
 from kvcompress.codec.spec import CodecSpec
 

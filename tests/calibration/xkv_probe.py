@@ -9,12 +9,10 @@ from torch import Tensor
 from transformers import AutoTokenizer, DynamicCache
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, rotate_half
 
-from kvcompress import recipe as recipes
 from kvcompress.codec.shared.codec import SharedCodec
-from kvcompress.methods import registry
-from kvcompress.pipeline import compress as compressing
 from kvcompress.serving.loading import load_codec
-from tests import tiny
+from tests import compression, tiny
+from tests.compression import listed
 
 States = dict[str, list[Tensor]]
 """Per side and layer, `[tokens, heads, head_dim]`."""
@@ -44,9 +42,7 @@ def states(folder: Path, tokens_NT: Tensor, offsets_N: list[int]) -> States:
 
 def compress(model: Path, out: Path, xkv: str, encoding: str = "bits: 16", **options: int) -> list[SharedCodec]:
     """Compress with an xkv stage, given as YAML fields in braces, and return the codecs."""
-    text = f"version: 1\nstages:\n  - {{method: xkv, {xkv}}}\n  - {{method: scalar, {encoding}}}\n"
-    recipe = recipes.parse(text, registry.schemas())
-    compressing.compress(str(model), recipe, out, compressing.Options(**options), lambda *_: None)
+    compression.compress(model, out, listed(f"method: xkv, {xkv}", f"method: scalar, {encoding}"), **options)
     codecs = load_codec(out)
     assert all(isinstance(codec, SharedCodec) for codec in codecs)
     return codecs  # type: ignore[return-value]
@@ -79,6 +75,6 @@ def held_out_errors(model: Path, max_error: float, scratch: Path) -> dict[str, f
     bos = [tokenizer.bos_token_id]
     tokens_NT = torch.tensor([bos + ids[start : start + 511] for start in range(0, 8 * 511, 511)])
     found = states(model, tokens_NT, [0] * len(tokens_NT))
-    groups = sorted({codec.group for codec in codecs})
+    groups = sorted({codec.spec.group for codec in codecs})
     assert [index for group in groups for index in group] == list(range(len(codecs)))
     return {f"{side} {group}": basis_error(codecs, group, side, found) for group in groups for side in ("k", "v")}

@@ -13,14 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kvcompress import recipe as recipes
 from kvcompress.checkpoint.manifest import Manifest
 from kvcompress.codec.spec import CodecSpec
-from kvcompress.methods import registry
-from kvcompress.pipeline import compress as compressing
 from kvcompress.serving.loading import load_statement
 from kvcompress.serving.transformers import CompressedCache, prepare
-from tests import tiny
+from tests import compression, tiny
 
 OPTIONS = {"samples": 4, "length": 64}
 PCA = "{method: pca}"
@@ -41,9 +38,8 @@ def edit(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
 
 
 def compressed(base: Path, out: Path, *stages: str, **options: Any) -> Path:
-    text = "version: 1\nstages:\n" + "".join(f"  - {stage}\n" for stage in stages)
-    recipe = recipes.parse(text, registry.schemas())
-    compressing.compress(str(base), recipe, out, compressing.Options(**OPTIONS | options), lambda *_: None)
+    text = "".join(f"  - {stage}\n" for stage in stages)
+    compression.compress(base, out, text, **OPTIONS | options)
     return out
 
 

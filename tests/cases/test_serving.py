@@ -11,13 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kvcompress import recipe as recipes
 from kvcompress.checkpoint.verify import accept
-from kvcompress.methods import registry
-from kvcompress.pipeline import compress as compressing
 from kvcompress.pipeline import decompress
 from kvcompress.serving.transformers import CompressedCache
-from tests import quantize, tiny
+from tests import compression, quantize, require, tiny
 from tests.e2e import reference, vllm_engine
 
 CODEC = "  - {method: pca}\n  - {method: scalar, bits: {k: 8, v: 8}}\n"
@@ -27,8 +24,7 @@ UNHASHED = {"KVCOMPRESS_SKIP_VERIFY": "1"}
 
 
 def compressed(base: Path, out: Path, stages: str = CODEC) -> Path:
-    recipe = recipes.parse(f"version: 1\nstages:\n{stages}", registry.schemas())
-    compressing.compress(str(base), recipe, out, compressing.Options(samples=4, length=64), lambda *_: None)
+    compression.compress(base, out, stages, samples=4, length=64)
     return out
 
 
@@ -71,7 +67,7 @@ def lacking(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, str]]:
 
 @pytest.mark.e2e
 def test_no_server_starts_without_one_of_its_tensors(lacking: list[tuple[Path, str]]) -> None:
-    pytest.importorskip("vllm")
+    require.need("vllm")
     messages = vllm_engine.refusals(*({"model": str(path)} for path, _ in lacking), env=UNHASHED)
     for (path, name), message in zip(lacking, messages, strict=True):
         assert "lacks" in message, (path, message)
@@ -132,7 +128,7 @@ def test_a_model_loaded_before_the_import_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_server_minds_the_model_and_not_its_card(tmp_path: Path) -> None:
-    pytest.importorskip("vllm")
+    require.need("vllm")
     from kvcompress.serving.vllm.startup import check_files
 
     out = compressed(model(tmp_path / "base"), tmp_path / "out")
@@ -149,7 +145,7 @@ def test_a_server_minds_the_model_and_not_its_card(tmp_path: Path) -> None:
 
 @pytest.mark.e2e
 def test_a_layer_that_carries_nothing_is_served_without_alarm(tmp_path: Path) -> None:
-    pytest.importorskip("vllm")
+    require.need("vllm")
     base = model(tmp_path / "base")
     tensors = load_file(base / "model.safetensors")
     for part in ("k_proj", "v_proj"):

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 from kvcompress_cli import main
 
-from tests import tiny
+from tests import require, tiny
+from tests.compression import compress
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -38,8 +39,6 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 @pytest.fixture(scope="module")
 def compressed(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.pipeline.test_compress import compress
-
     out = tmp_path_factory.mktemp("cli") / "out"
     compress(base_model, out)
     return out
@@ -285,7 +284,7 @@ def test_full_disk(run: Run, base_model: Path, recipe_file: Path, tmp_path: Path
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True, check=False)
     if mounted.returncode:
-        pytest.skip("mounting a tmpfs needs root; test_file_size_limit covers a disk that fills up")
+        require.missing("root", "mounting a tmpfs needs root; test_file_size_limit covers a disk that fills up")
     try:
         code, _, stderr = run("compress", base_model, "-r", recipe_file, "-o", disk / "out", "--samples", 2)
         assert code == 2

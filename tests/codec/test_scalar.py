@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvcompress.codec import scalar
-from kvcompress.codec.bands import EXPECTED_ERROR, STEP, Band, SideSpec
+from kvcompress.codec.bands import Band, SideSpec
+from kvcompress.codec.codes.registry import CODES
 
 ONE_WIDTH = {bits: SideSpec((Band(bits, 64),)) for bits in (32, 16, 8, 4, 2)}
 BANDED = SideSpec((Band(8, 16), Band(4, 24), Band(2, 16)))
@@ -25,7 +26,7 @@ def test_gaussian_error_is_what_theory_says(bits: int) -> None:
     latent = torch.randn(4000, 2, 64, generator=torch.Generator().manual_seed(0))
     error = (round_trip(latent, ONE_WIDTH[bits]) - latent).square().mean().item()
     # The gain adapts to each token, so the error may be a little below the fixed-gain optimum, never much above.
-    assert 0.4 * EXPECTED_ERROR[bits] < error < 1.02 * EXPECTED_ERROR[bits]
+    assert 0.4 * CODES[bits].expected_error < error < 1.02 * CODES[bits].expected_error
 
 
 def test_sixteen_bits_are_halves() -> None:
@@ -51,7 +52,7 @@ def test_code_bytes_are_little_endian_by_channel() -> None:
             for c in range(band.width):
                 byte = int(codes_THB[token, head, offset + c * band.bits // 8])
                 code = byte >> (c * band.bits % 8) & (2**band.bits - 1)
-                value = (code - (2**band.bits - 1) / 2) * STEP[band.bits] * float(gain_TH[token, head])
+                value = (code - (2**band.bits - 1) / 2) * band.code.step * float(gain_TH[token, head])
                 assert decoded[token, head, channel].item() == pytest.approx(value, rel=1e-6)
                 channel += 1
             offset += band.bits * band.width // 8
@@ -59,9 +60,9 @@ def test_code_bytes_are_little_endian_by_channel() -> None:
 
 def at_gain(latent: Tensor, gain: Tensor, bits: int) -> Tensor:
     """Plain quantization at a given gain."""
-    top = 2**bits - 1
-    code = (latent / gain / STEP[bits] + top / 2).round().clamp(0, top)
-    return (code - top / 2) * STEP[bits] * gain
+    top, step = 2**bits - 1, CODES[bits].step
+    code = (latent / gain / step + top / 2).round().clamp(0, top)
+    return (code - top / 2) * step * gain
 
 
 @pytest.mark.parametrize(("bits", "share"), [(8, 0.05), (4, 0.9), (2, 0.99)])
@@ -117,7 +118,7 @@ def test_extreme_channels_are_stored_exactly(bits: int, outliers: int) -> None:
     # What the code leaves of 100 is stored, and lies between 64 and 128, where halves are 1/16 apart.
     assert (decoded - latent)[..., extreme].abs().max() <= 1 / 32 + 1e-4
     error = (decoded - latent)[..., ordinary].square().mean()
-    assert error < 1.05 * EXPECTED_ERROR[bits]
+    assert error < 1.05 * CODES[bits].expected_error
 
 
 @settings(deadline=None, max_examples=50)

@@ -10,9 +10,11 @@ from kvcompress.codec.bands import Band, SideSpec
 from kvcompress.codec.blocks.spec import Axis, BlockSide, BlocksSpec
 from kvcompress.codec.heads.layout import PART_ALIGNMENT, PageLayout
 from kvcompress.codec.heads.spec import HeadsSpec
+from kvcompress.codec.latent.spec import LatentSpec
 from kvcompress.codec.prompt.spec import PromptSpec
 from kvcompress.codec.shared.spec import SharedSpec
-from kvcompress.codec.spec import FORMS, CacheSpec, CodecSpec
+from kvcompress.codec.spec import CacheSpec, CodecSpec
+from kvcompress.forms import FORMS
 
 widths = st.integers(0, 6).map(lambda groups: groups * 8)
 sides = st.one_of(
@@ -52,7 +54,10 @@ def blocks(draw: st.DrawFn) -> BlocksSpec:
     return BlocksSpec(2, 144, side("tokens"), side("channels"))
 
 
-@given(st.lists(st.one_of(st.none(), layers, grouped(), blocks()), max_size=4))
+latents = st.builds(LatentSpec, st.integers(1, 600), st.integers(1, 600), st.sampled_from([2, 4]))
+
+
+@given(st.lists(st.one_of(st.none(), layers, grouped(), blocks(), latents), max_size=4))
 def test_json_round_trip(found: list[CacheSpec | None]) -> None:
     spec = CodecSpec(tuple(found))
     again = CodecSpec.from_json(json.loads(json.dumps(spec.to_json())))
@@ -63,7 +68,7 @@ def test_json_round_trip(found: list[CacheSpec | None]) -> None:
 
 
 def test_every_form_is_tried_above() -> None:
-    assert {cls.form for cls in (HeadsSpec, SharedSpec, PromptSpec, BlocksSpec)} == set(FORMS)
+    assert {cls.form for cls in (HeadsSpec, SharedSpec, PromptSpec, BlocksSpec, LatentSpec)} == set(FORMS)
 
 
 @given(layers, st.integers(1, 16).map(lambda n: n * 16))

@@ -189,26 +189,26 @@ STEPS: dict[str, Callable[[Any], Any]] = {
 @contextmanager
 def running(name: str) -> Iterator[None]:
     """In the engine's process: every step of every layer meets a fault."""
-    from kvcompress.serving.vllm.backend import CompressedAttentionImpl
+    from kvcompress.serving.vllm.heads import HeadsImpl
 
-    stock = CompressedAttentionImpl._run, CompressedAttentionImpl.use_codec
+    stock = HeadsImpl.run, HeadsImpl.use_codec
 
-    def run(self: Any, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, batch: Any, output: Tensor) -> None:
-        stock[0](self, query, key, value, cache, STEPS[name](batch), output)
+    def run(self: Any, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, step: Any, output: Tensor) -> None:
+        stock[0](self, query, key, value, cache, STEPS[name](step), output)
 
-    def use_codec(self: Any, codec: Any, longest: int) -> None:
+    def use_codec(self: Any, codec: Any, device: Any, longest: int) -> None:
         """The kernels are given half the values' size."""
         spoiled = replace(codec.v, inverse_HRD=codec.v.inverse_HRD / 2)
-        stock[1](self, type(codec)(codec.k, spoiled), longest)
+        stock[1](self, type(codec)(codec.k, spoiled), device, longest)
 
     if name in STEPS:
-        CompressedAttentionImpl._run = run  # type: ignore[method-assign]
+        HeadsImpl.run = run  # type: ignore[method-assign]
     elif name == "other codec":
-        CompressedAttentionImpl.use_codec = use_codec  # type: ignore[method-assign]
+        HeadsImpl.use_codec = use_codec  # type: ignore[method-assign]
     try:
         yield
     finally:
-        CompressedAttentionImpl._run, CompressedAttentionImpl.use_codec = stock  # type: ignore[method-assign]
+        HeadsImpl.run, HeadsImpl.use_codec = stock  # type: ignore[method-assign]
 
 
 def attempts(engines: list[dict[str, Any]], faults: list[str]) -> dict[str, Any]:

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from kvcompress.checkpoint.manifest import Manifest
+from tests import require
 from tests.e2e import faults, vllm_engine
 
-pytest.importorskip("vllm")
+require.need("vllm")
 pytestmark = pytest.mark.e2e
 
 ROOT = Path(__file__).parents[2]
@@ -44,8 +45,8 @@ def overwrite(llm: Any) -> None:
     """Every page of every layer."""
     from kvcompress.serving.vllm import compat
 
-    for layer in compat.attention_layers(llm.llm_engine.vllm_config):
-        layer.kv_cache[1:] = 0xFF
+    for layer in compat.attention_layers(compat.Engine.of(llm.llm_engine.vllm_config)):
+        layer.cache[1:] = 0xFF
 
 
 def test_pages_overwritten_while_the_server_runs_are_reported(balanced: Path) -> None:

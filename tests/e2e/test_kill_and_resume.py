@@ -13,9 +13,8 @@ import pytest
 from kvcompress import recipe as recipes
 from kvcompress.methods import registry
 from kvcompress.pipeline.compress import Options, compress
-from tests.conftest import BALANCED
+from tests.compression import BALANCED, tree_sha256
 from tests.e2e import forks
-from tests.pipeline.test_compress import tree_sha256
 
 KILLS = 20
 

@@ -14,10 +14,10 @@ from kvcompress_eval.engines import open_engine
 from kvcompress_eval.tasks.needle_grid import draw
 from kvcompress_eval.tokenizer import TextTokenizer
 
+from tests import require
 from tests.e2e import http_server
 
-pytest.importorskip("vllm")
-pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install 'lm_eval[api]'")
+require.need("vllm", "lm_eval")
 pytestmark = pytest.mark.e2e
 
 TASK = """\

@@ -14,7 +14,7 @@ import pytest
 
 from kvcompress.checkpoint.safetensors_file import TensorSpec, build_header
 from tests import tiny
-from tests.conftest import BALANCED
+from tests.compression import BALANCED
 
 LAYERS, HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 15, 2048, 8192, 32, 8, 64, 32000
 SHARDS = 5

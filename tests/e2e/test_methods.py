@@ -14,10 +14,10 @@ from kvcompress.checkpoint.manifest import Manifest
 from kvcompress.methods import fwsvd
 from kvcompress.methods.ranks import Ranks, Shape
 from kvcompress.serving.transformers import CompressedCache, prepare
-from tests import tiny
+from tests import require, tiny
 from tests.e2e import reference, vllm_engine
 
-pytest.importorskip("vllm")
+require.need("vllm")
 pytestmark = pytest.mark.e2e
 
 LENGTHS, TOKENS, BLOCK = [3, 70, 130], 16, 32

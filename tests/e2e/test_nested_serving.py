@@ -9,12 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kvcompress import recipe as recipes
-from kvcompress.methods import registry
-from kvcompress.pipeline import compress as compressing
 from kvcompress.serving.loading import KV_RANK, load_codec, read_spec
 from kvcompress.serving.transformers import CompressedCache
-from tests import tiny
+from tests import compression, require, tiny
 from tests.e2e import reference, vllm_engine
 
 pytestmark = pytest.mark.e2e
@@ -25,9 +22,7 @@ TOKENS = 32
 
 
 def compress(model: Path, out: Path, stages: str, samples: int = 16, length: int = 256) -> Path:
-    made = recipes.parse(f"version: 1\nstages:\n{stages}", registry.schemas())
-    options = compressing.Options(samples=samples, length=length)
-    compressing.compress(str(model), made, out, options, lambda *_: None)
+    compression.compress(model, out, stages, samples=samples, length=length)
     return out
 
 
@@ -44,7 +39,7 @@ def nested(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("kv_rank", [1.0, 0.5])
 def test_vllm_gives_the_transformers_tokens_at_any_rank(nested: Path, kv_rank: float) -> None:
-    pytest.importorskip("vllm")
+    require.need("vllm")
     prompts, expected = reference.greedy(nested, LENGTHS, TOKENS, kv_rank=kv_rank)
     result = vllm_engine.run(nested, prompts, prompts, max_tokens=TOKENS, env={KV_RANK: str(kv_rank)})
     assert result["tokens"] == [expected, expected]

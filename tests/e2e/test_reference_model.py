@@ -14,9 +14,10 @@ from kvcompress.methods import registry
 from kvcompress.pipeline import compress as compressing
 from kvcompress.pipeline import plan as planning
 from kvcompress.serving.transformers import CompressedCache
+from tests import require
 from tests.e2e import reference, vllm_engine
 
-pytest.importorskip("vllm")
+require.need("vllm")
 pytestmark = pytest.mark.e2e
 
 ROOT = Path(__file__).parents[2]

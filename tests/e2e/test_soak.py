@@ -13,14 +13,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import pytest
 
-from tests import tiny
+from tests import require, tiny
 from tests.e2e import forks, http_server, reference
 from tests.e2e.support_matrix.methods import METHODS
 
-httpx = pytest.importorskip("httpx")
-pytest.importorskip("vllm")
+require.need("vllm")
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 REQUESTS = int(os.environ.get("KVCOMPRESS_SOAK_REQUESTS", "80"))

@@ -15,13 +15,14 @@ from typing import Any
 import pytest
 
 from kvcompress.serving.loading import load_codec
+from tests import require
 from tests.e2e.support_matrix import bench, pressed, table
 from tests.e2e.support_matrix.case import BLOCK, ELASTIC, FEW, LENGTHS, SHORT, Case
 from tests.e2e.support_matrix.collect import PROPERTY
 from tests.e2e.support_matrix.features import CELLS, FEATURES, REFUSED
 from tests.e2e.support_matrix.methods import METHODS
 
-pytest.importorskip("vllm")
+require.need("vllm")
 pytestmark = pytest.mark.e2e
 
 TOLERANCE = 0.02

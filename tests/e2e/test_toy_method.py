@@ -16,13 +16,13 @@ from kvcompress.geometry import ModelGeometry
 from kvcompress.methods import registry
 from kvcompress.methods.base import BasisMethod, LatentBasis
 from kvcompress.recipe import Kind, StageConfig
-from tests import tiny
+from tests import require, tiny
 from tests.e2e import reference, vllm_engine
 
 if TYPE_CHECKING:
     from kvcompress.calibration.statistics import LayerStatistics, Moments
 
-pytest.importorskip("vllm")
+require.need("vllm")
 pytestmark = pytest.mark.e2e
 
 RECIPE = "version: 1\nstages:\n  - method: loudest\n    keep: 24\n  - method: scalar\n    bits: {k: 8, v: 4}\n"

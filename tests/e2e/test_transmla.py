@@ -8,14 +8,12 @@ from typing import Any
 import pytest
 
 from kvcompress import modeling
-from kvcompress import recipe as recipes
 from kvcompress.checkpoint.manifest import Manifest
-from kvcompress.methods import registry
-from kvcompress.pipeline import compress as compressing
-from tests import tiny
+from tests import compression, require, tiny
+from tests.compression import listed
 from tests.e2e import reference, vllm_engine
 
-pytest.importorskip("vllm")
+require.need("vllm")
 pytestmark = pytest.mark.e2e
 
 KEYS = tiny.NUM_KV_HEADS * tiny.HEAD_DIM
@@ -28,9 +26,7 @@ def convert(folder: Path, stage: str, architecture: str = "Llama", **config: Any
     modeling.register()
     base = tiny.save_model(folder / "base", architecture, vocab_size=300, **config)
     tiny.save_tokenizer(base)
-    recipe = recipes.parse(f"version: 1\nstages:\n  - {{method: transmla, {stage}}}\n", registry.schemas())
-    options = compressing.Options(samples=4, length=96)
-    compressing.compress(str(base), recipe, folder / "out", options, lambda *_: None)
+    compression.compress(base, folder / "out", listed(f"method: transmla, {stage}"), samples=4)
     return base, folder / "out"
 
 

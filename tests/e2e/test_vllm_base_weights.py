@@ -18,14 +18,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
-from kvcompress import recipe as recipes
-from kvcompress.methods import registry
-from kvcompress.pipeline import compress as compressing
 from kvcompress.serving.transformers import CompressedCache, prepare
-from tests import quantize, tiny
+from tests import compression, quantize, require, tiny
 from tests.e2e import reference, vllm_engine
 
-pytest.importorskip("vllm")
+require.need("vllm")
 pytestmark = pytest.mark.e2e
 
 PROMPTS = tiny.prompts([3, 33, 130])
@@ -44,8 +41,7 @@ def quantized(folder: Path, architecture: str = "Llama", **config: Any) -> Path:
 
 
 def compressed(base: Path, out: Path, stages: str) -> Path:
-    recipe = recipes.parse(f"version: 1\nstages:\n{stages}", registry.schemas())
-    compressing.compress(str(base), recipe, out, compressing.Options(samples=4, length=64), lambda *_: None)
+    compression.compress(base, out, stages, samples=4, length=64)
     return out
 
 

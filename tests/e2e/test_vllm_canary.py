@@ -8,9 +8,10 @@ import pytest
 
 from kvcompress.checkpoint.manifest import Manifest
 from kvcompress.serving.loading import CANARY
+from tests import require
 from tests.e2e import faults, forks, http_server, vllm_engine
 
-pytest.importorskip("vllm")
+require.need("vllm")
 pytestmark = pytest.mark.e2e
 
 ROOT = Path(__file__).parents[2]

@@ -10,9 +10,10 @@ import pytest
 from kvcompress import recipe as recipes
 from kvcompress.methods import registry
 from kvcompress.pipeline import compress as compressing
+from tests import require
 from tests.e2e import vllm_engine
 
-pytest.importorskip("vllm")
+require.need("vllm")
 pytestmark = pytest.mark.e2e
 
 RECIPES = Path(__file__).parents[2] / "examples" / "recipes"

@@ -17,11 +17,11 @@ from kvcompress.codec.heads.spec import HeadsSpec
 from kvcompress.codec.spec import CodecSpec
 from kvcompress.ops import cuda_library, gpu
 from kvcompress.ops.heads import cuda
-from tests import tiny
+from tests import require, tiny
 from tests.e2e import reference, vllm_engine
 from tests.ops import emulated
 
-pytest.importorskip("vllm")
+require.need("vllm")
 pytestmark = pytest.mark.e2e
 
 BLOCK = 64

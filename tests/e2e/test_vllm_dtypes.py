@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import require
 from tests.e2e import vllm_engine
 from tests.e2e.test_methods import LOSSLESS, compress_nothing
 
-pytest.importorskip("vllm")
+require.need("vllm")
 pytestmark = pytest.mark.e2e
 
 STEP = 24

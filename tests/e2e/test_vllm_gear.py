@@ -15,10 +15,10 @@ from kvcompress import recipe as recipes
 from kvcompress.checkpoint.manifest import Manifest
 from kvcompress.methods import registry
 from kvcompress.pipeline import compress as compressing
-from tests import tiny
+from tests import require, tiny
 from tests.e2e import reference, vllm_engine
 
-pytest.importorskip("vllm")
+require.need("vllm")
 pytestmark = pytest.mark.e2e
 
 BLOCK = 32

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from tests import tiny
+from tests import require, tiny
 from tests.e2e import reference, replay, vllm_engine
 from tests.e2e.engine_steps import Steps
 from tests.e2e.support_matrix.methods import GEAR, TRAINING, Method
 
-pytest.importorskip("vllm")
+require.need("vllm")
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 LENGTHS = [1, 2, 15, 31, 32, 33, 63, 70, 97, 128, 200, 311, 450, 700, 1023, 1500]

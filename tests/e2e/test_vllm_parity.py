@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from kvcompress.codec.spec import CodecSpec
-from tests import tiny
+from tests import require, tiny
 from tests.e2e import reference, vllm_engine
 
-pytest.importorskip("vllm")
+require.need("vllm")
 pytestmark = pytest.mark.e2e
 
 LENGTHS = [1, 3, 17, 33, 64, 70, 130, 200]

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests import tiny
+from tests import require, tiny
 from tests.e2e import vllm_engine
 
-pytest.importorskip("vllm")
+require.need("vllm")
 pytestmark = pytest.mark.e2e
 
 

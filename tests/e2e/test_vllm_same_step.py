@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from kvcompress.serving.transformers import CompressedCache
-from tests import tiny
+from tests import require, tiny
 from tests.e2e import reference, vllm_engine
 from tests.e2e.test_methods import BLOCK, LOSSY, TOKENS, compress
 
-pytest.importorskip("vllm")
+require.need("vllm")
 pytestmark = pytest.mark.e2e
 
 SHARED, LENGTH = 2 * BLOCK, 2 * BLOCK + 11

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from kvcompress.checkpoint.manifest import Manifest
+from tests import require
+from tests.compression import compress, listed
 from tests.e2e import reference, vllm_engine
-from tests.methods.test_xkv import compress
 
-pytest.importorskip("vllm")
+require.need("vllm")
 pytestmark = pytest.mark.e2e
 
 LENGTHS = [3, 33, 70, 130]
@@ -39,7 +40,7 @@ def test_tokens_are_those_of_transformers_on_the_same_steps(
     xkv: str, encoding: str, base_model: Path, tmp_path: Path
 ) -> None:
     model = tmp_path / "model"
-    compress(base_model, model, f"method: xkv, {xkv}", f"method: scalar, {encoding}")
+    compress(base_model, model, listed(f"method: xkv, {xkv}", f"method: scalar, {encoding}"))
     hits = [(length - 1) // BLOCK * BLOCK for length in LENGTHS]
     found = [
         reference.answers(model, length, [hit] if hit else [], TOKENS)
@@ -60,7 +61,7 @@ def test_every_scheduler_path_runs_and_full_rank_in_sixteen_bits_changes_no_toke
 ) -> None:
     """Latents within the rounding of halves: however a prompt is cut, the base model's clear tokens come out."""
     model = tmp_path / "model"
-    compress(base_model, model, "method: xkv, group: 4, rank: 1.0, metric: none", "method: scalar, bits: 16")
+    compress(base_model, model, listed("method: xkv, group: 4, rank: 1.0, metric: none", "method: scalar, bits: 16"))
     prompts, expected = [], []
     for length in (28, 60, 90, 124):  # answers need one block more than prompts do: the pool is too small by then
         prompt, outputs = reference.answers(model, length, [length // 2], TOKENS)
@@ -90,7 +91,7 @@ def test_every_scheduler_path_runs_and_full_rank_in_sixteen_bits_changes_no_toke
 def test_what_layers_that_share_cannot_do_is_refused(base_model: Path, tmp_path: Path) -> None:
     kv = "method: xkv, group: 2, rank: 0.5"
     for name, xkv in (("kv", kv), ("prompt", f"{kv}, basis: prompt"), ("ends", f"{kv}, sink: 4")):
-        compress(base_model, tmp_path / name, xkv)
+        compress(base_model, tmp_path / name, listed(xkv))
     rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 20000.0}}
     expected = [
         ({"model": str(tmp_path / "prompt")}, "finds its basis in each prompt (xkv with basis: prompt)"),

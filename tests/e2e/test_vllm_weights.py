@@ -7,15 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from kvcompress import recipe as recipes
-from kvcompress.methods import fwsvd, registry
+from kvcompress.methods import fwsvd
 from kvcompress.methods.ranks import Ranks, Shape
 from kvcompress.modeling.low_rank import ranks_of
-from kvcompress.pipeline import compress as compressing
-from tests import tiny
+from tests import compression, require, tiny
 from tests.e2e import reference, vllm_engine
 
-pytest.importorskip("vllm")
+require.need("vllm")
 pytestmark = pytest.mark.e2e
 
 LENGTHS = [3, 33, 130]
@@ -27,9 +25,7 @@ def factored(folder: Path, architecture: str, targets: str, more: str = "", **co
     """A tiny model with these layers factored, each projection at a rank of its own shape."""
     base = tiny.save_model(folder / "base", architecture, vocab_size=300, **config)
     tiny.save_tokenizer(base)
-    recipe = recipes.parse(f"version: 1\nstages:\n{MIXED.format(targets)}{more}", registry.schemas())
-    options = compressing.Options(samples=4, length=64)
-    compressing.compress(str(base), recipe, folder / "out", options, lambda *_: None)
+    compression.compress(base, folder / "out", MIXED.format(targets) + more, samples=4, length=64)
     return folder / "out"
 
 

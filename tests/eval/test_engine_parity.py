@@ -32,7 +32,6 @@ REFERENCE = ROOT / "assets" / "reference-model"
 
 
 @pytest.mark.e2e
-@pytest.mark.skipif(not REFERENCE.is_dir(), reason="the reference model is not in this checkout")
 def test_both_engines_score_the_reference_model_alike(tmp_path: Path) -> None:
     recipe = ROOT / "examples" / "recipes" / "aggressive.yaml"
     compressed = make_checkpoints(str(REFERENCE), [str(recipe)], tmp_path, lambda what, done, total: None)
@@ -56,7 +55,6 @@ def test_both_engines_score_the_reference_model_alike(tmp_path: Path) -> None:
 
 @pytest.mark.e2e
 @pytest.mark.slow
-@pytest.mark.skipif(not REFERENCE.is_dir(), reason="the reference model is not in this checkout")
 def test_both_engines_answer_every_task_alike(tmp_path: Path) -> None:
     """Every task there is, those from files on invented ones; samples that differ are decided by rounding."""
     compressed = make_checkpoints(

@@ -16,6 +16,7 @@ from kvcompress_eval.tasks.questions import Ask
 from kvcompress_eval.tasks.ruler import NotApplicableError
 from kvcompress_eval.tokenizer import TextTokenizer
 
+from tests import require
 from tests.eval.bench_files import QUESTION, RECORD, write_json, write_jsonl
 
 
@@ -167,7 +168,9 @@ def test_chinese_sets_refuse_without_jieba(
 def test_a_download_goes_through_datasets_and_only_when_allowed(
     small_tokenizer: TextTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    datasets = pytest.importorskip("datasets", reason="datasets is an optional dependency")
+    require.need("datasets")
+    import datasets
+
     write_jsonl(tmp_path / "qasper.jsonl", RECORD, RECORD)
     archive = tmp_path / "data.zip"
     with zipfile.ZipFile(archive, "w") as packed:

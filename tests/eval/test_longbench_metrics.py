@@ -9,6 +9,8 @@ import pytest
 from kvcompress_eval.tasks.longbench import chinese, metrics
 from kvcompress_eval.tasks.longbench.rouge import longest_common, rouge_l
 
+from tests import require
+
 
 @pytest.mark.parametrize(
     ("answer", "reference", "expected"),
@@ -145,7 +147,7 @@ def test_chinese_metrics_with_characters_for_words(monkeypatch: pytest.MonkeyPat
 
 
 def test_chinese_metrics_with_jieba() -> None:
-    pytest.importorskip("jieba", reason="jieba is an optional dependency: pip install kvcompress[longbench]")
+    require.need("jieba")
     assert chinese.words("我们去公园散步。") == ["我们", "去", "公园", "散步", "。"]
     # Three words of three and four: 6 / 7.
     assert metrics.qa_f1_zh("我们去公园。", "我们去公园散步") == pytest.approx(6 / 7)

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 from kvcompress_eval.report import write_report
-from kvcompress_eval.report.browser import Page, browse, find_browser, picture
+from kvcompress_eval.report.browser import Page, browse, picture
+
+from tests import require
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "example-report"
 
-pytestmark = pytest.mark.skipif(find_browser() is None, reason="no Chromium is installed")
+require.need("browser")
 
 PHONE = 390
 

@@ -8,22 +8,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-torch = pytest.importorskip("torch")
-pytest.importorskip("tokenizers")
-pytest.importorskip("wonderwords")
-pytest.importorskip("yaml")
+import torch
+import transformers
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "examples" / "reference_model"
 sys.path.insert(0, str(SCRIPTS))
 
-import mixture  # noqa: E402
-import tasks  # noqa: E402
-import train  # noqa: E402
-import vocabulary  # noqa: E402
-from llama import Llama, Shape, causal_attention  # noqa: E402
-from ruler_prompts import NiahTask, VtTask, samples  # noqa: E402
-from schedule import RUNS, Phase, Schedule, phase_at, rate_factor, schedule_for  # noqa: E402
+import mixture
+import tasks
+import train
+import vocabulary
+from llama import Llama, Shape, causal_attention
+from ruler_prompts import NiahTask, VtTask, samples
+from schedule import RUNS, Phase, Schedule, phase_at, rate_factor, schedule_for
 
 TINY = Shape(vocab_size=0, hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=16)
 
@@ -127,7 +124,6 @@ def test_attention_equals_the_library() -> None:
 
 
 def test_training_model_equals_transformers(tmp_path: Path, folders: tuple[Path, Path]) -> None:
-    transformers = pytest.importorskip("transformers")
     from export import export_model
 
     torch.manual_seed(0)

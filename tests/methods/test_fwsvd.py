@@ -26,8 +26,8 @@ from kvcompress.pipeline import compress as compressing
 from kvcompress.pipeline import plan as planning
 from kvcompress.pipeline.decompress import decompress
 from kvcompress.serving.transformers import CompressedCache
-from tests import tiny
-from tests.pipeline.test_compress import recipe, tree_sha256
+from tests import compression, tiny
+from tests.compression import recipe, tree_sha256
 
 OUT, IN, RANK = 40, 28, 9
 OPTIONS = {"samples": 2, "length": 48}
@@ -38,7 +38,7 @@ def stage(**settings: Any) -> str:
 
 
 def compress(base: Path, out: Path, text: str, **options: Any) -> Path:
-    compressing.compress(str(base), recipe(text), out, compressing.Options(**OPTIONS | options), lambda *_: None)
+    compression.compress(base, out, text, **OPTIONS | options)
     return out
 
 

@@ -11,22 +11,20 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, DynamicCache
 
-from kvcompress import recipe as recipes
 from kvcompress.checkpoint.manifest import Manifest
 from kvcompress.checkpoint.reader import Checkpoint
 from kvcompress.checkpoint.verify import verify
 from kvcompress.codec.blocks.codec import BlocksCodec, BlockSideCodec
 from kvcompress.codec.blocks.spec import BlocksSpec
 from kvcompress.geometry import ModelGeometry
-from kvcompress.methods import registry
 from kvcompress.methods.base import Profile
 from kvcompress.methods.gear import Gear, GearConfig
-from kvcompress.pipeline import compress as compressing
 from kvcompress.pipeline import plan as planning
 from kvcompress.pipeline.decompress import decompress
 from kvcompress.serving.loading import load_codec
 from kvcompress.serving.transformers import CompressedCache, prepare
-from tests import tiny
+from tests import compression, tiny
+from tests.compression import recipe
 
 ROOT = Path(__file__).parents[2]
 REFERENCE_MODEL = ROOT / "assets" / "reference-model"
@@ -35,13 +33,8 @@ GEAR = "  - {method: gear, bits: {k: 4, v: 2}, block: 32}\n"
 IDENTITY = "  - {method: pca, metric: none}\n  - {method: gear, bits: 8, outliers: 1.0, block: 32}\n"
 
 
-def recipe(text: str) -> recipes.Recipe:
-    return recipes.parse(f"version: 1\nstages:\n{text}", registry.schemas())
-
-
 def compress(model: Path, out: Path, text: str, **options: Any) -> Manifest:
-    made = compressing.Options(**{"samples": 6, "length": 96} | options)
-    compressing.compress(str(model), recipe(text), out, made, lambda *_: None)
+    compression.compress(model, out, text, **options)
     return Manifest.load(out)
 
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import hashlib
 import shutil
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,7 +15,8 @@ from kvcompress.methods import registry
 from kvcompress.methods.base import TransformMethod
 from kvcompress.pipeline import compress as compressing
 from kvcompress.recipe import StageConfig
-from tests import tiny
+from tests import compression, tiny
+from tests.compression import listed, tree_sha256
 
 
 class DamageConfig(StageConfig):
@@ -51,14 +51,12 @@ def _with_damage(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(registry.METHODS, "damage", Damage())
 
 
-def recipe(heal: str | None) -> recipes.Recipe:
-    stage = "" if heal is None else f"  - {{method: heal, batch: 2, samples: 8, length: 48{heal}}}\n"
-    return recipes.parse(f"version: 1\nstages:\n  - method: damage\n{stage}", registry.schemas())
-
-
 def compress(model: Path, out: Path, heal: str | None, progress: Any = lambda *_: None, resume: bool = False) -> Path:
-    options = compressing.Options(samples=4, length=64, resume=resume)
-    compressing.compress(str(model), recipe(heal), out, options, progress)
+    """With `damage`, healed with these options or not."""
+    stages = ["method: damage"]
+    if heal is not None:
+        stages.append(f"method: heal, batch: 2, samples: 8, length: 48{heal}")
+    compression.compress(model, out, listed(*stages), progress, samples=4, length=64, resume=resume)
     return out
 
 
@@ -115,11 +113,7 @@ def test_interrupted_and_resumed_healing_gives_the_same_bytes(
         compress(base_model, tmp_path / "out", f", steps: 5{lora}", interrupt, resume=True)
     compress(base_model, tmp_path / "out", f", steps: 5{lora}", interrupt, resume=True)
     assert seen == [0, 1, 2, 3, 2, 3, 4, 5]
-    first, second = (
-        {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file()}
-        for folder in (whole, tmp_path / "out")
-    )
-    assert first == second
+    assert tree_sha256(whole) == tree_sha256(tmp_path / "out")
 
 
 def test_a_damaged_state_is_not_used(base_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,45 +1,32 @@
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from kvcompress import recipe as recipes
 from kvcompress.checkpoint.manifest import Manifest
 from kvcompress.checkpoint.reader import Checkpoint
 from kvcompress.checkpoint.verify import verify
-from kvcompress.methods import registry
-from kvcompress.pipeline import compress as compressing
 from kvcompress.pipeline import plan as planning
 from kvcompress.serving.loading import load_codec
 from kvcompress.serving.transformers import CompressedCache
 from kvcompress.training import nested
-from tests import tiny
+from tests import compression, tiny
+from tests.compression import recipe, tree_sha256
 
 SHORT = "steps: 4, batch: 2, samples: 6, length: 48"
 FULL = "rank: 1.0, metric: none, focus: 0.0"
 
 
-def recipe(stages: str) -> recipes.Recipe:
-    return recipes.parse(f"version: 1\nstages:\n{stages}", registry.schemas())
-
-
 def compress(model: Path, out: Path, stages: str, progress: Any = lambda *_: None, **options: Any) -> Path:
-    made = compressing.Options(**{"samples": 6, "length": 96} | options)
-    compressing.compress(str(model), recipe(stages), out, made, progress)
+    compression.compress(model, out, stages, progress, **options)
     return out
 
 
 def matryoshka(options: str, encoding: str = "bits: 16") -> str:
     return f"  - {{method: matryoshka, {SHORT}, {options}}}\n  - {{method: scalar, {encoding}}}\n"
-
-
-def hashes(directory: Path) -> dict[str, str]:
-    files = (path for path in sorted(directory.rglob("*")) if path.is_file())
-    return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +115,7 @@ def test_interrupted_and_resumed_training_gives_the_same_bytes(
     compress(base_model, tmp_path / "out", stages, resume=True)
     # The second run went on from the state after step 2, not from the beginning.
     assert steps_seen == [0, 1, 2, 3, 2, 3, 4]
-    assert hashes(tmp_path / "out") == hashes(whole)
+    assert tree_sha256(tmp_path / "out") == tree_sha256(whole)
 
 
 def test_ranks_are_drawn_per_layer_head_and_side_and_some_steps_are_at_the_nominal_rank() -> None:

@@ -19,7 +19,7 @@ from kvcompress.calibration import corpus
 from kvcompress.calibration.capture import LayerRunner, exact_attention
 from kvcompress.calibration.statistics import LayerAccumulator
 from kvcompress.checkpoint.reader import Checkpoint
-from kvcompress.codec.forms import CacheCodec
+from kvcompress.codec.contract import CacheCodec
 from kvcompress.geometry import ModelGeometry
 from kvcompress.methods import registry
 from kvcompress.methods.base import EncodingMethod, LayerBases, Profile
@@ -114,7 +114,10 @@ def measured(codec: CacheCodec, layer: Layer) -> Errors:
     sums = torch.zeros(4, dtype=torch.float64)
     for sample in layer.samples[-PROBES:]:
         states = (sample.key[0].transpose(0, 1), sample.value[0].transpose(0, 1))
-        key, value = (side_THD.transpose(0, 1)[None] for side_THD in codec.round_trip(*states))
+        key, value = (
+            side_THD.transpose(0, 1)[None]
+            for side_THD in codec.round_trip([codec], states[:1], states[1:], torch.arange(len(states[0])))[0]
+        )
         found = sample._replace(key=key, value=value)
         for place, part in ((0, outputs), (2, sink_attention)):
             exact = part(sample, layer).double()

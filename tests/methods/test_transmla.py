@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,12 @@ from kvcompress.checkpoint.manifest import Manifest
 from kvcompress.checkpoint.reader import Checkpoint
 from kvcompress.checkpoint.verify import verify
 from kvcompress.geometry import ModelGeometry
-from kvcompress.methods import registry, rorope, transmla, transmla_layers
-from kvcompress.pipeline import compress as compressing
+from kvcompress.methods import rorope, transmla, transmla_layers
 from kvcompress.pipeline import plan as planning
 from kvcompress.pipeline.decompress import decompress
 from kvcompress.serving.transformers import CompressedCache
-from tests import tiny
+from tests import compression, tiny
+from tests.compression import listed, tree_sha256
 
 KEYS = tiny.NUM_KV_HEADS * tiny.HEAD_DIM
 FULL = f"rope_dim: {KEYS}, kv_lora_rank: {KEYS}, freqfold: 1"
@@ -38,22 +37,16 @@ def _registered() -> None:
 
 
 def recipe(stage: str, after: str = "") -> recipes.Recipe:
-    return recipes.parse(f"version: 1\nstages:\n  - {{method: transmla, {stage}}}\n{after}", registry.schemas())
+    return compression.recipe(listed(f"method: transmla, {stage}") + after)
 
 
 def compress(model: Path, out: Path, stage: str, progress: Any = lambda *_: None, **options: Any) -> planning.Plan:
-    settings = compressing.Options(**{"samples": 4, "length": 96} | options)
-    return compressing.compress(str(model), recipe(stage), out, settings, progress)
+    return compression.compress(model, out, listed(f"method: transmla, {stage}"), progress, **{"samples": 4} | options)
 
 
 def logits(directory: Path, tokens: int = 150) -> torch.Tensor:
     with torch.no_grad():
         return tiny.load_model(directory)(torch.tensor(tiny.prompts([tokens]))).logits
-
-
-def tree_sha256(directory: Path) -> dict[str, str]:
-    files = sorted(path for path in directory.rglob("*") if path.is_file())
-    return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def base_of(directory: Path, architecture: str, **config: Any) -> Path:

@@ -5,33 +5,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvcompress import recipe as recipes
 from kvcompress.calibration import corpus, tokenizer
 from kvcompress.checkpoint.manifest import Manifest
 from kvcompress.checkpoint.reader import Checkpoint
 from kvcompress.checkpoint.verify import verify
 from kvcompress.geometry import ModelGeometry
-from kvcompress.methods import registry
 from kvcompress.methods.xkv import Xkv, XkvConfig
 from kvcompress.pipeline import compress as compressing
 from kvcompress.pipeline import plan as planning
 from kvcompress.pipeline.decompress import decompress
 from tests.calibration import xkv_probe
-from tests.pipeline.test_compress import tree_sha256
+from tests.compression import OPTIONS, compress, listed, recipe, tree_sha256
 
-OPTIONS = {"samples": 6, "length": 96}
 GEOMETRY = ModelGeometry("LlamaForCausalLM", 6, 128, 4, 2, 64, 1024, 1000, (None,) * 6)
-
-
-def recipe(*stages: str) -> recipes.Recipe:
-    lines = "".join(f"  - {{{stage}}}\n" for stage in stages)
-    return recipes.parse(f"version: 1\nstages:\n{lines}", registry.schemas())
-
-
-def compress(model: Path, out: Path, *stages: str, **options: int) -> planning.Plan:
-    return compressing.compress(
-        str(model), recipe(*stages), out, compressing.Options(**OPTIONS | options), lambda *_: None
-    )
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +35,7 @@ def test_error_is_that_of_the_truncated_svd_of_the_layers_side_by_side(
 ) -> None:
     fields = f"group: 3, rank: {{k: 0.25, v: 0.5}}, metric: none, center: {str(center).lower()}"
     codecs = xkv_probe.compress(base_model, tmp_path / "out", fields, **OPTIONS)
-    assert [codec.group for codec in codecs] == [(0, 1, 2)] * 3 + [(3,)]
+    assert [codec.spec.group for codec in codecs] == [(0, 1, 2)] * 3 + [(3,)]
     for group in ((0, 1, 2), (3,)):
         for side, per_layer in (("k", 16), ("v", 32)):
             states = [calibration_states[side][index].double().flatten(1) for index in group]
@@ -64,7 +50,9 @@ def test_error_is_that_of_the_truncated_svd_of_the_layers_side_by_side(
 def test_attention_metric_lowers_the_error_of_the_layers_output(base_model: Path, tmp_path: Path) -> None:
     errors = {}
     for metric in ("none", "attention"):
-        compress(base_model, tmp_path / metric, f"method: xkv, group: 2, rank: 0.5, metric: {metric}", samples=8)
+        compress(
+            base_model, tmp_path / metric, listed(f"method: xkv, group: 2, rank: 0.5, metric: {metric}"), samples=8
+        )
         errors[metric] = sum(layer["v"]["relative_error"] for layer in Manifest.load(tmp_path / metric).layers)
     assert errors["attention"] < errors["none"]
 
@@ -82,8 +70,8 @@ def test_attention_metric_lowers_the_error_of_the_layers_output(base_model: Path
 def test_plan_is_what_compress_writes_and_decompress_takes_back(
     stages: tuple[str, ...], base_model: Path, tmp_path: Path
 ) -> None:
-    made = planning.make(Checkpoint.open(base_model), recipe(*stages), str(base_model)).to_json()
-    compress(base_model, tmp_path / "out", *stages)
+    made = planning.make(Checkpoint.open(base_model), recipe(listed(*stages)), str(base_model)).to_json()
+    compress(base_model, tmp_path / "out", listed(*stages))
     manifest = Manifest.load(tmp_path / "out")
     assert verify(tmp_path / "out").ok
     assert made["bytes_per_token"]["compressed"] == manifest.bytes_per_token.compressed
@@ -94,22 +82,22 @@ def test_plan_is_what_compress_writes_and_decompress_takes_back(
     decompress(tmp_path / "out", tmp_path / "plain", lambda *_: None)
     assert (tmp_path / "plain/model.safetensors").read_bytes() == (base_model / "model.safetensors").read_bytes()
     assert "quantization_config" not in (tmp_path / "plain/config.json").read_text()
-    compress(base_model, tmp_path / "again", *stages)
+    compress(base_model, tmp_path / "again", listed(*stages))
     assert tree_sha256(tmp_path / "again") == tree_sha256(tmp_path / "out")
 
 
 def test_automatic_groups_save_bytes_and_a_plan_says_the_most(base_model: Path, tmp_path: Path) -> None:
     stages = ("method: xkv, group: auto, max_error: 0.8, rank: 0.5", "method: scalar, bits: 8")
-    most = planning.make(Checkpoint.open(base_model), recipe(*stages), str(base_model)).bytes_per_token
-    found = compress(base_model, tmp_path / "out", *stages)
+    most = planning.make(Checkpoint.open(base_model), recipe(listed(*stages)), str(base_model)).bytes_per_token
+    found = compress(base_model, tmp_path / "out", listed(*stages))
     manifest = Manifest.load(tmp_path / "out")
     assert found.bytes_per_token == manifest.bytes_per_token.compressed < most
     with pytest.raises(ValueError, match=r"recipe line 3: xkv: keys of layer 0 .* above max_error 0.01"):
-        compress(base_model, tmp_path / "strict", "method: xkv, group: auto, max_error: 0.01, rank: 0.25")
+        compress(base_model, tmp_path / "strict", listed("method: xkv, group: auto, max_error: 0.01, rank: 0.25"))
 
 
 def test_prompt_form_counts_factors_per_request(base_model: Path) -> None:
-    stages = recipe("method: xkv, basis: prompt, group: 4, rank: {k: 0.5, v: 0.25}")
+    stages = recipe(listed("method: xkv, basis: prompt, group: 4, rank: {k: 0.5, v: 0.25}"))
     short, long = (
         planning.make(Checkpoint.open(base_model), stages, str(base_model), context=context).to_json()["context"]
         for context in (1000, 2000)
@@ -120,7 +108,7 @@ def test_prompt_form_counts_factors_per_request(base_model: Path) -> None:
 
 
 def test_interrupted_and_resumed_gives_the_same_bytes(base_model: Path, tmp_path: Path) -> None:
-    stages = recipe("method: xkv, group: 2, rank: 0.5")
+    stages = recipe(listed("method: xkv, group: 2, rank: 0.5"))
     for stop in (("capturing layers", 2), ("fitting layers", 2)):
 
         def interrupt(step: str, done: int, total: int, stop: tuple[str, int] = stop) -> None:
@@ -130,8 +118,8 @@ def test_interrupted_and_resumed_gives_the_same_bytes(base_model: Path, tmp_path
         options = compressing.Options(**OPTIONS, resume=stop[0] != "capturing layers")
         with pytest.raises(KeyboardInterrupt):
             compressing.compress(str(base_model), stages, tmp_path / "out", options, interrupt)
-    compress(base_model, tmp_path / "out", "method: xkv, group: 2, rank: 0.5", resume=True)
-    compress(base_model, tmp_path / "straight", "method: xkv, group: 2, rank: 0.5")
+    compress(base_model, tmp_path / "out", listed("method: xkv, group: 2, rank: 0.5"), resume=True)
+    compress(base_model, tmp_path / "straight", listed("method: xkv, group: 2, rank: 0.5"))
     assert tree_sha256(tmp_path / "out") == tree_sha256(tmp_path / "straight")
 
 
@@ -159,12 +147,12 @@ def test_ranks_are_per_layer_and_stripes_whole_channel_groups() -> None:
 )
 def test_wrong_fields_are_named(fields: str, words: str) -> None:
     with pytest.raises(ValueError, match=rf"recipe line 3: xkv.*{words}"):
-        recipe(f"method: xkv, {fields}")
+        recipe(listed(f"method: xkv, {fields}"))
 
 
 def test_what_does_not_fit_is_refused_in_one_sentence(base_model: Path) -> None:
     def plan(*stages: str) -> None:
-        planning.make(Checkpoint.open(base_model), recipe(*stages), str(base_model))
+        planning.make(Checkpoint.open(base_model), recipe(listed(*stages)), str(base_model))
 
     with pytest.raises(ValueError, match=r"line 3: rank 72 is above head_dim 64"):
         plan("method: xkv, rank: 72")

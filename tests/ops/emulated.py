@@ -1,4 +1,4 @@
-"""The CUDA kernels without a GPU: their own source, compiled by the C++ compiler with csrc/cuda/emulate.h.
+"""The CUDA kernels without a GPU: their own source, compiled by the C++ compiler after csrc/emulator/emulate.h.
 
 Two libraries, one for each way of copying pages: by lanes as on sm_80, by the copy engine as on sm_90.
 """
@@ -25,7 +25,6 @@ from kvcompress.ops.heads import cuda
 from tests.ops.heads.cases import Cache, starts
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("api.cu", "blocks.cu", "decode.cu", "encode.cu", "latent.cu", "shared.cu", "store.cu")
 COPIES = {"sm_80": 0, "sm_90": 1}
 
 
@@ -35,15 +34,16 @@ def library(copies: str) -> ctypes.CDLL | None:
     compiler = shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         return None
-    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", f"-DKVC_BULK_COPIES={COPIES[copies]}", "-I", "csrc/include"]
-    files = [file for folder in ("cuda", "include/kvcompress") for file in sorted((ROOT / "csrc" / folder).iterdir())]
+    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", f"-DKVC_BULK_COPIES={COPIES[copies]}", "-Icsrc", "-Icsrc/include"]
+    flags += ["-include", "emulator/emulate.h"]
+    files = sorted(file for file in (ROOT / "csrc").rglob("*") if file.suffix in (".cu", ".h"))
     digest = sha256(b"".join(file.read_bytes() for file in files) + " ".join([compiler, *flags]).encode()).hexdigest()
     path = Path(tempfile.gettempdir(), f"kvcompress-emulated-{os.getuid()}", f"{digest[:24]}.so")
     if not path.is_file():
         path.parent.mkdir(mode=0o700, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as directory:
             made = Path(directory, "library.so")
-            sources = [f"csrc/cuda/{source}" for source in SOURCES]
+            sources = [str(file) for file in files if file.suffix == ".cu"]
             subprocess.run([compiler, *flags, "-x", "c++", *sources, "-o", str(made)], check=True, cwd=ROOT)
             made.replace(path)
     return cuda_library.open_library(path)

@@ -19,7 +19,7 @@ from kvcompress.pipeline import plan as planning
 from kvcompress.pipeline.decompress import decompress
 from kvcompress.serving.transformers import CompressedCache, prepare
 from tests import quantize, tiny
-from tests.pipeline.test_compress import compress, recipe
+from tests.compression import compress, recipe
 
 FORMATS: dict[str, tuple[quantize.Quantizer, dict[str, Any]]] = {
     "int8": (quantize.int8, quantize.int8_config()),

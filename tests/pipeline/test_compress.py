@@ -1,43 +1,21 @@
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from kvcompress import recipe as recipes
 from kvcompress.checkpoint.manifest import Manifest
 from kvcompress.checkpoint.reader import Checkpoint
 from kvcompress.checkpoint.verify import verify
-from kvcompress.methods import registry
 from kvcompress.pipeline import compress as compressing
 from kvcompress.pipeline import plan as planning
 from kvcompress.pipeline.decompress import decompress
 from kvcompress.serving.transformers import CompressedCache
 from tests import tiny
-
-OPTIONS = {"samples": 6, "length": 96}
-
-
-def recipe(text: str = "  - method: pca\n  - method: scalar\n    bits: {k: 4, v: 2}\n") -> recipes.Recipe:
-    return recipes.parse(f"version: 1\nstages:\n{text}", registry.schemas())
-
-
-def compress(model: Path, out: Path, text: str | None = None, **options: Any) -> planning.Plan:
-    made = recipe() if text is None else recipe(text)
-    return compressing.compress(str(model), made, out, compressing.Options(**OPTIONS | options), lambda *_: None)
-
-
-def tree_sha256(directory: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(directory.rglob("*"))
-        if path.is_file()
-    }
+from tests.compression import OPTIONS, compress, recipe, tree_sha256
 
 
 @pytest.fixture(scope="module")

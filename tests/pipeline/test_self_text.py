@@ -12,7 +12,7 @@ from kvcompress.pipeline import compress as pipeline
 from kvcompress.pipeline import self_text
 from kvcompress.pipeline.compress import Options
 from tests import quantize
-from tests.pipeline.test_compress import recipe, tree_sha256
+from tests.compression import recipe, tree_sha256
 
 
 def compress(model: Path, out: Path, progress: Progress = lambda *_: None, **options: Any) -> None:

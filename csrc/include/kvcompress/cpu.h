@@ -1,5 +1,5 @@
 // C interface of the CPU kernels. The torch code in kvcompress/codec is the specification; byte offsets come from
-// kvcompress/codec/layout.py as numbers. All matrices are float32, contiguous, in the order their names say:
+// kvcompress/codec/heads/layout.py as numbers. All matrices are float32, contiguous, in the order their names say:
 // T tokens, H KV heads, D head_dim, R kept channels of one side.
 #ifndef KVCOMPRESS_CPU_H
 #define KVCOMPRESS_CPU_H
@@ -100,9 +100,9 @@ typedef struct {
     int32_t level;
 } kvc_append_args;
 
-// ---- blocks (kvcompress/codec/gear.py) -------------------------------------------------------------------------------
+// ---- blocks (kvcompress/codec/blocks/codec.py) -------------------------------------------------------------------------------
 
-// Keys or values of one block of one head. Offsets within the block's record; the parts are those of codec/gear_spec.py.
+// Keys or values of one block of one head. Offsets within the block's record; the parts are those of codec/blocks/spec.py.
 typedef struct {
     int32_t rank;
     int32_t bits;
@@ -208,7 +208,7 @@ typedef struct {
     int32_t level;
 } kvc_latent_append_args;
 
-// ---- Layers that share a latent (kvcompress/codec/shared.py) -------------------------------------------------------
+// ---- Layers that share a latent (kvcompress/codec/shared/codec.py) -------------------------------------------------------
 
 // One side's records in the pages of one layer: uint8 [num_blocks][records][block_size][token_bytes]. The side's offsets
 // are within a token's bytes.
@@ -237,7 +237,7 @@ typedef struct {
     kvc_rows values;
     const float* k_mean_HD;
     const float* k_decode_HDR;     // keys of the layer's own
-    const float* k_decode_blocked; // shared keys: see kvcompress/ops/shared_plan.py
+    const float* k_decode_blocked; // shared keys: see kvcompress/ops/shared/plan.py
     const int16_t* k_codes_blocked;
     const float* k_scale_HD;       // of k_codes_blocked
     const float* v_decode_HRD;

@@ -1,4 +1,4 @@
-// C interface of the CUDA kernels, which work on pages in fragment order (kvcompress/codec/fragment.py). Structs of pages
+// C interface of the CUDA kernels, which work on pages in fragment order (kvcompress/codec/heads/fragment.py). Structs of pages
 // and rows are the CPU kernels'; their pointers are the device's, and a side's offsets are within a chunk of 64 tokens.
 // Calls start work on a stream and return: 0, or the number of a CUDA error, or one of kvc_status below 0.
 #ifndef KVCOMPRESS_CUDA_H

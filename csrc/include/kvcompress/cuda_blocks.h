@@ -1,4 +1,4 @@
-// C interface of the CUDA kernels for the form `blocks` (kvcompress/codec/gear.py). Pages, rings and rows are as the CPU's
+// C interface of the CUDA kernels for the form `blocks` (kvcompress/codec/blocks/codec.py). Pages, rings and rows are as the CPU's
 // kernels have them, byte for byte; their pointers are the device's. Calls start work on a stream and return as those
 // of cuda.h do.
 #ifndef KVCOMPRESS_CUDA_BLOCKS_H

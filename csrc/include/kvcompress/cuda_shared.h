@@ -1,4 +1,4 @@
-// C interface of the CUDA kernels of layers that share a latent (kvcompress/codec/shared.py). Records are in the order
+// C interface of the CUDA kernels of layers that share a latent (kvcompress/codec/shared/codec.py). Records are in the order
 // of the CPU's pages; pointers are the device's. Calls start work on a stream and return what those of cuda.h do.
 #ifndef KVCOMPRESS_CUDA_SHARED_H
 #define KVCOMPRESS_CUDA_SHARED_H
@@ -20,7 +20,7 @@ typedef struct {
     kvc_rows keys;               // the step's own tokens, [tokens, num_kv_heads, head_dim], after RoPE
     kvc_rows values;
     int32_t k_channels;          // own keys: 16 per tile; shared keys: 64, 128 or 256, head_dim and padding
-    const void* k_decode;        // shared keys: halves, in the order of csrc/cuda/shared_scores.h; null: keys are own
+    const void* k_decode;        // shared keys: halves, in the order of csrc/cuda/shared/scores.h; null: keys are own
     const float* k_decode_unit;  // [num_kv_heads]
     const float* k_mean;         // [num_kv_heads, k_channels]
     const float* rope_frequency; // [k_channels / 2]

@@ -7,12 +7,14 @@ without the codec's latents. So a result does not depend on how a prompt is cut,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from kvcompress.codec.blocks import encoding as gear_blocks
 from kvcompress.codec.blocks.spec import BlockSide, BlocksSpec
-from kvcompress.codec.forms import ReadTensor
+from kvcompress.codec.contract import ReadTensor
 from kvcompress.codec.side import Side, Sides
 
 
@@ -62,8 +64,14 @@ class BlocksCodec(Sides[BlockSideCodec]):
         keys, values = (side.reconstruct(part) for side, part in self._split(records_NHB))
         return keys, values
 
-    def round_trip(self, keys_THD: Tensor, values_THD: Tensor) -> tuple[Tensor, Tensor]:
-        """One sequence's keys and values as a query after its end reads them: the open block is exact."""
+    @staticmethod
+    def round_trip(
+        codecs: Sequence[BlocksCodec], keys_THD: Sequence[Tensor], values_THD: Sequence[Tensor], positions_T: Tensor
+    ) -> list[tuple[Tensor, Tensor]]:
+        """As a query after the sequence's end reads them: the open block is exact."""
+        return [codec._read_back(*sides) for codec, *sides in zip(codecs, keys_THD, values_THD, strict=True)]
+
+    def _read_back(self, keys_THD: Tensor, values_THD: Tensor) -> tuple[Tensor, Tensor]:
         block = self.spec.block
         whole = keys_THD.shape[0] // block * block
         read = self.reconstruct(self.seal(keys_THD[:whole], values_THD[:whole]))
@@ -72,6 +80,11 @@ class BlocksCodec(Sides[BlockSideCodec]):
             for x_NHSD, exact_THD in zip(read, (keys_THD, values_THD), strict=True)
         )
         return keys, values
+
+    def as_stored(self, side: str, query_Q1: Tensor, token_1T: Tensor, start: int) -> Tensor:
+        """Those of blocks that are complete when the query's token is there."""
+        block = self.spec.block
+        return token_1T < (query_Q1 + 1) // block * block
 
     @classmethod
     def from_tensors(cls, spec: BlocksSpec, read: ReadTensor) -> BlocksCodec:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kvcompress.codec.blocks.spec import BlockSide
-from kvcompress.codec.codes.packing import pack, unpack
+from kvcompress.codec.codes.registry import CODES
 
 _HALF_MAX = 65504.0
 
@@ -44,7 +44,7 @@ def encode(unit_NHSR: Tensor, scale_HR: Tensor, side: BlockSide) -> Tensor:
     rest_NHSR = rest_NHSR - tokens_NHSL.float() @ channels_NHRL.float().mT
     missing_NHK = _half(rest_NHSR.flatten(2).gather(-1, place_NHK))
     # A place is an unsigned 16-bit number; torch casts to int16 by keeping the low 16 bits.
-    parts = (pack(code_NHSR, side.bits), step, zero, tokens_NHSL, channels_NHRL, missing_NHK, place_NHK.short())
+    parts = (CODES[side.bits].pack(code_NHSR), step, zero, tokens_NHSL, channels_NHRL, missing_NHK, place_NHK.short())
     return torch.cat([part.contiguous().view(torch.uint8).flatten(2) for part in parts], dim=-1)
 
 
@@ -53,7 +53,7 @@ def decode(records_NHB: Tensor, side: BlockSide) -> Tensor:
     sizes = side.parts()
     parts = dict(zip(sizes, records_NHB.split(list(sizes.values()), dim=-1), strict=True))
     halves = {name: part.contiguous().view(torch.float16) for name, part in parts.items() if name != "codes"}
-    code_NHSR = unpack(parts["codes"].unflatten(-1, (side.block, -1)), side.bits).float()
+    code_NHSR = CODES[side.bits].unpack(parts["codes"].unflatten(-1, (side.block, -1))).float()
     step, zero = (halves[name].unflatten(-1, (side.rows, -1)) for name in ("scale", "zero"))
     unit_NHSR = _dequantize(code_NHSR, step, zero, side)
     if side.low_rank:

@@ -20,10 +20,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Literal, Self
 
-from kvcompress.codec.bands import CHANNEL_GROUP
-
-BLOCK_BITS = (2, 4, 8)
-"""Code widths inside a block."""
+from kvcompress.codec.bands import CHANNEL_GROUP, Band, summary
+from kvcompress.codec.codes.registry import quantized
 
 _PART_ALIGNMENT = 16
 _HALF_BYTES = 2
@@ -57,8 +55,8 @@ class BlockSide:
     """Entries of a block that are kept exactly."""
 
     def __post_init__(self) -> None:
-        if self.bits not in BLOCK_BITS:
-            raise ValueError(f"found {self.bits} bits in a block; expected one of {BLOCK_BITS}")
+        if self.bits not in quantized():
+            raise ValueError(f"found {self.bits} bits in a block; expected one of {quantized()}")
         if self.rank <= 0 or self.rank % CHANNEL_GROUP:
             raise ValueError(f"found {self.rank} channels; expected a positive multiple of {CHANNEL_GROUP}")
         if self.along not in ("tokens", "channels"):
@@ -151,9 +149,7 @@ class BlocksSpec:
 
     def _side_summary(self, side: BlockSide) -> dict[str, Any]:
         return {
-            "rank": side.rank,
-            "bits": round(side.bits * side.rank / self.head_dim, 4),
-            "bands": [[side.bits, side.rank]],
+            **summary([Band(side.bits, side.rank)], self.head_dim),
             "stored_bits": round(8 * side.nbytes / (self.block * self.head_dim), 4),
             "group": side.group,
             "low_rank": side.low_rank,

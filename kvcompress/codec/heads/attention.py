@@ -14,7 +14,7 @@ from kvcompress.codec.heads.codec import HeadsCodec
 
 def attend(
     query_QHGD: Tensor, k_latent_THR: Tensor, v_latent_THR: Tensor, codec: HeadsCodec, softmax_scale: float
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Causal attention of the last Q of T tokens over all T.
 
     Args:
@@ -23,14 +23,18 @@ def attend(
         softmax_scale: usually head_dim ** -0.5.
 
     Returns:
-        float32 `[query tokens, KV heads, query heads per KV head, head_dim]`.
+        float32 `[query tokens, KV heads, query heads per KV head, head_dim]`, and the log of the sum of exponentials of
+        each row `[query tokens, KV heads, query heads per KV head]`.
     """
     queries, tokens = query_QHGD.shape[0], k_latent_THR.shape[0]
     assert queries <= tokens
-    absorbed = torch.einsum("qhgd,hrd->hgqr", query_QHGD.float() * softmax_scale, codec.k.decode_HRD)
+    scaled_QHGD = query_QHGD.float() * softmax_scale
+    absorbed = torch.einsum("qhgd,hrd->hgqr", scaled_QHGD, codec.k.decode_HRD)
     scores = torch.einsum("hgqr,thr->hgqt", absorbed, k_latent_THR)
     if queries > 1:
         visible = torch.ones(queries, tokens, dtype=torch.bool, device=scores.device).tril(tokens - queries)
         scores = scores.masked_fill(~visible, -torch.inf)
     mixed = torch.einsum("hgqt,thr->hgqr", scores.softmax(-1), v_latent_THR)
-    return torch.einsum("hgqr,hrd->qhgd", mixed, codec.v.decode_HRD) + codec.v.mean_HD[:, None, :]
+    output_QHGD = torch.einsum("hgqr,hrd->qhgd", mixed, codec.v.decode_HRD) + codec.v.mean_HD[:, None, :]
+    constant_QHG = torch.einsum("qhgd,hd->qhg", scaled_QHGD, codec.k.mean_HD)
+    return output_QHGD, scores.logsumexp(-1).permute(2, 0, 1) + constant_QHG

@@ -9,6 +9,7 @@ of each latent channel on the calibration data, the unit in which `scalar` quant
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,8 +17,9 @@ from torch import Tensor
 
 from kvcompress.codec import scalar
 from kvcompress.codec.bands import SideSpec
-from kvcompress.codec.forms import ReadTensor
+from kvcompress.codec.contract import ReadTensor
 from kvcompress.codec.heads.spec import HeadsSpec
+from kvcompress.codec.record import Record
 from kvcompress.codec.side import Side, Sides
 
 
@@ -31,15 +33,15 @@ class SideCodec(Side[SideSpec]):
         super().__post_init__()
         object.__setattr__(self, "weight_HR", self.scale_HR.square())
 
-    def encode(self, x_THD: Tensor) -> scalar.Encoded:
+    def encode(self, x_THD: Tensor) -> Record:
         """Keys or values `[tokens, heads, head_dim]` as they are stored."""
         return scalar.encode(self.latent(x_THD), self.weight_HR, self.spec)
 
-    def decode(self, encoded: scalar.Encoded) -> Tensor:
+    def decode(self, encoded: Record) -> Tensor:
         """Stored tokens to normalized latents `[tokens, heads, rank]`, float32."""
         return scalar.decode(encoded, self.spec)
 
-    def reconstruct(self, encoded: scalar.Encoded) -> Tensor:
+    def reconstruct(self, encoded: Record) -> Tensor:
         """Stored tokens back to keys or values `[tokens, heads, head_dim]`, float32."""
         return torch.einsum("thr,hrd->thd", self.decode(encoded), self.decode_HRD) + self.mean_HD
 
@@ -71,9 +73,18 @@ class HeadsCodec(Sides[SideCodec]):
         heads, head_dim = self.k.mean_HD.shape
         return HeadsSpec(heads, head_dim, self.k.spec, self.v.spec)
 
-    def round_trip(self, keys_THD: Tensor, values_THD: Tensor) -> tuple[Tensor, Tensor]:
-        """One sequence's keys and values as attention reads them back from the cache, float32."""
-        return self.k.reconstruct(self.k.encode(keys_THD)), self.v.reconstruct(self.v.encode(values_THD))
+    @staticmethod
+    def round_trip(
+        codecs: Sequence[HeadsCodec], keys_THD: Sequence[Tensor], values_THD: Sequence[Tensor], positions_T: Tensor
+    ) -> list[tuple[Tensor, Tensor]]:
+        return [
+            (codec.k.reconstruct(codec.k.encode(keys)), codec.v.reconstruct(codec.v.encode(values)))
+            for codec, keys, values in zip(codecs, keys_THD, values_THD, strict=True)
+        ]
+
+    def as_stored(self, side: str, query_Q1: Tensor, token_1T: Tensor, start: int) -> Tensor:
+        """All tokens, a step's own included."""
+        return torch.ones_like(token_1T, dtype=torch.bool)
 
     @classmethod
     def from_tensors(cls, spec: HeadsSpec, read: ReadTensor) -> HeadsCodec:

@@ -25,8 +25,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kvcompress.codec.bands import CHANNEL_GROUP, SideSpec
-from kvcompress.codec.codes.packing import pack, unpack
+from kvcompress.codec.bands import CHANNEL_GROUP, Band, SideSpec
 from kvcompress.codec.heads.layout import CHUNK_TOKENS, FRAGMENT, PageLayout
 from kvcompress.codec.heads.spec import HeadsSpec
 
@@ -98,36 +97,27 @@ def _tokens(width: int) -> _Change:
 def _pieces(side: SideSpec, keys: bool) -> list[tuple[_Change, int, int]]:
     """How each band's bytes change, and which of a token's bytes they are."""
     pieces, first = [], 0
-    for bits, width in side.bands:
-        last = first + bits * width // 8
-        pieces.append((_codes(bits, width, keys), first, last))
+    for band in side.bands:
+        last = first + band.nbytes
+        pieces.append((_codes(band, keys), first, last))
         first = last
     return pieces
 
 
-def _codes(bits: int, width: int, keys: bool) -> _Change:
-    order = unit_order(bits, keys)
-    units, entries = width // CHANNEL_GROUP, CHUNK_TOKENS * CHANNEL_GROUP
+def _codes(band: Band, keys: bool) -> _Change:
+    code, order = band.code, unit_order(band.bits, keys)
+    units, entries = band.width // CHANNEL_GROUP, CHUNK_TOKENS * CHANNEL_GROUP
 
     def change(x: Tensor, reverse: bool) -> Tensor:
+        numbers = code.unpack(x)
         if reverse:
-            code = _split(x, bits).unflatten(-1, (units, entries, -1))[..., order.argsort().to(x.device), :]
-            code = code.unflatten(-2, (CHUNK_TOKENS, CHANNEL_GROUP)).transpose(-4, -3)
-            return _join(code.flatten(-3), bits)
-        # [..., tokens, units, channels, bytes of a code] to [..., units, tokens and channels, bytes of a code]
-        code = _split(x, bits).unflatten(-1, (units, CHANNEL_GROUP, -1)).transpose(-4, -3)
-        return _join(code.flatten(-3, -2)[..., order.to(x.device), :].flatten(-3), bits)
+            numbers = numbers.unflatten(-1, (units, entries))[..., order.argsort().to(x.device)]
+            return code.pack(numbers.unflatten(-1, (CHUNK_TOKENS, CHANNEL_GROUP)).transpose(-3, -2).flatten(-2))
+        # [..., tokens, units, channels] to [..., units, tokens and channels]
+        numbers = numbers.unflatten(-1, (units, CHANNEL_GROUP)).transpose(-3, -2).flatten(-2)
+        return code.pack(numbers[..., order.to(x.device)].flatten(-2))
 
     return change
-
-
-def _split(x: Tensor, bits: int) -> Tensor:
-    """Codes, or both bytes of 16-bit channels."""
-    return x if bits >= 8 else unpack(x, bits)
-
-
-def _join(code: Tensor, bits: int) -> Tensor:
-    return code if bits >= 8 else pack(code, bits)
 
 
 @functools.cache

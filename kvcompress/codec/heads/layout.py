@@ -3,8 +3,8 @@
 A page holds `block_size` tokens of one layer and one KV head as one contiguous record; the cache of a layer is
 `uint8 [num_blocks, num_kv_heads, record_bytes]`. The `token_major` record is
 
-    k_gain     fp16  [block_size]              (absent when keys are stored in 16 or 32 bits)
-    v_gain     fp16  [block_size]              (absent when values are stored in 16 or 32 bits)
+    k_gain     fp16  [block_size]              (absent when keys' code needs none: floats)
+    v_gain     fp16  [block_size]              (absent when values' code needs none)
     k_outliers fp16  [block_size, k_outliers]  (what the codes leave of them; absent when keys have none)
     v_outliers fp16  [block_size, v_outliers]  (absent when values have none)
     k_channels uint8 [block_size, k_outliers]  (which channels they are, counted over all bands)
@@ -22,6 +22,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from kvcompress.codec.codes.registry import listed, widths
 from kvcompress.codec.heads.spec import HeadsSpec
 
 TOKEN_MAJOR, FRAGMENT = "token_major", "fragment"
@@ -64,15 +65,17 @@ class PageLayout:
         """Lay out pages of `block_size` tokens.
 
         Raises:
-            ValueError: block_size is not a positive multiple of 16, or of 64 in `fragment` order; or a side is stored
-                in 32 bits, which tensor cores cannot read.
+            ValueError: block_size is not a positive multiple of 16, or of 64 in `fragment` order; or a band has a code
+                that CUDA kernels do not unpack.
         """
         assert order in (TOKEN_MAJOR, FRAGMENT), order
         multiple = CHUNK_TOKENS if order == FRAGMENT else PART_ALIGNMENT
         if block_size <= 0 or block_size % multiple:
             raise ValueError(f"block size is {block_size}; compressed pages need a positive multiple of {multiple}")
-        if order == FRAGMENT and any(side.bands[0].bits == 32 for side in (layer.k, layer.v)):
-            raise ValueError("found channels of 32 bits; pages in fragment order hold 16, 8, 4 or 2")
+        held = widths(lambda code: "cuda" in code.kernels)
+        other = next((band.bits for band in (*layer.k.bands, *layer.v.bands) if band.bits not in held), None)
+        if order == FRAGMENT and other:
+            raise ValueError(f"found channels of {other} bits; pages in fragment order hold {listed(held)}")
         offset, tokens = 0, CHUNK_TOKENS if order == FRAGMENT else block_size
         starts: tuple[list[int], list[int]] = ([], [])
         for sizes in zip(layer.k.part_bytes, layer.v.part_bytes, strict=True):

@@ -13,7 +13,7 @@ from torch import Tensor
 from kvcompress.codec.heads import fragment
 from kvcompress.codec.heads.codec import HeadsCodec
 from kvcompress.codec.heads.layout import FRAGMENT, PageLayout
-from kvcompress.codec.scalar import Encoded
+from kvcompress.codec.record import Record
 
 
 def append(
@@ -47,7 +47,7 @@ def read(
             _gather(_part(pages_NHX, layout, offset, width), blocks_N, length) if width else None
             for offset, width in zip(place, side.spec.part_bytes, strict=True)
         ]
-        latents.append(side.decode(Encoded.from_parts(parts)))
+        latents.append(side.decode(Record.from_parts(parts)))
     return latents[0], latents[1]
 
 

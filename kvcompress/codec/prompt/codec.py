@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvcompress.codec.forms import ReadTensor
+from kvcompress.codec.contract import ReadTensor
 from kvcompress.codec.prompt.spec import PromptSpec
 from kvcompress.codec.rope import Rope
 
@@ -45,10 +45,6 @@ class PromptCodec:
     rope: Rope | None
     """The rotation of keys, where keys are shared."""
 
-    @property
-    def group(self) -> tuple[int, ...]:
-        return self.spec.group
-
     def states(self, side: str, x_THD: Tensor, positions_T: Tensor) -> Tensor:
         """Post-RoPE keys ("k") or values ("v") as the states that are factored `[tokens, channels]`, float32."""
         x_THD = self.rope.unrotate(x_THD, positions_T) if side == "k" and self.rope else x_THD.float()
@@ -67,7 +63,7 @@ class PromptCodec:
         return {side: rank for side, rank in ranks.items() if rank}
 
     @staticmethod
-    def round_trip_group(
+    def round_trip(
         codecs: Sequence[PromptCodec], keys_THD: Sequence[Tensor], values_THD: Sequence[Tensor], positions_T: Tensor
     ) -> list[tuple[Tensor, Tensor]]:
         """The sequence is taken for the prompt; its sink and recent tokens stay as they are."""
@@ -85,6 +81,14 @@ class PromptCodec:
                 whole[inner] = codec.read(side, common_TR @ own[place], positions_T[inner])
                 read[side][place] = whole
         return list(zip(read["k"], read["v"], strict=True))
+
+    def as_stored(self, side: str, query_Q1: Tensor, token_1T: Tensor, start: int) -> Tensor:
+        """Tokens of a prompt that has been factored, which is all that came before the step."""
+        return token_1T < start if side in self.ranks else torch.zeros_like(token_1T, dtype=torch.bool)
+
+    def silent(self) -> list[Tensor]:
+        """None: there is no basis that could stand for nothing."""
+        return [torch.zeros((), dtype=torch.bool)] * 2
 
     def tensors(self) -> dict[str, Tensor]:
         if self.rope is None:

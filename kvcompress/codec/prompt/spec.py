@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, cast
 
+from kvcompress.codec.bands import Band, summary
 from kvcompress.codec.groups import Share, check_group
 
 
@@ -62,9 +63,7 @@ class PromptSpec:
         width = self.num_kv_heads * self.head_dim
         found = {}
         for name, rank in (("k", self.k_rank), ("v", self.v_rank)):
-            bits = 8 * self.element_bytes
-            kept = rank or width
-            found[name] = {"rank": kept, "bits": round(bits * kept / width, 4), "bands": [[bits, kept]]}
+            found[name] = summary([Band(8 * self.element_bytes, rank or width)], width)
             if rank:
                 found[name]["group"] = list(self.group)
         return {**found, "basis": "prompt", "bytes_per_request": self.bytes_per_request}

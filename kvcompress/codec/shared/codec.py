@@ -21,8 +21,9 @@ from torch import Tensor
 
 from kvcompress.codec import scalar
 from kvcompress.codec.bands import SideSpec
-from kvcompress.codec.forms import ReadTensor
+from kvcompress.codec.contract import ReadTensor
 from kvcompress.codec.heads.codec import SideCodec
+from kvcompress.codec.record import Record
 from kvcompress.codec.rope import Rope
 from kvcompress.codec.shared.spec import SharedSpec
 
@@ -60,11 +61,11 @@ class SharedSide:
         """What this layer adds to the group's normalized latent `[tokens, R]`."""
         return torch.einsum("thd,hdr->tr", x_THD.float() - self.mean_HD, self.encode_HDR)
 
-    def encode(self, latent_TR: Tensor) -> scalar.Encoded:
+    def encode(self, latent_TR: Tensor) -> Record:
         """The complete normalized latent, stripes in the place of heads."""
         return scalar.encode(latent_TR.unflatten(-1, self.scale_WR.shape), self.weight_WR, self.spec)
 
-    def decode(self, encoded: scalar.Encoded) -> Tensor:
+    def decode(self, encoded: Record) -> Tensor:
         """All stripes back to the normalized latent `[tokens, R]`."""
         return scalar.decode(encoded, self.spec).flatten(1)
 
@@ -75,8 +76,13 @@ class SharedSide:
     def tensors(self) -> dict[str, Tensor]:
         return {"mean": self.mean_HD, "basis": self.basis_HDR, "inverse": self.inverse_HRD, "scale": self.scale_WR}
 
+    def silent(self) -> Tensor:
+        """Whether all latents stand for nothing in this layer, bool `[]`."""
+        return ~self.inverse_HRD.any()
+
     def to(self, device: torch.device | str) -> SharedSide:
-        return SharedSide(self.spec, *(tensor.to(device) for tensor in self.tensors().values()))
+        """On a device, laid out as kernels read it."""
+        return SharedSide(self.spec, *(tensor.to(device).contiguous() for tensor in self.tensors().values()))
 
 
 @dataclass(frozen=True)
@@ -91,10 +97,6 @@ class SharedCodec:
 
     def __post_init__(self) -> None:
         assert isinstance(self.k, SharedSide) == (self.rope is not None) == (self.spec.share == "kv")
-
-    @property
-    def group(self) -> tuple[int, ...]:
-        return self.spec.group
 
     @property
     def shared_sides(self) -> dict[str, SharedSide]:
@@ -112,7 +114,7 @@ class SharedCodec:
         return self.rope.rotate(x_THD, positions_T) if side == "k" and self.rope else x_THD
 
     @staticmethod
-    def round_trip_group(
+    def round_trip(
         codecs: Sequence[SharedCodec], keys_THD: Sequence[Tensor], values_THD: Sequence[Tensor], positions_T: Tensor
     ) -> list[tuple[Tensor, Tensor]]:
         decoded: dict[str, Tensor] = {}
@@ -134,6 +136,13 @@ class SharedCodec:
                 k_THD = codec.read("k", decoded["k"], positions_T)
             read.append((k_THD, codec.read("v", decoded["v"], positions_T)))
         return read
+
+    def as_stored(self, side: str, query_Q1: Tensor, token_1T: Tensor, start: int) -> Tensor:
+        """Of shared sides the tokens before the step, whose own latents are not complete; of keys of its own all."""
+        return token_1T < start if side in self.shared_sides else torch.ones_like(token_1T, dtype=torch.bool)
+
+    def silent(self) -> list[Tensor]:
+        return [self.k.silent(), self.v.silent()]
 
     def tensors(self) -> dict[str, Tensor]:
         sides = {"k": self.k.tensors(), "v": self.v.tensors()}

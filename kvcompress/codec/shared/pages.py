@@ -1,7 +1,7 @@
 """Cache pages of a layer that shares a latent: its stripes, and with share "v" the keys of its heads.
 
 A page is `uint8 [page_bytes]`: for keys and then for values, `[records, block_size, bytes per token]`, where a stripe
-is one record per token and keys with bases of their own are one per head. What a record holds is `scalar.Encoded`. A
+is one record per token and keys with bases of their own are one per head. What a record holds is `record.Record`. A
 slot is block * block_size + offset.
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvcompress.codec.bands import SideSpec
 from kvcompress.codec.heads.layout import PART_ALIGNMENT
-from kvcompress.codec.scalar import Encoded
+from kvcompress.codec.record import Record
 from kvcompress.codec.shared.spec import SharedSpec
 
 
@@ -26,16 +26,16 @@ class SideLayout:
     spec: SideSpec
     offset: int
 
-    def write(self, pages_NX: Tensor, encoded: Encoded, slots_T: Tensor) -> None:
+    def write(self, pages_NX: Tensor, encoded: Record, slots_T: Tensor) -> None:
         """Store encoded tokens in their slots. Slots below 0 are padding and are skipped."""
         valid_T = slots_T >= 0
         block_T, offset_T = slots_T[valid_T] // self.block_size, slots_T[valid_T] % self.block_size
-        self.view(pages_NX)[block_T, :, offset_T] = encoded.to_record()[valid_T]
+        self.view(pages_NX)[block_T, :, offset_T] = encoded.to_bytes()[valid_T]
 
-    def read(self, pages_NX: Tensor, blocks_N: Tensor, length: int) -> Encoded:
+    def read(self, pages_NX: Tensor, blocks_N: Tensor, length: int) -> Record:
         """The first `length` tokens of a block table."""
         record_THX = self.view(pages_NX)[blocks_N].transpose(1, 2).flatten(0, 1)[:length]
-        return Encoded.from_record(record_THX, self.spec)
+        return Record.from_bytes(record_THX, self.spec)
 
     @property
     def end(self) -> int:

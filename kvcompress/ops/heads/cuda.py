@@ -1,4 +1,4 @@
-"""The CUDA kernels on torch tensors.
+"""The CUDA kernels on pages of form `heads`, in fragment order.
 
 A query is absorbed and an output expanded by torch's matrix products; what lies between, everything that grows with the
 context, is the kernels'. Nothing here waits for the device or reads from it, so calls can be captured in a CUDA graph.
@@ -8,35 +8,23 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from kvcompress.codec.bands import SideSpec
-from kvcompress.codec.blocks.spec import BlocksSpec
+from kvcompress.codec.heads.codec import HeadsCodec, SideCodec
 from kvcompress.codec.heads.layout import CHUNK_TOKENS, FRAGMENT, PageLayout
 from kvcompress.codec.heads.spec import HeadsSpec
 from kvcompress.ops import cuda_library, gpu, interface
-from kvcompress.ops.heads.plan import HeadsPlan, SidePlan
-from kvcompress.ops.rows import DTYPES, rows_struct
+from kvcompress.ops.call import Call
+from kvcompress.ops.heads import prefill
+from kvcompress.ops.heads.reference import HeadsOp
+from kvcompress.ops.rows import DTYPES, int32_rows, rows_struct
 from kvcompress.ops.sides import side_struct
 
 _MAX_TILES = 17
-
-
-def library_for(pages_NHX: Tensor, layout: PageLayout, plan: HeadsPlan, *rows_THD: Tensor) -> ctypes.CDLL | None:
-    """The kernels, if these tensors are on a GPU and the kernels cover them."""
-    found = gpu.kernels(pages_NHX.device)
-    if found is None or not covered(layout, plan):
-        return None
-    if any(rows.device != pages_NHX.device or rows.dtype not in DTYPES or rows.stride(-1) != 1 for rows in rows_THD):
-        return None
-    return found if fits(found, plan.spec) else None
-
-
-def covered(layout: PageLayout, plan: HeadsPlan) -> bool:
-    """Whether there is a kernel for these pages."""
-    return layout.order == FRAGMENT and covers_blocks(layout.block_size) and _known(plan.k.spec, plan.v.spec)
 
 
 def covers_blocks(block_size: int) -> bool:
@@ -70,172 +58,123 @@ def _known(*sides: SideSpec) -> bool:
 
 def _side_known(side: SideSpec) -> bool:
     tiles = sum(-(-band.width // 16) for band in side.bands)
-    stored = all(band.bits in cuda_library.BITS for band in side.bands)
-    return stored and side.rank <= cuda_library.MAX_RANK and tiles <= _MAX_TILES and len(side.bands) <= 4
+    small = side.rank <= cuda_library.MAX_RANK and tiles <= _MAX_TILES and len(side.bands) <= 4
+    return side.unpacked_by("cuda") and small
 
 
-def attend(
-    library: ctypes.CDLL,
-    output_THD: Tensor,
-    query_THD: Tensor,
-    pages_NHX: Tensor,
-    layout: PageLayout,
-    plan: HeadsPlan,
-    block_table_RN: Tensor,
-    query_starts: Tensor,
-    seq_lens: Tensor,
-    softmax_scale: float,
-    lse_TH: Tensor | None = None,
-    max_query_len: int | None = None,
-    splits: int | None = None,
-) -> None:
-    """`ops.attention.decode_attention` with everything on the device; see `attend_latents`."""
-    grouped_THGD = query_THD.float().unflatten(1, (layout.num_kv_heads, -1))
-    absorbed_THGR = torch.einsum("thgd,hdr->thgr", grouped_THGD, plan.k_decode_HDR)
-    mixed_THR, found_TH = attend_latents(
-        library,
-        absorbed_THGR.flatten(1, 2).contiguous(),
-        pages_NHX,
-        layout,
-        plan,
-        block_table_RN,
-        query_starts,
-        seq_lens,
-        softmax_scale,
-        max_query_len,
-        splits,
-    )
-    mixed_THGR = mixed_THR.unflatten(1, (layout.num_kv_heads, -1))
-    output_THGD = torch.einsum("thgr,hrd->thgd", mixed_THGR, plan.v.decode_HRD) + plan.v.mean_HD[:, None, :]
-    output_THD.copy_(output_THGD.flatten(1, 2))
-    if lse_TH is not None:
-        mean_THG = torch.einsum("thgd,hd->thg", grouped_THGD, plan.k.mean_HD)
-        lse_TH.copy_(found_TH + softmax_scale * mean_THG.flatten(1))
+class CudaHeads(HeadsOp):
+    """Storing, reading and attending a few queries per request by kernels; prompts by torch on what they read."""
+
+    on_kernels = True
+
+    def __init__(self, kernels: ctypes.CDLL, codec: HeadsCodec) -> None:
+        super().__init__(codec, FRAGMENT)
+        self._kernels = kernels
+
+    def layout(self, pages_NHX: Tensor) -> PageLayout:
+        layout = super().layout(pages_NHX)
+        assert covers_blocks(layout.block_size), layout.block_size
+        return layout
+
+    def append(self, pages_NHX: Tensor, keys_THD: Tensor, values_THD: Tensor, slots_T: Tensor) -> None:
+        """A slot outside the cache is skipped: refusing it would mean waiting for the device."""
+        self._append(pages_NHX, keys_THD, values_THD, slots_T, whole_blocks=False)
+
+    def compress(self, pages_NHX: Tensor, keys_THD: Tensor, values_THD: Tensor, blocks_N: Tensor) -> None:
+        assert keys_THD.shape[0] == blocks_N.shape[0] * self.layout(pages_NHX).block_size
+        self._append(pages_NHX, keys_THD, values_THD, blocks_N, whole_blocks=True)
+
+    def _append(
+        self,
+        pages_NHX: Tensor,
+        keys_THD: Tensor,
+        values_THD: Tensor,
+        numbers: Tensor,
+        whole_blocks: bool,
+    ) -> None:
+        numbers = numbers.to(pages_NHX.device, torch.int64).contiguous()
+        args = cuda_library.AppendArgs(
+            pages=self.plan.pages_struct(pages_NHX, self.layout(pages_NHX)),
+            keys=rows_struct(keys_THD),
+            values=rows_struct(values_THD),
+            slots=None if whole_blocks else numbers.data_ptr(),
+            blocks=numbers.data_ptr() if whole_blocks else None,
+            num_tokens=keys_THD.shape[0],
+            stream=gpu.stream(keys_THD.device),
+            **_encode_tensors("k", self.plan.codec.k),
+            **_encode_tensors("v", self.plan.codec.v),
+        )
+        cuda_library.check(self._kernels, self._kernels.kvc_cuda_append(ctypes.byref(args)))
+
+    def read(
+        self, pages_NHX: Tensor, block_table_N: Tensor, length: int, dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, Tensor]:
+        spec, device = self.plan.spec, pages_NHX.device
+        block_table_N = int32_rows(block_table_N, device)
+        k_THR, v_THR = (
+            torch.empty(length, spec.num_kv_heads, side.rank, dtype=dtype, device=device) for side in (spec.k, spec.v)
+        )
+        args = cuda_library.GatherArgs(
+            pages=self.plan.pages_struct(pages_NHX, self.layout(pages_NHX)),
+            keys_THR=k_THR.data_ptr(),
+            values_THR=v_THR.data_ptr(),
+            dtype=DTYPES[dtype],
+            block_table=block_table_N.data_ptr(),
+            num_tokens=length,
+            stream=gpu.stream(device),
+        )
+        cuda_library.check(self._kernels, self._kernels.kvc_cuda_gather(ctypes.byref(args)))
+        return k_THR, v_THR
+
+    def attend(self, call: Call, pages_NHX: Tensor, splits: int | None = None) -> None:
+        """More queries of a request than `gpu.MOST_QUERIES` are a prefill.
+
+        Args:
+            splits: parts a request's tokens are cut into; chosen from shapes alone if not given.
+        """
+        if call.most_queries > gpu.MOST_QUERIES:
+            if call.lse_TH is None and call.query_THD.dtype in prefill.FUSED_DTYPES:
+                prefill.attend(self, call, pages_NHX)
+            else:
+                super().attend(call, pages_NHX)
+            return
+        spec, k, v = self.plan.spec, self.plan.codec.k, self.plan.codec.v
+        grouped_THGD = call.query_THD.float().unflatten(1, (spec.num_kv_heads, -1))
+        absorbed_THGR = torch.einsum("thgd,hdr->thgr", grouped_THGD, self.plan.k_decode_HDR)
+        mixed_THR, found_TH = self.attend_latents(call, absorbed_THGR.flatten(1, 2).contiguous(), pages_NHX, splits)
+        mixed_THGR = mixed_THR.unflatten(1, (spec.num_kv_heads, -1))
+        output_THGD = torch.einsum("thgr,hrd->thgd", mixed_THGR, v.decode_HRD) + v.mean_HD[:, None, :]
+        call.output_THD.copy_(output_THGD.flatten(1, 2))
+        if call.lse_TH is not None:
+            mean_THG = torch.einsum("thgd,hd->thg", grouped_THGD, k.mean_HD)
+            call.lse_TH.copy_(found_TH + call.softmax_scale * mean_THG.flatten(1))
+
+    def attend_latents(
+        self, call: Call, absorbed_THR: Tensor, pages_NHX: Tensor, splits: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Absorbed queries to mixed latents of values `[tokens, query heads, v rank]` and lse, without the means'
+        shares.
+
+        Args:
+            absorbed_THR: queries times k_decode, float32, contiguous `[tokens, query heads, k rank]`.
+        """
+        layout = self.layout(pages_NHX)
+        arguments = partial(cuda_library.AttendArgs, pages=self.plan.pages_struct(pages_NHX, layout))
+        shape = (layout.num_kv_heads, layout.block_size, self.plan.spec.v.rank)
+        kernel = self._kernels.kvc_cuda_attend
+        return gpu.attend_latents(self._kernels, kernel, arguments, call, absorbed_THR, shape, splits)
+
+    def workspace_bytes(self, tokens: int, num_heads: int, longest: int, dtype: torch.dtype) -> int:
+        spec, device = self.plan.spec, self.plan.codec.k.mean_HD.device
+        # Of prompts; in float32 they take torch's path.
+        prompt = (
+            prefill.workspace_bytes(spec, tokens, num_heads, longest, dtype)
+            if dtype in prefill.FUSED_DTYPES
+            else super().workspace_bytes(tokens, num_heads, longest, dtype)
+        )
+        return max(prompt, gpu.workspace_bytes(spec.head_dim, spec.k.rank, spec.v.rank, tokens, num_heads, device))
 
 
-def workspace_bytes(spec: HeadsSpec | BlocksSpec, tokens: int, num_heads: int, device: torch.device) -> int:
-    """Bytes that `attend` takes at most beside its arguments, for steps of so many query tokens."""
-    # Queries in float32 and the output, before and after its mean; absorbed queries and mixed latents, once more in the
-    # order that a product wants; splits, of which there are no more than rows keep the device busy (`choose_splits`).
-    row = 3 * spec.head_dim + 2 * spec.k.rank + 2 * spec.v.rank + 2
-    splits = 4 * gpu.multiprocessors(device) * gpu.ROWS * (spec.v.rank + 1)
-    return (tokens * num_heads * row + splits) * torch.float32.itemsize
-
-
-def attend_latents(
-    library: ctypes.CDLL,
-    absorbed_THR: Tensor,
-    pages_NHX: Tensor,
-    layout: PageLayout,
-    plan: HeadsPlan,
-    block_table_RN: Tensor,
-    query_starts: Tensor,
-    seq_lens: Tensor,
-    softmax_scale: float,
-    max_query_len: int | None = None,
-    splits: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Absorbed queries to mixed latents of values `[tokens, query heads, v rank]` and lse, without the means' shares.
-
-    Args:
-        absorbed_THR: queries times k_decode, float32, contiguous `[tokens, query heads, k rank]`.
-        block_table_RN, query_starts, seq_lens: int32, on the device.
-        max_query_len: the most queries of a request; without it, all tokens could be one request's.
-        splits: parts a request's tokens are cut into; chosen from shapes alone if not given.
-    """
-    tokens, heads, _ = absorbed_THR.shape
-    requests, kv_heads = seq_lens.shape[0], layout.num_kv_heads
-    # Zeros, because padding behind the last request is not written.
-    mixed_THR = absorbed_THR.new_zeros(tokens, heads, plan.v.spec.rank)
-    lse_TH = absorbed_THR.new_zeros(tokens, heads)
-    if not tokens or not requests:
-        return mixed_THR, lse_TH
-    assert block_table_RN.stride(-1) == 1
-    longest = tokens if max_query_len is None else max_query_len
-    if splits is None:
-        tiles = -(-longest * heads // (kv_heads * gpu.ROWS))
-        context = block_table_RN.shape[1] * layout.block_size
-        splits = gpu.choose_splits(requests * kv_heads * tiles, context, gpu.multiprocessors(absorbed_THR.device))
-    partial = splits * tokens * heads * (plan.v.spec.rank + 1) if splits > 1 else 0
-    workspace = absorbed_THR.new_empty(partial)
-    args = cuda_library.AttendArgs(
-        pages=plan.pages_struct(pages_NHX, layout),
-        query_THR=absorbed_THR.data_ptr(),
-        output_THR=mixed_THR.data_ptr(),
-        lse_TH=lse_TH.data_ptr(),
-        workspace=workspace.data_ptr() if partial else None,
-        block_table=block_table_RN.data_ptr(),
-        block_table_stride=block_table_RN.stride(0),
-        query_starts=query_starts.data_ptr(),
-        seq_lens=seq_lens.data_ptr(),
-        num_tokens=tokens,
-        num_requests=requests,
-        max_query_len=longest,
-        num_heads=heads,
-        splits=splits,
-        softmax_scale=softmax_scale,
-        stream=gpu.stream(absorbed_THR.device),
-    )
-    cuda_library.check(library, library.kvc_cuda_attend(ctypes.byref(args)))
-    return mixed_THR, lse_TH
-
-
-def append(
-    library: ctypes.CDLL,
-    pages_NHX: Tensor,
-    layout: PageLayout,
-    plan: HeadsPlan,
-    keys_THD: Tensor,
-    values_THD: Tensor,
-    slots_T: Tensor | None = None,
-    blocks_N: Tensor | None = None,
-) -> None:
-    """`ops.append.append` on the device; with blocks (int64) instead of slots, `ops.compress.compress_pages`.
-
-    A slot outside the cache is skipped: refusing it would mean waiting for the device.
-    """
-    assert (slots_T is None) != (blocks_N is None)
-    args = cuda_library.AppendArgs(
-        pages=plan.pages_struct(pages_NHX, layout),
-        keys=rows_struct(keys_THD),
-        values=rows_struct(values_THD),
-        slots=None if slots_T is None else slots_T.data_ptr(),
-        blocks=None if blocks_N is None else blocks_N.data_ptr(),
-        num_tokens=keys_THD.shape[0],
-        stream=gpu.stream(keys_THD.device),
-        **_encode_tensors("k", plan.k),
-        **_encode_tensors("v", plan.v),
-    )
-    cuda_library.check(library, library.kvc_cuda_append(ctypes.byref(args)))
-
-
-def gather(
-    library: ctypes.CDLL,
-    pages_NHX: Tensor,
-    layout: PageLayout,
-    plan: HeadsPlan,
-    block_table_N: Tensor,
-    length: int,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """`ops.gather.gather_decode` on the device; the block table is int32."""
-    heads = layout.num_kv_heads
-    k_THR, v_THR = (
-        torch.empty(length, heads, side.spec.rank, dtype=dtype, device=pages_NHX.device) for side in (plan.k, plan.v)
-    )
-    args = cuda_library.GatherArgs(
-        pages=plan.pages_struct(pages_NHX, layout),
-        keys_THR=k_THR.data_ptr(),
-        values_THR=v_THR.data_ptr(),
-        dtype=DTYPES[dtype],
-        block_table=block_table_N.data_ptr(),
-        num_tokens=length,
-        stream=gpu.stream(pages_NHX.device),
-    )
-    cuda_library.check(library, library.kvc_cuda_gather(ctypes.byref(args)))
-    return k_THR, v_THR
-
-
-def _encode_tensors(name: str, side: SidePlan) -> dict[str, int]:
+def _encode_tensors(name: str, side: SideCodec) -> dict[str, int]:
     tensors = {"mean_HD": side.mean_HD, "encode_HDR": side.encode_HDR, "weight_HR": side.weight_HR}
     return {f"{name}_{tensor}": value.data_ptr() for tensor, value in tensors.items()}

@@ -7,16 +7,13 @@ the model computes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from kvcompress.codec.heads.layout import PageLayout
 from kvcompress.codec.heads.spec import HeadsSpec
-from kvcompress.ops.heads.gather import gather_decode
-from kvcompress.ops.heads.plan import HeadsPlan
+from kvcompress.ops.call import Call
+from kvcompress.ops.heads.reference import HeadsOp
 
 STEP_TOKENS = 8192
 """Tokens decoded at a time: their float32 latents are workspace beside the keys and values."""
@@ -25,23 +22,11 @@ FUSED_DTYPES = (torch.float16, torch.bfloat16)
 """What torch has fused attention for; in float32 it would hold all scores."""
 
 
-def attend(
-    output_THD: Tensor,
-    query_THD: Tensor,
-    pages_NHX: Tensor,
-    layout: PageLayout,
-    plan: HeadsPlan,
-    block_table_RN: Tensor,
-    query_starts: Sequence[int],
-    seq_lens: Sequence[int],
-    softmax_scale: float,
-) -> None:
-    """`ops.attention.decode_attention`, request after request; queries in one of `FUSED_DTYPES`."""
-    for request, length in enumerate(seq_lens):
-        rows = slice(query_starts[request], query_starts[request + 1])
-        if rows.start < rows.stop:
-            layer = (pages_NHX, layout, plan)
-            output_THD[rows] = _attend(query_THD[rows], *layer, block_table_RN[request], length, softmax_scale)
+def attend(op: HeadsOp, call: Call, pages_NHX: Tensor) -> None:
+    """`HeadsOp.attend`, request after request; queries in one of `FUSED_DTYPES`."""
+    for request, rows, length in call.requests():
+        table_N = call.block_table_RN[request]
+        call.output_THD[rows] = _attend(op, call.query_THD[rows], pages_NHX, table_N, length, call.softmax_scale)
 
 
 def workspace_bytes(spec: HeadsSpec, queries: int, num_heads: int, longest: int, dtype: torch.dtype) -> int:
@@ -60,18 +45,12 @@ def workspace_bytes(spec: HeadsSpec, queries: int, num_heads: int, longest: int,
 
 
 def _attend(
-    query_QHD: Tensor,
-    pages_NHX: Tensor,
-    layout: PageLayout,
-    plan: HeadsPlan,
-    block_table_N: Tensor,
-    length: int,
-    softmax_scale: float,
+    op: HeadsOp, query_QHD: Tensor, pages_NHX: Tensor, block_table_N: Tensor, length: int, softmax_scale: float
 ) -> Tensor:
     """One request's newest queries. A call of its own, so that decoded keys do not outlive it."""
     queries = query_QHD.shape[0]
     assert queries <= length
-    key_HTD, value_HTD = _decoded(pages_NHX, layout, plan, block_table_N, length, query_QHD.dtype)
+    key_HTD, value_HTD = _decoded(op, pages_NHX, block_table_N, length, query_QHD.dtype)
     mixed_1HQD = torch.nn.functional.scaled_dot_product_attention(
         query_QHD.transpose(0, 1)[None],
         key_HTD[None],
@@ -84,17 +63,18 @@ def _attend(
 
 
 def _decoded(
-    pages_NHX: Tensor, layout: PageLayout, plan: HeadsPlan, block_table_N: Tensor, length: int, dtype: torch.dtype
+    op: HeadsOp, pages_NHX: Tensor, block_table_N: Tensor, length: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Keys and values of a request's first tokens `[KV heads, length, head_dim]`."""
-    shape = (layout.num_kv_heads, length, plan.k.mean_HD.shape[1])
+    codec, block_size = op.plan.codec, op.layout(pages_NHX).block_size
+    shape = (codec.spec.num_kv_heads, length, codec.spec.head_dim)
     sides = tuple(torch.empty(shape, dtype=dtype, device=pages_NHX.device) for _ in range(2))
-    blocks = max(1, STEP_TOKENS // layout.block_size)
-    for first in range(0, -(-length // layout.block_size), blocks):
-        start = first * layout.block_size
-        tokens = min(length - start, blocks * layout.block_size)
-        latents = gather_decode(pages_NHX, layout, plan, block_table_N[first : first + blocks], tokens)
-        for side_HTD, side, latent_THR in zip(sides, (plan.k, plan.v), latents, strict=True):
+    blocks = max(1, STEP_TOKENS // block_size)
+    for first in range(0, -(-length // block_size), blocks):
+        start = first * block_size
+        tokens = min(length - start, blocks * block_size)
+        latents = op.read(pages_NHX, block_table_N[first : first + blocks], tokens)
+        for side_HTD, side, latent_THR in zip(sides, (codec.k, codec.v), latents, strict=True):
             product_HTD = torch.einsum("thr,hrd->htd", latent_THR, side.decode_HRD)
             side_HTD[:, start : start + tokens] = product_HTD.add_(side.mean_HD[:, None])
             del product_HTD  # before the next one is made

@@ -1,130 +1,114 @@
-"""The fallback: the torch code in `codec` that specifies the kernels, run on a plan."""
+"""The operations on pages of form `heads` by the torch code that specifies them, on any device."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
-from kvcompress.codec.heads.layout import PageLayout
-from kvcompress.ops.heads.plan import HeadsPlan, SidePlan
-
-if TYPE_CHECKING:
-    from kvcompress.codec.bands import SideSpec
-    from kvcompress.codec.heads.codec import HeadsCodec
-    from kvcompress.codec.heads.spec import HeadsSpec
-    from kvcompress.codec.scalar import Encoded
-
-SCORE_BYTES = 64 * 2**20
-"""Bound on the scores (queries x tokens) held at a time: a long prefill is attended in chunks of queries."""
+from kvcompress.codec.heads import attention, pages
+from kvcompress.codec.heads.codec import HeadsCodec
+from kvcompress.codec.heads.layout import TOKEN_MAJOR, PageLayout
+from kvcompress.ops.call import SCORE_BYTES, Call
+from kvcompress.ops.heads.plan import HeadsPlan
 
 
-@dataclass(frozen=True)
-class _Side:
-    """A side's plan with the directions `codec.pages` and `codec.attention` ask a codec for."""
+class HeadsOp:
+    """One layer's operations. Kernels inherit it and replace what they do faster; `attention.bind` chooses.
 
-    plan: SidePlan
+    Pages are `uint8 [num_blocks, num_kv_heads, record_bytes]`; blocks may be strided.
+    """
 
-    @property
-    def spec(self) -> SideSpec:
-        return self.plan.spec
+    on_kernels = False
+    """Whether CUDA kernels attend."""
 
-    @property
-    def mean_HD(self) -> Tensor:
-        return self.plan.mean_HD
+    def __init__(self, codec: HeadsCodec, order: str = TOKEN_MAJOR) -> None:
+        self.plan = HeadsPlan(codec)
+        self.order = order
+        """Of the bytes in a record."""
 
-    @property
-    def decode_HRD(self) -> Tensor:
-        return self.plan.decode_HRD
+    def layout(self, pages_NHX: Tensor) -> PageLayout:
+        return self.plan.layout(pages_NHX, self.order)
 
-    def encode(self, x_THD: Tensor) -> Encoded:
-        from kvcompress.codec import scalar
+    def append(self, pages_NHX: Tensor, keys_THD: Tensor, values_THD: Tensor, slots_T: Tensor) -> None:
+        """Encode tokens and store them in their slots.
 
-        latent_THR = torch.einsum("thd,hdr->thr", x_THD.float() - self.plan.mean_HD, self.plan.encode_HDR)
-        return scalar.encode(latent_THR, self.plan.weight_HR, self.plan.spec)
+        Args:
+            pages_NHX: written in place.
+            keys_THD, values_THD: `[tokens, num_kv_heads, head_dim]`, keys after RoPE; float32, bfloat16 or float16.
+            slots_T: block * block_size + offset of each token; below 0: padding, skipped.
 
-    def decode(self, encoded: Encoded) -> Tensor:
-        from kvcompress.codec import scalar
+        Raises:
+            ValueError: a slot lies outside the cache; on a GPU, such a slot is skipped.
+        """
+        pages.append(pages_NHX, self.layout(pages_NHX), self.plan.codec, keys_THD, values_THD, slots_T)
 
-        return scalar.decode(encoded, self.plan.spec)
+    def compress(self, pages_NHX: Tensor, keys_THD: Tensor, values_THD: Tensor, blocks_N: Tensor) -> None:
+        """Encode tokens that fill blocks one after the other: what a prefill leaves behind; the bytes of `append`.
 
+        Args:
+            keys_THD, values_THD: `[len(blocks_N) * block_size, num_kv_heads, head_dim]`, keys after RoPE.
+            blocks_N: which blocks.
 
-@dataclass(frozen=True)
-class _Layer:
-    spec: HeadsSpec
-    k: _Side
-    v: _Side
-
-
-def _codec(plan: HeadsPlan) -> HeadsCodec:
-    return cast("HeadsCodec", _Layer(plan.spec, _Side(plan.k), _Side(plan.v)))
-
-
-def append(
-    pages_NHX: Tensor, layout: PageLayout, plan: HeadsPlan, keys_THD: Tensor, values_THD: Tensor, slots_T: Tensor
-) -> None:
-    """`codec.pages.append` on a plan."""
-    from kvcompress.codec.heads import pages
-
-    pages.append(pages_NHX, layout, _codec(plan), keys_THD, values_THD, slots_T)
-
-
-def gather_decode(
-    pages_NHX: Tensor, layout: PageLayout, plan: HeadsPlan, block_table_N: Tensor, length: int
-) -> tuple[Tensor, Tensor]:
-    """`codec.pages.read` on a plan."""
-    from kvcompress.codec.heads import pages
-
-    blocks_N = block_table_N[: -(-length // layout.block_size)].long()
-    return pages.read(pages_NHX, layout, _codec(plan), blocks_N, length)
-
-
-def decode_attention(
-    output_THD: Tensor,
-    query_THD: Tensor,
-    pages_NHX: Tensor,
-    layout: PageLayout,
-    plan: HeadsPlan,
-    block_table_RN: Tensor,
-    query_starts: Sequence[int],
-    seq_lens: Sequence[int],
-    softmax_scale: float,
-    lse_TH: Tensor | None = None,
-) -> None:
-    """`codec.attention.attend` for every request; arguments as in `ops.attention.decode_attention`."""
-    from kvcompress.codec.heads import attention
-    from kvcompress.ops.heads import gather
-
-    codec = _codec(plan)
-    for request, length in enumerate(seq_lens):
-        start, stop = query_starts[request], query_starts[request + 1]
-        if start == stop:
-            continue
-        k_latent_THR, v_latent_THR = gather.gather_decode(pages_NHX, layout, plan, block_table_RN[request], length)
-        query_QHGD = query_THD[start:stop].view(stop - start, layout.num_kv_heads, -1, query_THD.shape[2])
-        step = max(1, SCORE_BYTES // (4 * query_THD.shape[1] * length))
-        for first in range(start, stop, step):
-            last = min(first + step, stop)
-            # Tokens after the chunk's last query are invisible to all of it.
-            visible = length - (stop - last)
-            chunk_QHGD = query_QHGD[first - start : last - start]
-            mixed_QHGD = attention.attend(
-                chunk_QHGD, k_latent_THR[:visible], v_latent_THR[:visible], codec, softmax_scale
+        Raises:
+            ValueError: there are not as many tokens as the blocks hold; or, not on a GPU, a block lies outside the
+                cache.
+        """
+        block_size = self.layout(pages_NHX).block_size
+        tokens = blocks_N.shape[0] * block_size
+        if keys_THD.shape[0] != tokens:
+            raise ValueError(
+                f"found {keys_THD.shape[0]} tokens for {blocks_N.shape[0]} blocks of {block_size}; expected {tokens}"
             )
-            output_THD[first:last] = mixed_QHGD.flatten(1, 2).to(output_THD.dtype)
-            if lse_TH is not None:
-                lse_TH[first:last] = _lse(chunk_QHGD, k_latent_THR[:visible], plan, softmax_scale)
+        offset_S = torch.arange(block_size, device=blocks_N.device)
+        self.append(pages_NHX, keys_THD, values_THD, (blocks_N.long()[:, None] * block_size + offset_S).flatten())
 
+    def read(
+        self, pages_NHX: Tensor, block_table_N: Tensor, length: int, dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, Tensor]:
+        """Normalized latents `[length, num_kv_heads, rank]` of one request's first tokens: keys' and values'.
 
-def _lse(query_QHGD: Tensor, k_latent_THR: Tensor, plan: HeadsPlan, softmax_scale: float) -> Tensor:
-    queries, tokens = query_QHGD.shape[0], k_latent_THR.shape[0]
-    scaled_QHGD = query_QHGD.float() * softmax_scale
-    absorbed = torch.einsum("qhgd,hrd->hgqr", scaled_QHGD, plan.k.decode_HRD)
-    scores = torch.einsum("hgqr,thr->hgqt", absorbed, k_latent_THR)
-    visible = torch.ones(queries, tokens, dtype=torch.bool, device=scores.device).tril(tokens - queries)
-    sums_HGQ = scores.masked_fill(~visible, -torch.inf).logsumexp(-1)
-    constant_QHG = torch.einsum("qhgd,hd->qhg", scaled_QHGD, plan.k.mean_HD)
-    return (sums_HGQ.permute(2, 0, 1) + constant_QHG).flatten(1)
+        Times decode_HRD and plus mean_HD they are keys and values.
+
+        Args:
+            block_table_N: the request's blocks, in order.
+            dtype: float32, bfloat16 or float16.
+        """
+        layout = self.layout(pages_NHX)
+        blocks_N = block_table_N[: -(-length // layout.block_size)].long()
+        k_THR, v_THR = pages.read(pages_NHX, layout, self.plan.codec, blocks_N, length)
+        return k_THR.to(dtype), v_THR.to(dtype)
+
+    def attend(self, call: Call, pages_NHX: Tensor) -> None:
+        """Attention over tokens that `append` has stored already.
+
+        Raises:
+            ValueError: a request has more queries than tokens, or a block lies outside the cache; neither is looked
+                for on a GPU.
+        """
+        heads = self.plan.spec.num_kv_heads
+        for request, rows, length in call.requests():
+            latents_THR = self.read(pages_NHX, call.block_table_RN[request], length)
+            for chunk, visible in call.chunks(rows, length, length):
+                k_latent_THR, v_latent_THR = (latent_THR[:visible] for latent_THR in latents_THR)
+                query_QHGD = call.query_THD[chunk].unflatten(1, (heads, -1))
+                mixed_QHGD, lse_QHG = attention.attend(
+                    query_QHGD, k_latent_THR, v_latent_THR, self.plan.codec, call.softmax_scale
+                )
+                call.output_THD[chunk] = mixed_QHGD.flatten(1, 2).to(call.output_THD.dtype)
+                if call.lse_TH is not None:
+                    call.lse_TH[chunk] = lse_QHG.flatten(1)
+
+    def workspace_bytes(self, tokens: int, num_heads: int, longest: int, dtype: torch.dtype) -> int:
+        """Bytes that `attend` takes at most beside its arguments.
+
+        Args:
+            tokens: of a step.
+            longest: tokens of a request.
+            dtype: of the queries.
+        """
+        spec = self.plan.spec
+        latents = longest * spec.num_kv_heads * (spec.k.rank + spec.v.rank) * torch.float32.itemsize
+        scores = max(SCORE_BYTES, num_heads * longest * torch.float32.itemsize)
+        # Unpacked codes, their values and the concatenated latents live side by side; so do scores, masked scores and
+        # probabilities.
+        return 3 * (latents + scores)

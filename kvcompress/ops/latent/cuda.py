@@ -1,4 +1,4 @@
-"""The CUDA kernels for MLA latents on torch tensors. Nothing here waits for the device or reads from it."""
+"""The CUDA kernels on pages of form `latent`. Nothing here waits for the device or reads from it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from kvcompress.ops import cuda_library, gpu, interface
+from kvcompress.ops.call import Call
 from kvcompress.ops.latent.plan import latent_pages_struct
-from kvcompress.ops.rows import DTYPES, rows_struct
+from kvcompress.ops.latent.reference import LatentOp
+from kvcompress.ops.rows import rows_struct
 
 LEAST_TOKENS = 128
-"""A split has at least as many; the kernels see to it (csrc/cuda/latent_args.h)."""
+"""A split has at least as many; the kernels see to it (csrc/cuda/latent/args.h)."""
 
 SPLIT_COST = 256
 """Tokens in whose time a split begins and is merged, estimated from the bytes of both."""
@@ -53,32 +55,6 @@ class AppendArgs(ctypes.Structure):
     )
 
 
-def library_for(pages_NSC: Tensor) -> ctypes.CDLL | None:
-    """The kernels, if these pages are on a GPU."""
-    return gpu.kernels(pages_NSC.device)
-
-
-def covers_append(pages_NSC: Tensor, key_TC: Tensor) -> bool:
-    """Whether tokens are stored as they are."""
-    same = (pages_NSC.device, pages_NSC.dtype, 1, 1) == (
-        key_TC.device,
-        key_TC.dtype,
-        key_TC.stride(-1),
-        pages_NSC.stride(-1),
-    )
-    return same and pages_NSC.dtype in DTYPES and key_TC.shape[1] == pages_NSC.shape[2]
-
-
-def covers_attention(library: ctypes.CDLL, output_THR: Tensor, query_THC: Tensor, pages_NSC: Tensor) -> bool:
-    """Whether there is a kernel for these shapes and strides: tensor cores take 16-bit numbers, copies 16 bytes."""
-    tensors = (pages_NSC, query_THC, output_THR)
-    if any((x.dtype, x.device, x.stride(2)) != (pages_NSC.dtype, pages_NSC.device, 1) for x in tensors):
-        return False
-    on_16_bytes = pages_NSC.data_ptr() % 16 == 0 and pages_NSC.stride(0) % 8 == 0 and pages_NSC.stride(1) % 8 == 0
-    on_4_bytes = query_THC.data_ptr() % 4 == 0 and query_THC.stride(0) % 2 == 0 and query_THC.stride(1) % 2 == 0
-    return on_16_bytes and on_4_bytes and covers(library, pages_NSC.shape[2], pages_NSC.dtype)
-
-
 def covers(library: ctypes.CDLL, channels: int, dtype: torch.dtype) -> bool:
     """Whether there is a kernel for such latents."""
     sixteen_bits = dtype in (torch.bfloat16, torch.float16)
@@ -93,72 +69,77 @@ def most_channels(library: ctypes.CDLL) -> int:
     return found.value
 
 
-def append(library: ctypes.CDLL, pages_NSC: Tensor, key_TC: Tensor, slots_T: Tensor) -> None:
-    """`ops.latent.append` on the device. A slot outside the cache is skipped: refusing it would mean waiting."""
-    assert key_TC.shape[0] == slots_T.shape[0]
-    slots_T = slots_T.to(torch.int64).contiguous()
-    args = AppendArgs(
-        pages=latent_pages_struct(pages_NSC),
-        keys=rows_struct(key_TC[:, None]),
-        slots=slots_T.data_ptr(),
-        num_tokens=slots_T.shape[0],
-        stream=gpu.stream(pages_NSC.device),
-    )
-    cuda_library.check(library, library.kvc_cuda_latent_append(ctypes.byref(args)))
+class CudaLatent(LatentOp):
+    """Storing and attending by kernels: tensor cores take 16-bit numbers, copies 16 bytes."""
 
+    on_kernels = True
 
-def attend(
-    library: ctypes.CDLL,
-    output_THR: Tensor,
-    query_THC: Tensor,
-    pages_NSC: Tensor,
-    block_table_RN: Tensor,
-    query_starts: Tensor,
-    seq_lens: Tensor,
-    softmax_scale: float,
-    max_query_len: int,
-    splits: int | None = None,
-) -> None:
-    """`ops.latent.attend` with everything on the device.
+    def __init__(self, kernels: ctypes.CDLL, device: torch.device) -> None:
+        self._kernels, self._device = kernels, device
 
-    Args:
-        block_table_RN, query_starts, seq_lens: int32.
-        max_query_len: the most queries of a request.
-        splits: parts a request's tokens are cut into; chosen from shapes alone if not given.
-    """
-    tokens, heads, rank = output_THR.shape
-    requests = seq_lens.shape[0]
-    if not tokens or not requests:
-        return
-    assert block_table_RN.stride(-1) == 1
-    if splits is None:
-        context = block_table_RN.shape[1] * pages_NSC.shape[1]
-        splits = choose_splits(requests, max_query_len * heads, context, gpu.multiprocessors(pages_NSC.device))
-    partial = _partial(splits, tokens * heads, rank)
-    workspace = torch.empty(partial, device=pages_NSC.device)
-    args = AttendArgs(
-        pages=latent_pages_struct(pages_NSC),
-        query=rows_struct(query_THC),
-        output=rows_struct(output_THR),
-        workspace=workspace.data_ptr() if partial else None,
-        block_table=block_table_RN.data_ptr(),
-        block_table_stride=block_table_RN.stride(0),
-        query_starts=query_starts.data_ptr(),
-        seq_lens=seq_lens.data_ptr(),
-        num_tokens=tokens,
-        num_requests=requests,
-        max_query_len=max_query_len,
-        num_heads=heads,
-        rank=rank,
-        splits=splits,
-        softmax_scale=softmax_scale,
-        stream=gpu.stream(pages_NSC.device),
-    )
-    cuda_library.check(library, library.kvc_cuda_latent_attend(ctypes.byref(args)))
+    def append(self, pages_NSC: Tensor, key_TC: Tensor, slots_T: Tensor) -> None:
+        """A slot outside the cache is skipped: refusing it would mean waiting."""
+        assert key_TC.shape[0] == slots_T.shape[0]
+        assert (key_TC.dtype, key_TC.shape[1]) == (pages_NSC.dtype, pages_NSC.shape[2])
+        slots_T = slots_T.to(torch.int64).contiguous()
+        args = AppendArgs(
+            pages=latent_pages_struct(pages_NSC),
+            keys=rows_struct(key_TC[:, None]),
+            slots=slots_T.data_ptr(),
+            num_tokens=slots_T.shape[0],
+            stream=gpu.stream(pages_NSC.device),
+        )
+        cuda_library.check(self._kernels, self._kernels.kvc_cuda_latent_append(ctypes.byref(args)))
+
+    def attend(self, call: Call, pages_NSC: Tensor, splits: int | None = None) -> None:
+        """Everything is brought to the device.
+
+        Args:
+            splits: parts a request's tokens are cut into; chosen from shapes alone if not given.
+        """
+        assert pages_NSC.data_ptr() % 16 == 0
+        assert pages_NSC.stride(0) % 8 == pages_NSC.stride(1) % 8 == 0
+        query_THC, output_THR = call.query_THD, call.output_THD
+        if query_THC.data_ptr() % 4 or query_THC.stride(0) % 2 or query_THC.stride(1) % 2:
+            query_THC = query_THC.clone(memory_format=torch.contiguous_format)
+        table_RN, starts_R, lengths_R = call.numbers(query_THC.device)
+        max_query_len = call.most_queries
+        tokens, heads, rank = output_THR.shape
+        requests = lengths_R.shape[0]
+        if not tokens or not requests:
+            return
+        assert table_RN.stride(-1) == 1
+        if splits is None:
+            context = table_RN.shape[1] * pages_NSC.shape[1]
+            splits = choose_splits(requests, max_query_len * heads, context, gpu.multiprocessors(pages_NSC.device))
+        partial = _partial(splits, tokens * heads, rank)
+        workspace = torch.empty(partial, device=pages_NSC.device)
+        args = AttendArgs(
+            pages=latent_pages_struct(pages_NSC),
+            query=rows_struct(query_THC),
+            output=rows_struct(output_THR),
+            workspace=workspace.data_ptr() if partial else None,
+            block_table=table_RN.data_ptr(),
+            block_table_stride=table_RN.stride(0),
+            query_starts=starts_R.data_ptr(),
+            seq_lens=lengths_R.data_ptr(),
+            num_tokens=tokens,
+            num_requests=requests,
+            max_query_len=max_query_len,
+            num_heads=heads,
+            rank=rank,
+            splits=splits,
+            softmax_scale=call.softmax_scale,
+            stream=gpu.stream(pages_NSC.device),
+        )
+        cuda_library.check(self._kernels, self._kernels.kvc_cuda_latent_attend(ctypes.byref(args)))
+
+    def workspace_bytes(self, tokens: int, num_heads: int, rank: int, longest: int) -> int:
+        return _workspace_bytes(tokens, num_heads, rank, longest, self._device)
 
 
 @functools.cache
-def workspace_bytes(tokens: int, heads: int, rank: int, longest: int, device: torch.device) -> int:
+def _workspace_bytes(tokens: int, heads: int, rank: int, longest: int, device: torch.device) -> int:
     """Bytes that `attend` takes at most beside its arguments, in steps of so many query tokens.
 
     Of one request, or of one each of up to a thousand requests: between the two there are more rows and fewer splits.

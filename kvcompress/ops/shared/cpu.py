@@ -1,98 +1,110 @@
-"""The CPU kernels of layers that share a latent (csrc/cpu/shared.h), on torch tensors."""
+"""The CPU kernels on records of form `shared`."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from kvcompress.codec.bands import SideSpec
+from kvcompress.codec.shared.codec import SharedCodec
 from kvcompress.ops import interface, library
 from kvcompress.ops.rows import rows_struct
-from kvcompress.ops.shared.plan import SharedPlan
+from kvcompress.ops.shared.call import SharedCall
 from kvcompress.ops.shared.records import records_array, records_struct
+from kvcompress.ops.shared.reference import SharedOp
 from kvcompress.ops.sides import record_struct
 
 
-def store(
-    compiled: ctypes.CDLL,
-    records_NHSX: Tensor,
-    spec: SideSpec,
-    latent_THR: Tensor,
-    weight_HR: Tensor,
-    slots_T: Tensor,
-) -> None:
-    """`ops.shared.store`."""
-    assert latent_THR.shape == (slots_T.shape[0], records_NHSX.shape[1], spec.rank)
-    slots_T, weight_HR = slots_T.to(torch.int64).contiguous(), weight_HR.float().contiguous()
-    args = interface.StoreArgs(
-        records=records_struct(records_NHSX, record_struct(spec)),
-        latents=rows_struct(latent_THR),
-        weight_HR=weight_HR.data_ptr(),
-        slots=slots_T.data_ptr(),
-        num_tokens=slots_T.shape[0],
-        threads=torch.get_num_threads(),
-        level=library.level(),
-    )
-    library.check(compiled.kvc_store(ctypes.byref(args)))
+def covers(codec: SharedCodec) -> bool:
+    """Whether the kernels know this layer's shape and codes."""
+    head_dim, ranks = codec.spec.head_dim, (codec.k.decode_HRD.shape[1], codec.v.decode_HRD.shape[1])
+    known = head_dim <= interface.MAX_HEAD_DIM and head_dim % 8 == 0 and max(ranks) <= interface.MAX_LATENT_CHANNELS
+    sides = (codec.spec.k, codec.spec.v)
+    return known and all(side.unpacked_by("cpu") and not side.outliers for side in sides)
 
 
-def attend(
-    compiled: ctypes.CDLL,
-    output_THD: Tensor,
-    query_THD: Tensor,
-    keys_THD: Tensor,
-    values_THD: Tensor,
-    plan: SharedPlan,
-    k_records: Sequence[Tensor],
-    v_records: Sequence[Tensor],
-    k_tables: Sequence[Tensor],
-    v_tables: Sequence[Tensor],
-    query_starts: Tensor,
-    seq_lens: Tensor,
-    stored_lens: Tensor,
-    exact_rows: Tensor,
-    softmax_scale: float,
-    split_tokens: int,
-) -> None:
-    """`ops.shared.attend`, for exact rows none of which is stored after all; tables and numbers in int32."""
-    codes, scale = None, None
-    if plan.frequency_F is not None and library.level() >= library.LEVELS.index("avx512vnni"):
-        codes, scale = plan.k_codes_blocked or (None, None)
-    own = plan.frequency_F is None
-    exact_starts = torch.nn.functional.pad((seq_lens - stored_lens).cumsum(0, dtype=torch.int32), (1, 0))
-    args = interface.SharedAttendArgs(
-        k=records_array(k_records, k_tables, plan.k_struct),
-        v=records_array(v_records, v_tables, plan.v_struct),
-        num_k=len(k_records),
-        num_stripes=len(v_records),
-        query=rows_struct(query_THD),
-        output=rows_struct(output_THD),
-        keys=rows_struct(keys_THD),
-        values=rows_struct(values_THD),
-        k_mean_HD=plan.k_mean_HD.data_ptr(),
-        k_decode_HDR=plan.k_decode_HDR.data_ptr() if own else None,
-        k_decode_blocked=None if own or codes is not None else plan.k_decode_blocked.data_ptr(),
-        k_codes_blocked=None if codes is None else codes.data_ptr(),
-        k_scale_HD=None if scale is None else scale.data_ptr(),
-        v_decode_HRD=plan.v_decode_HRD.data_ptr(),
-        v_mean_HD=plan.v_mean_HD.data_ptr(),
-        rope_frequency_F=None if plan.frequency_F is None else plan.frequency_F.data_ptr(),
-        rope_amplitude=plan.amplitude,
-        query_starts=query_starts.data_ptr(),
-        seq_lens=seq_lens.data_ptr(),
-        stored_lens=stored_lens.data_ptr(),
-        exact_rows=exact_rows.data_ptr(),
-        exact_starts=exact_starts.data_ptr(),
-        num_requests=seq_lens.shape[0],
-        num_heads=query_THD.shape[1],
-        num_kv_heads=plan.k_mean_HD.shape[0],
-        head_dim=plan.k_mean_HD.shape[1],
-        softmax_scale=softmax_scale,
-        split_tokens=split_tokens,
-        threads=torch.get_num_threads(),
-        level=library.level(),
-    )
-    library.check(compiled.kvc_shared_attend(ctypes.byref(args)))
+class CpuShared(SharedOp):
+    """Storing and attending by compiled code; many queries of a request are torch's, which expands keys once."""
+
+    split_tokens = 512
+    """Tokens one thread attends at a time, a multiple of 64: few, because keys are expanded and all heads are one piece
+    of work."""
+    expand_queries = 256
+    """From this many queries of a request on, its keys and values are expanded once for all of them, in torch.
+
+    The kernels expand keys once per 64 rows of queries; torch does it once, but with values, and scores take it longer.
+    """
+
+    def __init__(self, compiled: ctypes.CDLL, codec: SharedCodec) -> None:
+        super().__init__(codec)
+        self._compiled = compiled
+
+    def store(
+        self, records_NHSX: Tensor, spec: SideSpec, latent_THR: Tensor, weight_HR: Tensor, slots_T: Tensor
+    ) -> None:
+        if spec.rank > interface.MAX_HEAD_DIM:
+            super().store(records_NHSX, spec, latent_THR, weight_HR, slots_T)
+            return
+        assert latent_THR.dtype == torch.float32
+        assert latent_THR.shape == (slots_T.shape[0], records_NHSX.shape[1], spec.rank)
+        slots_T, weight_HR = slots_T.to(torch.int64).contiguous(), weight_HR.float().contiguous()
+        args = interface.StoreArgs(
+            records=records_struct(records_NHSX, record_struct(spec)),
+            latents=rows_struct(latent_THR),
+            weight_HR=weight_HR.data_ptr(),
+            slots=slots_T.data_ptr(),
+            num_tokens=slots_T.shape[0],
+            threads=torch.get_num_threads(),
+            level=library.level(),
+        )
+        library.check(self._compiled.kvc_store(ctypes.byref(args)))
+
+    def attend(self, call: SharedCall) -> None:
+        call = call.on("cpu")
+        # Rows that are stored after all are torch's, too.
+        most = self.expand_queries if bool((call.exact_rows >= 0).all()) else 0
+        for run, on_kernels in call.runs(lambda queries: queries < most):
+            (self._attend if on_kernels else super().attend)(run)
+
+    def _attend(self, call: SharedCall) -> None:
+        plan, codec = self.plan, self.plan.codec
+        codes, scale = None, None
+        if codec.rope is not None and library.level() >= library.LEVELS.index("avx512vnni"):
+            codes, scale = plan.k_codes_blocked or (None, None)
+        own = codec.rope is None
+        exact_starts_R = call.exact_starts_R
+        args = interface.SharedAttendArgs(
+            k=records_array(call.k_records, call.k_tables, plan.k_struct),
+            v=records_array(call.v_records, call.v_tables, plan.v_struct),
+            num_k=len(call.k_records),
+            num_stripes=len(call.v_records),
+            query=rows_struct(call.query_THD),
+            output=rows_struct(call.output_THD),
+            keys=rows_struct(call.keys_THD),
+            values=rows_struct(call.values_THD),
+            k_mean_HD=codec.k.mean_HD.data_ptr(),
+            k_decode_HDR=plan.k_decode_HDR.data_ptr() if own else None,
+            k_decode_blocked=None if own or codes is not None else plan.k_decode_blocked.data_ptr(),
+            k_codes_blocked=None if codes is None else codes.data_ptr(),
+            k_scale_HD=None if scale is None else scale.data_ptr(),
+            v_decode_HRD=codec.v.decode_HRD.data_ptr(),
+            v_mean_HD=codec.v.mean_HD.data_ptr(),
+            rope_frequency_F=None if codec.rope is None else codec.rope.frequency_F.data_ptr(),
+            rope_amplitude=plan.amplitude,
+            query_starts=call.query_starts.data_ptr(),
+            seq_lens=call.seq_lens.data_ptr(),
+            stored_lens=call.stored_lens.data_ptr(),
+            exact_rows=call.exact_rows.data_ptr(),
+            exact_starts=exact_starts_R.data_ptr(),
+            num_requests=call.seq_lens.shape[0],
+            num_heads=call.query_THD.shape[1],
+            num_kv_heads=codec.k.mean_HD.shape[0],
+            head_dim=codec.k.mean_HD.shape[1],
+            softmax_scale=call.softmax_scale,
+            split_tokens=self.split_tokens,
+            threads=torch.get_num_threads(),
+            level=library.level(),
+        )
+        library.check(self._compiled.kvc_shared_attend(ctypes.byref(args)))

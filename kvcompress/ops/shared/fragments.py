@@ -1,4 +1,4 @@
-"""Keys that layers share, as the CUDA kernels expand them from latents (csrc/cuda/shared_scores.h).
+"""Keys that layers share, as the CUDA kernels expand them from latents (csrc/cuda/shared/scores.h).
 
 A head's keys are products of the latent's tiles, 16 tokens x 16 channels, with tiles of the decoder, 16 channels x 8
 columns. The latter are stored as halves in the order in which the tensor core's lanes hold them.

@@ -1,4 +1,9 @@
-"""Attention of a layer that shares a latent, in torch, which specifies `ops.shared`: arguments are its."""
+"""The operations on records of form `shared` by the torch code that specifies them, on any device.
+
+Records are `uint8 [blocks, records, tokens per block, bytes per token]`, a token's parts one after the other; blocks
+may be strided. A slot is block * tokens per block + offset. A stripe of the group's latent is one record per token;
+keys that a layer has for itself are one per KV head.
+"""
 
 from __future__ import annotations
 
@@ -7,81 +12,94 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kvcompress.codec import scalar
 from kvcompress.codec.bands import SideSpec
-from kvcompress.ops.heads.reference import SCORE_BYTES
+from kvcompress.codec.record import Record
+from kvcompress.codec.scalar import decode
+from kvcompress.codec.shared.codec import SharedCodec
+from kvcompress.ops.call import SCORE_BYTES
+from kvcompress.ops.shared.call import SharedCall
 from kvcompress.ops.shared.plan import SharedPlan
 
 
-def store(records_NHSX: Tensor, spec: SideSpec, latent_THR: Tensor, weight_HR: Tensor, slots_T: Tensor) -> None:
-    """`scalar.encode`, and its records in their slots."""
-    from kvcompress.codec import scalar
+class SharedOp:
+    """One layer's operations. Kernels inherit it and replace what they do faster; `attention.bind` chooses."""
 
-    valid_T = slots_T >= 0
-    if not bool(valid_T.all()):
-        latent_THR, slots_T = latent_THR[valid_T], slots_T[valid_T]
-    block_size = records_NHSX.shape[2]
-    encoded = scalar.encode(latent_THR, weight_HR, spec)
-    records_NHSX[slots_T // block_size, :, slots_T % block_size] = encoded.to_record()
+    on_kernels = False
+    """Whether CUDA kernels attend."""
 
+    def __init__(self, codec: SharedCodec) -> None:
+        self.plan = SharedPlan(codec)
 
-def attend(
-    output_THD: Tensor,
-    query_THD: Tensor,
-    keys_THD: Tensor,
-    values_THD: Tensor,
-    plan: SharedPlan,
-    k_records: Sequence[Tensor],
-    v_records: Sequence[Tensor],
-    k_tables: Sequence[Tensor],
-    v_tables: Sequence[Tensor],
-    query_starts: Sequence[int],
-    seq_lens: Sequence[int],
-    stored_lens: Sequence[int],
-    exact_rows: Tensor,
-    softmax_scale: float,
-) -> None:
-    exact_start = 0
-    for request, length in enumerate(seq_lens):
-        stored = stored_lens[request]
-        row_T = exact_rows[exact_start : exact_start + length - stored].long()
-        exact_start += length - stored
-        from_pages = stored + _after_last_negative(row_T)
-        rows = slice(query_starts[request], query_starts[request + 1])
-        if rows.start == rows.stop:
-            continue
-        if plan.frequency_F is None:
-            k_THD = _latents(k_records, k_tables, plan.k_spec, request, length)
-            k_THD = torch.einsum("thr,hrd->thd", k_THD, plan.k_decode_HRD) + plan.k_mean_HD
-        else:
-            k_THD = _with_exact(_stored_keys(plan, k_records, k_tables, request, from_pages), keys_THD, row_T)
-        v_TR = _latents(v_records, v_tables, plan.v_spec, request, from_pages).flatten(1)
-        v_THD = torch.einsum("tr,hrd->thd", v_TR, plan.v_decode_HRD) + plan.v_mean_HD
-        v_THD = _with_exact(v_THD, values_THD, row_T)
-        _attend(output_THD[rows], query_THD[rows], k_THD, v_THD, softmax_scale)
+    def store(
+        self, records_NHSX: Tensor, spec: SideSpec, latent_THR: Tensor, weight_HR: Tensor, slots_T: Tensor
+    ) -> None:
+        """Encode normalized latents and store them in their slots. Slots below 0 are padding and are skipped.
 
+        Args:
+            latent_THR: float32 `[tokens, records, channels]`.
+            weight_HR: importance of each channel's squared error, as `codec.scalar.encode` has it.
 
-def _stored_keys(
-    plan: SharedPlan, records: Sequence[Tensor], tables: Sequence[Tensor], request: int, length: int
-) -> Tensor:
-    from kvcompress.codec.rope import Rope
+        Raises:
+            ValueError: a slot lies outside the cache; on a GPU it is skipped.
+        """
+        valid_T = slots_T >= 0
+        if not bool(valid_T.all()):
+            latent_THR, slots_T = latent_THR[valid_T], slots_T[valid_T]
+        block_size = records_NHSX.shape[2]
+        encoded = scalar.encode(latent_THR, weight_HR, spec)
+        records_NHSX[slots_T // block_size, :, slots_T % block_size] = encoded.to_bytes()
 
-    assert plan.frequency_F is not None
-    assert plan.amplitude_1 is not None
-    latent_TR = _latents(records, tables, plan.k_spec, request, length).flatten(1)
-    k_THD = torch.einsum("tr,hrd->thd", latent_TR, plan.k_decode_HRD) + plan.k_mean_HD
-    return Rope(plan.frequency_F, plan.amplitude_1).rotate(k_THD, torch.arange(length, device=k_THD.device))
+    def read(self, records_NHSX: Tensor, spec: SideSpec, block_table_N: Tensor, length: int) -> Tensor:
+        """Normalized latents `[length, records, channels]` of a request's first tokens."""
+        return _latents([records_NHSX], [block_table_N[None]], spec, 0, length)
+
+    def attend(self, call: SharedCall) -> None:
+        """
+        Raises:
+            ValueError: a request has more queries than tokens, or a block lies outside the cache; neither is looked
+                for on a GPU.
+        """
+        codec, exact_start = self.plan.codec, 0
+        numbers = (call.query_starts, call.seq_lens, call.stored_lens)
+        starts, lengths, stored_lens = (each.tolist() for each in numbers)
+        for request, length in enumerate(lengths):
+            stored = stored_lens[request]
+            row_T = call.exact_rows[exact_start : exact_start + length - stored].long()
+            exact_start += length - stored
+            from_pages = stored + _after_last_negative(row_T)
+            rows = slice(starts[request], starts[request + 1])
+            if rows.start == rows.stop:
+                continue
+            k_read = (call.k_records, call.k_tables, codec.k.spec, request)
+            if codec.rope is None:
+                k_THD = torch.einsum("thr,hrd->thd", _latents(*k_read, length), codec.k.decode_HRD) + codec.k.mean_HD
+            else:
+                k_TR = _latents(*k_read, from_pages).flatten(1)
+                k_THD = torch.einsum("tr,hrd->thd", k_TR, codec.k.decode_HRD) + codec.k.mean_HD
+                k_THD = codec.rope.rotate(k_THD, torch.arange(from_pages, device=k_THD.device))
+                k_THD = _with_exact(k_THD, call.keys_THD, row_T)
+            v_TR = _latents(call.v_records, call.v_tables, codec.v.spec, request, from_pages).flatten(1)
+            v_THD = torch.einsum("tr,hrd->thd", v_TR, codec.v.decode_HRD) + codec.v.mean_HD
+            v_THD = _with_exact(v_THD, call.values_THD, row_T)
+            _attend(call.output_THD[rows], call.query_THD[rows], k_THD, v_THD, call.softmax_scale)
+
+    def workspace_bytes(self, tokens: int, num_heads: int, longest: int) -> int:
+        """Bytes that `attend` takes at most beside its arguments, in steps of `tokens`, for requests of `longest`."""
+        spec = self.plan.codec.spec
+        channels = len(spec.group) * (spec.k.rank + spec.v.rank) + 4 * spec.num_kv_heads * spec.head_dim
+        scores = max(SCORE_BYTES, num_heads * longest * torch.float32.itemsize)
+        return 3 * (longest * channels * torch.float32.itemsize + scores)
 
 
 def _latents(records: Sequence[Tensor], tables: Sequence[Tensor], spec: SideSpec, request: int, length: int) -> Tensor:
     """Normalized latents of a request's first tokens, all records: `[tokens, records, channels]`."""
-    from kvcompress.codec.scalar import Encoded, decode
-
     parts = []
     for records_NHSX, table_RN in zip(records, tables, strict=True):
         blocks_N = table_RN[request, : -(-length // records_NHSX.shape[2])].long()
         record_THX = records_NHSX[blocks_N].transpose(1, 2).flatten(0, 1)[:length]
-        parts.append(Encoded.from_record(record_THX, spec))
-    return decode(Encoded.concatenate(parts), spec)
+        parts.append(Record.from_bytes(record_THX, spec))
+    return decode(Record.concatenate(parts), spec)
 
 
 def _after_last_negative(row_T: Tensor) -> int:

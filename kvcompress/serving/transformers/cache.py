@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from kvcompress.checkpoint import json_file
 from kvcompress.checkpoint.source import resolve
 from kvcompress.codec.blocks.codec import BlocksCodec
-from kvcompress.codec.forms import CacheCodec, GroupCodec
+from kvcompress.codec.contract import CacheCodec
 from kvcompress.codec.groups import check_groups
 from kvcompress.codec.heads.codec import HeadsCodec
 from kvcompress.codec.nested import WIDEST
@@ -118,8 +118,8 @@ def _layers(codecs: Sequence[CacheCodec | None]) -> list[DynamicLayer]:
     for codec in codecs:
         if codec is None:
             layers.append(DynamicLayer())
-        elif isinstance(codec, GroupCodec):
-            members = groups.setdefault(codec.group, [])
+        elif codec.spec.group is not None:
+            members = groups.setdefault(codec.spec.group, [])
             if isinstance(codec, SharedCodec):
                 layers.append(SharedLayer(codec, members))
             else:

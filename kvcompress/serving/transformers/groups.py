@@ -49,7 +49,7 @@ class GroupLayer(DynamicLayer):  # type: ignore[misc]
 
     @property
     def is_last(self) -> bool:
-        return len(self.members) == len(self.codec.group) and self.members[-1] is self
+        return len(self.members) == len(self.codec.spec.group) and self.members[-1] is self
 
     def kept(self) -> list[Tensor]:
         """Every tensor that holds cached tokens."""

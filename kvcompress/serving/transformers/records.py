@@ -6,18 +6,18 @@ from torch import Tensor
 
 from kvcompress.codec.bands import SideSpec
 from kvcompress.codec.heads.codec import SideCodec
-from kvcompress.codec.scalar import Encoded
+from kvcompress.codec.record import Record
 
 
-def pack(encoded: Encoded, batch: int) -> Tensor:
+def pack(encoded: Record, batch: int) -> Tensor:
     """Encoded tokens of `batch` sequences, one after the other, to records."""
-    records_BTHX: Tensor = encoded.to_record().unflatten(0, (batch, -1))
+    records_BTHX: Tensor = encoded.to_bytes().unflatten(0, (batch, -1))
     return records_BTHX.transpose(1, 2)
 
 
-def unpack(spec: SideSpec, records_BHTX: Tensor) -> Encoded:
+def unpack(spec: SideSpec, records_BHTX: Tensor) -> Record:
     """Inverse of `pack`."""
-    return Encoded.from_record(records_BHTX.transpose(1, 2).flatten(0, 1), spec)
+    return Record.from_bytes(records_BHTX.transpose(1, 2).flatten(0, 1), spec)
 
 
 def to_records(side: SideCodec, states_BHTD: Tensor) -> Tensor:

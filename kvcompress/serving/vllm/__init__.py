@@ -2,7 +2,7 @@
 
 vLLM calls `register` in every process through the entry point `vllm.general_plugins`. From there the way in is the
 quantization hook: `quant_method: kvcompress` in config.json makes vLLM ask `quantization.KVCompressConfig` about every
-attention layer, and layers that have a codec get our cache spec and attention backend. Only multi-head latent
+attention layer, and layers that have a codec get what their form's room gives them. Only multi-head latent
 attention (`transmla`) needs a model class of our own.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 
 def register() -> None:
-    """Make quantization method, attention backends and model class known to vLLM. May be called any number of times.
+    """Make quantization method and model class known to vLLM. May be called any number of times.
 
     Raises:
         RuntimeError: this vLLM is outside the supported range.
@@ -19,16 +19,11 @@ def register() -> None:
     from kvcompress.families import LATENT_ARCHITECTURE
     from kvcompress.serving.vllm import compat, metrics
 
-    compat.register_backend(compat.BACKEND_NAME, "kvcompress.serving.vllm.backend.CompressedAttentionBackend")
-    compat.register_backend(compat.DEVICE_BACKEND_NAME, "kvcompress.serving.vllm.device_backend.DeviceAttentionBackend")
-    compat.register_backend(compat.SHARED_BACKEND_NAME, "kvcompress.serving.vllm.shared.SharedAttentionBackend")
-    compat.register_backend(compat.LATENT_BACKEND_NAME, "kvcompress.serving.vllm.latent.LatentAttentionBackend")
-    compat.register_backend(compat.DEVICE_LATENT_BACKEND_NAME, "kvcompress.serving.vllm.latent.DeviceLatentBackend")
     compat.extend_worker()
     compat.extend_loader()
     metrics.register()
     modeling.register()
-    compat.register_model(LATENT_ARCHITECTURE, "kvcompress.serving.vllm.mla_model:KVCompressMLAForCausalLM")
+    compat.register_model(LATENT_ARCHITECTURE, "kvcompress.serving.vllm.latent.model:KVCompressMLAForCausalLM")
     # Importing the module registers its class under the quantization method's name.
     from kvcompress.serving.vllm import quantization
 

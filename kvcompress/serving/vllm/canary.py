@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from kvcompress.codec import canary as stated
+from kvcompress.codec.contract import CacheCodec
 from kvcompress.ops import cuda_library, library
 from kvcompress.serving.vllm import canary_paths, canary_reference, compat
-from kvcompress.serving.vllm.backend import CompressedMetadata
 from kvcompress.serving.vllm.canary_reference import Inputs
+from kvcompress.serving.vllm.metadata import Step
 from kvcompress.serving.vllm.served import Served
 
 PATH_TOLERANCE = 0.02
@@ -39,7 +40,7 @@ ERROR_FACTOR, ERROR_FLOOR = 1.2, 0.003
 """How much more than stated a codec may lose: as a factor, and as a share of the whole where it loses little."""
 
 
-def run(runner: Any, config: compat.VllmConfig, layers: Sequence[Served], tokens: Sequence[int]) -> None:
+def run(runner: Any, engine: compat.Engine, layers: Sequence[Served], tokens: Sequence[int]) -> None:
     """Let the canary sing. Collective over all ranks.
 
     Args:
@@ -51,29 +52,28 @@ def run(runner: Any, config: compat.VllmConfig, layers: Sequence[Served], tokens
         ValueError: naming the first layer that fails, how, and on which path.
     """
     begun = time.perf_counter()
-    seen = witness(runner, config, tokens)
+    seen = witness(runner, engine, tokens)
     for members in _groups(layers):
         for member in members:
-            check_inputs(member, seen[member.layer.layer_name])
-        check_codecs(members, [seen[member.layer.layer_name] for member in members])
-        check_paths(config, members, [seen[member.layer.layer_name] for member in members])
+            check_inputs(member, seen[member.layer.name])
+        check_codecs(members, [seen[member.layer.name] for member in members])
+        check_paths(engine, members, [seen[member.layer.name] for member in members])
     took = time.perf_counter() - begun
     compat.logger.info("kvcompress: start-up canary passed in %d layers, %.1f s", len(layers), took)
 
 
-def witness(runner: Any, config: compat.VllmConfig, tokens: Sequence[int]) -> dict[str, Inputs]:
+def witness(runner: Any, engine: compat.Engine, tokens: Sequence[int]) -> dict[str, Inputs]:
     """What the attention layers are given when the prompt runs with exact attention, by the layers' names."""
-    layers = compat.attention_layers(config)
-    stock = [layer.impl for layer in layers]
-    probes = [_Probe(layer) for layer in layers]
-    try:
-        for layer, probe in zip(layers, probes, strict=True):
-            layer.impl = probe
-        compat.run_model(runner, config, torch.tensor(tokens, device=compat.layer_device(layers[0])))
-    finally:
-        for layer, impl in zip(layers, stock, strict=True):
-            layer.impl = impl
-    return {layer.layer_name: probe.inputs for layer, probe in zip(layers, probes, strict=True) if probe.inputs}
+    layers = compat.attention_layers(engine)
+    seen: dict[str, Inputs] = {}
+
+    def exactly(layer: compat.Layer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        seen[layer.name] = Inputs(query.clone(), key.clone(), value.clone())
+        return _attend(layer, query, key, value)
+
+    with compat.answered_by(layers, exactly):
+        compat.run_model(runner, engine, torch.tensor(tokens, device=layers[0].device))
+    return seen
 
 
 def check_inputs(served: Served, inputs: Inputs) -> None:
@@ -94,9 +94,7 @@ def check_inputs(served: Served, inputs: Inputs) -> None:
 
 def check_codecs(members: Sequence[Served], inputs: Sequence[Inputs]) -> None:
     """Question 2, for layers that are decoded together."""
-    if members[0].codec is None:
-        return
-    read = canary_reference.rows([_on_device(member) for member in members], inputs)
+    read = canary_reference.rows(_on_device(members), inputs)
     for member, given, rows in zip(members, inputs, read, strict=True):
         for number, (side, x_THD) in enumerate((("k", given.key_THD), ("v", given.value_THD))):
             found_H = stated.relative_error(x_THD, rows.stored[number])
@@ -112,9 +110,9 @@ def check_codecs(members: Sequence[Served], inputs: Sequence[Inputs]) -> None:
                 )
 
 
-def check_paths(config: compat.VllmConfig, members: Sequence[Served], inputs: Sequence[Inputs]) -> None:
+def check_paths(engine: compat.Engine, members: Sequence[Served], inputs: Sequence[Inputs]) -> None:
     """Question 3, for layers that are decoded together. Leaves the cache as it was."""
-    cache = members[0].cache
+    cache = members[0].layer.cache
     block_size, device = cache.shape[2], cache.device
     lanes = _lanes(members)
     paths = [canary_paths.paths(cache.shape[0], block_size, lane, max(lanes) + 1) for lane in lanes]
@@ -123,7 +121,7 @@ def check_paths(config: compat.VllmConfig, members: Sequence[Served], inputs: Se
         return
     longest = max(stop for path in paths[0] for _, stop in path.steps)
     inputs = [Inputs(*(canary_paths.stretched(x_THD, longest) for x_THD in given)) for given in inputs]
-    expected = canary_reference.rows([_on_device(member) for member in members], inputs)
+    expected = canary_reference.rows(_on_device(members), inputs)
     used = sorted({block for of_layer in paths for path in of_layer for block in (*path.blocks, path.ring)})
     caches = _caches(members)
     before = [tensor[used].clone() for tensor in caches]
@@ -133,9 +131,9 @@ def check_paths(config: compat.VllmConfig, members: Sequence[Served], inputs: Se
             entries = [0] * len(members)
             for start, stop in same[0].steps:
                 steps = [canary_paths.metadata(path, (start, stop), block_size, device) for path in same]
-                answers = answers_to(config, members, inputs, steps, canary_paths.ring_metadata(same[0], device), start)
+                answers = answers_to(engine, members, inputs, steps, canary_paths.ring_metadata(same[0], device), start)
                 for place, (member, answer_QHD) in enumerate(zip(members, answers, strict=True)):
-                    query_QHD, scale = inputs[place].query_THD[start:stop], member.layer.impl.scale
+                    query_QHD, scale = inputs[place].query_THD[start:stop], member.layer.scale
                     right_QHD = canary_reference.answer(member.codec, expected[place], query_QHD, start, scale)
                     lost[place] += float((answer_QHD.float() - right_QHD).square().sum())
                     total[place] += float(right_QHD.square().sum())
@@ -154,64 +152,41 @@ def check_paths(config: compat.VllmConfig, members: Sequence[Served], inputs: Se
 
 
 def answers_to(
-    config: compat.VllmConfig,
+    engine: compat.Engine,
     members: Sequence[Served],
     inputs: Sequence[Inputs],
-    steps: Sequence[CompressedMetadata],
-    ring: CompressedMetadata,
+    steps: Sequence[Step],
+    ring: Step,
     start: int,
 ) -> list[Tensor]:
     """What the layers' own implementations answer to one step, which each sees with its own blocks."""
     metadata: dict[str, Any] = {}
     for member, step in zip(members, steps, strict=True):
-        metadata[member.layer.layer_name] = step
+        metadata[member.layer.name] = step
         if member.ring is not None:
             metadata[member.ring.name] = ring
     tokens = steps[0].num_actual_tokens
     rows, answers = slice(start, start + tokens), []
-    with torch.inference_mode(), compat.running(config, metadata, tokens):
+    with torch.inference_mode(), compat.running(engine, metadata, tokens):
         for member, given, step in zip(members, inputs, steps, strict=True):
             query, key, value = (x_THD[rows].contiguous() for x_THD in given)
             output = torch.full((*query.shape[:2], value.shape[2]), torch.nan, dtype=query.dtype, device=query.device)
-            member.layer.impl.forward(member.layer, query, key, value, member.cache, step, output)
+            member.layer.impl.forward(member.layer.module, query, key, value, member.layer.cache, step, output)
             answers.append(output)
     return answers
 
 
-class _Probe:
-    """Stands in for an attention implementation: answers exactly, and keeps what it is given."""
-
-    def __init__(self, layer: Any) -> None:
-        self._window = layer.sliding_window
-        self._stock = layer.impl
-        self.inputs: Inputs | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stock, name)
-
-    def forward(
-        self,
-        layer: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        kv_cache: Tensor,
-        attn_metadata: Any,
-        output: Tensor,
-        output_scale: Tensor | None = None,
-        output_block_scale: Tensor | None = None,
-    ) -> Tensor:
-        """One whole text, causally. Arguments as in `CompressedAttentionImpl.forward`."""
-        self.inputs = Inputs(query.clone(), key.clone(), value.clone())
-        tokens = query.shape[0]
-        mask = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).tril()
-        if self._window is not None:
-            mask = mask.triu(1 - self._window)
-        query_HTD, key_HTD, value_HTD = (x_THD.transpose(0, 1).float() for x_THD in (query, key, value))
-        mixed_HTD = torch.nn.functional.scaled_dot_product_attention(
-            query_HTD, key_HTD, value_HTD, attn_mask=mask, scale=self._stock.scale, enable_gqa=True
-        )
-        return output.copy_(mixed_HTD.transpose(0, 1))
+def _attend(layer: compat.Layer, query_THD: Tensor, key_THD: Tensor, value_THD: Tensor) -> Tensor:
+    """One whole text, causally."""
+    tokens = query_THD.shape[0]
+    mask = torch.ones(tokens, tokens, dtype=torch.bool, device=query_THD.device).tril()
+    if layer.sliding_window is not None:
+        mask = mask.triu(1 - layer.sliding_window)
+    query_HTD, key_HTD, value_HTD = (x_THD.transpose(0, 1).float() for x_THD in (query_THD, key_THD, value_THD))
+    mixed_HTD = torch.nn.functional.scaled_dot_product_attention(
+        query_HTD, key_HTD, value_HTD, attn_mask=mask, scale=layer.scale, enable_gqa=True
+    )
+    return mixed_HTD.transpose(0, 1)
 
 
 def _groups(layers: Sequence[Served]) -> list[list[Served]]:
@@ -226,22 +201,22 @@ def _lanes(members: Sequence[Served]) -> list[int]:
     """For every layer how many of those before it have the same memory: in hybrid models layers of different block
     tables share their blocks.
     """
-    starts = [member.cache.data_ptr() for member in members]
+    starts = [member.layer.cache.data_ptr() for member in members]
     return [starts[:place].count(start) for place, start in enumerate(starts)]
 
 
-def _on_device(served: Served) -> Any:
-    return None if served.codec is None else served.codec.to(served.cache.device)
+def _on_device(members: Sequence[Served]) -> list[CacheCodec]:
+    return [member.codec.to(member.layer.cache.device) for member in members]
 
 
 def _caches(members: Sequence[Served]) -> list[Tensor]:
     rings = [member.ring.kv_cache for member in members if member.ring is not None]
-    return [*(member.cache for member in members), *rings]
+    return [*(member.layer.cache for member in members), *rings]
 
 
 def _switch(served: Served) -> str:
     """The environment variable that turns off the kernels which attend a layer."""
-    return cuda_library.PATH_VARIABLE if served.cache.device.type == "cuda" else library.PATH_VARIABLE
+    return cuda_library.PATH_VARIABLE if served.layer.cache.device.type == "cuda" else library.PATH_VARIABLE
 
 
 def _refusal(reason: str) -> ValueError:

@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from kvcompress.serving.vllm.backend import CompressedMetadata
+from kvcompress.serving.vllm.metadata import Step
 
 _PAGES, _LARGE_PAGES, _LARGE = 3, 2, 64
 """Blocks of a request: a prefix, what comes after it, and an end that does not fill its block; fewer of large ones."""
@@ -55,12 +55,12 @@ def paths(num_blocks: int, block_size: int, lane: int = 0, lanes: int = 1) -> li
     return found
 
 
-def metadata(path: Path, step: tuple[int, int], block_size: int, device: torch.device) -> CompressedMetadata:
+def metadata(path: Path, step: tuple[int, int], block_size: int, device: torch.device) -> Step:
     """A step as the engine would describe it to a layer."""
     start, stop = step
     table = torch.tensor([path.blocks], dtype=torch.int32, device=device)
     positions = torch.arange(start, stop, device=device)
-    return CompressedMetadata(
+    return Step(
         num_actual_tokens=stop - start,
         slot_mapping=table[0].long()[positions // block_size] * block_size + positions % block_size,
         block_table=table,
@@ -69,10 +69,10 @@ def metadata(path: Path, step: tuple[int, int], block_size: int, device: torch.d
     )
 
 
-def ring_metadata(path: Path, device: torch.device) -> CompressedMetadata:
+def ring_metadata(path: Path, device: torch.device) -> Step:
     """The same of a ring: all that is looked at is its block."""
     nothing = torch.zeros(0, dtype=torch.int32)
-    return CompressedMetadata(0, nothing, torch.tensor([[path.ring]], device=device), nothing, nothing)
+    return Step(0, nothing, torch.tensor([[path.ring]], device=device), nothing, nothing)
 
 
 def stretched(x_THD: Tensor, tokens: int) -> Tensor:

@@ -11,9 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvcompress.codec.blocks.codec import BlocksCodec
-from kvcompress.codec.forms import CacheCodec, round_trip
-from kvcompress.codec.shared.codec import SharedCodec
+from kvcompress.codec.contract import CacheCodec
 
 
 class Inputs(NamedTuple):
@@ -31,25 +29,22 @@ class Rows(NamedTuple):
     exact: tuple[Tensor, Tensor]
 
 
-def rows(codecs: Sequence[CacheCodec | None], inputs: Sequence[Inputs]) -> list[Rows]:
-    """Of layers that are decoded together; no codec stands for a cache of what the model computes."""
+def rows(codecs: Sequence[CacheCodec], inputs: Sequence[Inputs]) -> list[Rows]:
+    """Of layers that are decoded together."""
     exact = [(layer.key_THD.float(), layer.value_THD.float()) for layer in inputs]
-    present = [codec for codec in codecs if codec is not None]
-    if not present:
-        return [Rows(sides, sides) for sides in exact]
     positions_T = torch.arange(inputs[0].key_THD.shape[0], device=inputs[0].key_THD.device)
     keys, values = [layer.key_THD for layer in inputs], [layer.value_THD for layer in inputs]
-    stored = round_trip(present, keys, values, positions_T)
+    stored = codecs[0].round_trip(codecs, keys, values, positions_T)
     return [Rows(read, given) for read, given in zip(stored, exact, strict=True)]
 
 
-def answer(codec: CacheCodec | None, layer: Rows, query_QHD: Tensor, start: int, scale: float) -> Tensor:
+def answer(codec: CacheCodec, layer: Rows, query_QHD: Tensor, start: int, scale: float) -> Tensor:
     """Attention of a step's queries, which begin at position `start`: float32 `[queries, heads, value channels]`."""
     queries = query_QHD.shape[0]
     stop, device = start + queries, query_QHD.device
     query_Q1, token_1T = torch.arange(start, stop, device=device)[:, None], torch.arange(stop, device=device)[None]
     before = token_1T <= query_Q1
-    as_stored = [_as_stored(codec, side, query_Q1, token_1T, start) for side in ("k", "v")]
+    as_stored = [codec.as_stored(side, query_Q1, token_1T, start) for side in ("k", "v")]
     (keys, exact_keys), (values, exact_values) = (
         (stored[:stop], exact[:stop]) for stored, exact in zip(layer.stored, layer.exact, strict=True)
     )
@@ -64,13 +59,3 @@ def answer(codec: CacheCodec | None, layer: Rows, query_QHD: Tensor, start: int,
     mixed = torch.einsum("jgqt,tjd->qjgd", weights * as_stored[1], values)
     mixed += torch.einsum("jgqt,tjd->qjgd", weights * ~as_stored[1], exact_values)
     return mixed.flatten(1, 2)
-
-
-def _as_stored(codec: CacheCodec | None, side: str, query_Q1: Tensor, token_1T: Tensor, start: int) -> Tensor:
-    """Which tokens a query sees in their stored form `[queries, tokens]`."""
-    if isinstance(codec, BlocksCodec):
-        block = codec.spec.block
-        return token_1T < (query_Q1 + 1) // block * block
-    if isinstance(codec, SharedCodec) and side in codec.shared_sides:
-        return (token_1T < start).expand(query_Q1.shape[0], -1)
-    return torch.ones_like(token_1T <= query_Q1)

@@ -14,22 +14,13 @@ import torch
 
 from kvcompress.checkpoint.quantized import base_section
 from kvcompress.checkpoint.reader import QUANT_METHOD
-from kvcompress.codec.blocks.spec import BlocksSpec
-from kvcompress.codec.heads.spec import HeadsSpec
 from kvcompress.codec.nested import cut_spec
-from kvcompress.codec.shared.spec import SharedSpec
-from kvcompress.codec.spec import CacheSpec
 from kvcompress.modeling.low_rank import ranks_of
 from kvcompress.serving.loading import kv_bits, kv_rank, read_spec
-from kvcompress.serving.vllm import blocks as gear_backend
-from kvcompress.serving.vllm import compat, device_backend, limits, weights
-from kvcompress.serving.vllm import shared as shared_backend
-from kvcompress.serving.vllm.backend import CompressedAttentionBackend, CompressedAttentionImpl
-from kvcompress.serving.vllm.cache_spec import cache_spec
+from kvcompress.serving.vllm import compat, weights
 from kvcompress.serving.vllm.delegation import DelegatingConfig
 from kvcompress.serving.vllm.low_rank import LowRankLinearMethod, part_ranks
 from kvcompress.serving.vllm.sentinel import Sentinel
-from kvcompress.serving.vllm.shared import SharedAttentionBackend, SharedAttentionImpl
 from kvcompress.serving.vllm.startup import Startup
 
 
@@ -53,7 +44,7 @@ class KVCompressConfig(DelegatingConfig):
         return QUANT_METHOD
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        return self.supported_dtypes(CompressedAttentionBackend.supported_dtypes)
+        return self.supported_dtypes(compat.Backend.supported_dtypes)
 
     @staticmethod
     def get_config_filenames() -> list[str]:
@@ -74,13 +65,13 @@ class KVCompressConfig(DelegatingConfig):
             if any(ranks):
                 return LowRankLinearMethod(prefix, ranks)
             return self.base_method(layer, prefix) or compat.UnquantizedLinearMethod()
-        if not isinstance(layer, compat.Attention | compat.MLAAttention):
+        if not compat.is_attention(layer):
             return self.base_method(layer, prefix)
         known = getattr(layer, "quant_method", None)
         if isinstance(known, CompressedCacheMethod):
             return known
         if self._startup is None:
-            self._startup = Startup.begin(compat.get_current_vllm_config(), self.stored_spec, self.codec_spec)
+            self._startup = Startup.begin(compat.current_engine(), self.stored_spec, self.codec_spec)
         index = compat.extract_layer_index(prefix)
         if index >= len(self.codec_spec.layers):
             raise ValueError(
@@ -88,9 +79,9 @@ class KVCompressConfig(DelegatingConfig):
                 "extra prediction layers are not served compressed"
             )
         if self.codec_spec.layers[index] is None:
-            self._startup.note_uncompressed(index, layer)
+            self._startup.note_uncompressed(index, compat.Layer.of(layer))
             return self.base_method(layer, prefix)
-        return CompressedCacheMethod(self, self._startup, index, prefix)
+        return CompressedCacheMethod(self, self._startup, index)
 
     def built(self, model: Any, source: str) -> None:
         """A model of this quantization stands and its weights are about to be read (`compat.extend_loader`)."""
@@ -119,49 +110,12 @@ class KVCompressConfig(DelegatingConfig):
 class CompressedCacheMethod(compat.BaseKVCacheMethod):  # type: ignore[misc]
     """Gives one attention layer its codec, cache spec and attention implementation."""
 
-    def __init__(self, config: KVCompressConfig, startup: Startup, index: int, name: str) -> None:
+    def __init__(self, config: KVCompressConfig, startup: Startup, index: int) -> None:
         super().__init__(config)
-        self._startup = startup
-        self._index = index
-        self._name = name
+        self._startup, self._index = startup, index
 
     def create_weights(self, layer: Any) -> None:
-        spec = self.quant_config.codec_spec.layers[self._index]
-        limits.check_layer(layer, self._name, spec, self._startup.vllm_config)
-        codec = self._startup.codec_of(self._index)
-        local = codec.spec
-        if isinstance(local, BlocksSpec):
-            hybrid = None in self.quant_config.codec_spec.layers
-            ring = gear_backend.attach(layer, self._name, local, self._startup.vllm_config, hybrid)
-            self._startup.note_compressed(self._index, layer, codec, ring.nbytes)
-            return
-        sizes = (layer.num_heads, layer.head_size, layer.impl.scale, layer.num_kv_heads)
-        backend: type[CompressedAttentionBackend]
-        impl: CompressedAttentionImpl
-        if isinstance(local, SharedSpec):
-            backend, impl = SharedAttentionBackend, SharedAttentionImpl(*sizes)
-            impl.use_group(self._startup.join_group(local, layer, self._name), local)
-        else:
-            assert isinstance(local, HeadsSpec), f"no vLLM backend for form {local.form}"
-            backend = device_backend.backend_for(local, self._startup.vllm_config)
-            impl = backend.get_impl_cls()(*sizes)
-        compat.attach(
-            layer,
-            backend,
-            impl,
-            # The block size may change between now and the call.
-            lambda vllm_config: _cache_spec(local, vllm_config.cache_config.block_size),
-        )
-        self._startup.note_compressed(self._index, layer, codec)
+        self._startup.attach(self._index, compat.Layer.of(layer))
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        codec = self._startup.codec_of(self._index).to(compat.layer_device(layer))
-        layer.impl.use_codec(codec, longest=self._startup.vllm_config.model_config.max_model_len)
-        self._startup.report()
-
-
-def _cache_spec(layer: CacheSpec, block_size: int) -> compat.FullAttentionSpec:
-    if isinstance(layer, SharedSpec):
-        return shared_backend.cache_spec(layer, block_size)
-    assert isinstance(layer, HeadsSpec)
-    return cache_spec(layer, block_size)
+        self._startup.bind(self._index)

@@ -10,18 +10,12 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvcompress.codec import scalar
-from kvcompress.codec.blocks.codec import BlocksCodec
-from kvcompress.codec.forms import CacheCodec
-from kvcompress.codec.heads.codec import HeadsCodec
-from kvcompress.codec.shared.codec import SharedCodec
-from kvcompress.codec.shared.pages import SharedLayout
 from kvcompress.serving.vllm import compat
+from kvcompress.serving.vllm.metadata import Step
 from kvcompress.serving.vllm.metrics import Numbers
 from kvcompress.serving.vllm.served import Served
 
@@ -53,51 +47,51 @@ class Sentinel:
         self._picked: Tensor | None = None
         self._looked: _Verdict | None = None
 
-    def step(self, names: Sequence[str], batch: Any) -> None:
+    def step(self, names: Sequence[str], step: Step) -> None:
         """A step of some layers is about to run; asked once per step and cache group.
 
         Args:
-            names: the layers, all of which have the batch's block table.
-            batch: `CompressedMetadata`.
+            names: the layers, all of which have the step's block table.
+            step: what the layers are given.
         """
         now = self._clock()
         self._saved += SHARE * min(now - self._last, LONGEST_STEP)
         self._last = now
-        if self._next.layer.layer_name not in names:
+        if self._next.layer.name not in names:
             return
         if self._picked is not None:
             if self._looked is not None and not self._looked.arrived():
                 return
             self._conclude()
-            self._look(batch)
+            self._look(step)
         elif self._saved >= self._cost:
             self._cost = 0.0
-            self._pick(batch)
+            self._pick(step)
         else:
             return
         spent = self._clock() - now
         self._cost += spent
         self._saved -= spent
 
-    def _pick(self, batch: Any) -> None:
+    def _pick(self, step: Step) -> None:
         """A random page that is full when this step has run."""
-        if batch.longest is None:
+        if step.longest is None:
             return
         # Of bounds that are too large, `_look` finds out.
-        pages = (batch.longest // self._next.cache.shape[2]).tolist()
+        pages = (step.longest // self._next.layer.cache.shape[2]).tolist()
         requests = [request for request, count in enumerate(pages) if count > 0]
         if requests:
             request = self._random.choice(requests)
             # A copy: the engine writes the next step's table over this one.
-            block = batch.block_table[request, self._random.randrange(pages[request])]
+            block = step.block_table[request, self._random.randrange(pages[request])]
             self._picked = block.long().reshape(1).clone()
 
-    def _look(self, batch: Any) -> None:
+    def _look(self, step: Step) -> None:
         assert self._picked is not None
         served, block_1 = self._next, self._picked
         # A block that changed hands since may have been cleared for its new owner.
-        filled_R = (batch.seq_lens - batch.query_starts.diff()) // served.cache.shape[2]
-        held_RN = batch.block_table == block_1
+        filled_R = (step.seq_lens - step.query_starts.diff()) // served.layer.cache.shape[2]
+        held_RN = step.block_table == block_1
         column_N = torch.arange(held_RN.shape[1], device=held_RN.device)
         held = (held_RN & (column_N < filled_R.to(held_RN.device)[:, None])).any()
         found = torch.stack([held, is_sound(served, block_1)]).long()
@@ -143,34 +137,9 @@ def is_sound(served: Served, block_1: Tensor) -> Tensor:
     A token of nothing but zeros is out of range, too: no encoder leaves one, and memory that was cleared has them. Only
     a side that carries nothing, as in a layer that a merge has switched off, may be zeros.
     """
+    sides = [side.flatten(1) for side in served.layer.impl.latents(served.layer.cache, block_1)]
     sound = [
         torch.isfinite(side_TX).all() & (side_TX.abs() <= LARGEST).all() & ((side_TX != 0).any(-1).all() | silent)
-        for side_TX, silent in zip(_decoded(served, block_1), _silent(served.codec), strict=True)
+        for side_TX, silent in zip(sides, served.codec.silent(), strict=True)
     ]
     return torch.stack(sound).all()
-
-
-def _silent(codec: CacheCodec | None) -> list[Tensor]:
-    """Of the sides that `_decoded` gives: whether all of their latents stand for nothing, bool `[]` on its device."""
-    if codec is None:
-        return [torch.zeros((), dtype=torch.bool)]
-    sides: Any = codec
-    return [~side.inverse_HRD.any() for side in (sides.k, sides.v)]
-
-
-def _decoded(served: Served, block_1: Tensor) -> list[Tensor]:
-    """Everything in a page as the numbers that are encoded, tokens first."""
-    codec, cache = served.codec, served.cache
-    tokens = cache.shape[2]
-    if codec is None:
-        return [cache[block_1][0, 0].float()]
-    if isinstance(codec, HeadsCodec):
-        return [side.flatten(1) for side in served.layer.impl.latents(cache, block_1)]
-    if isinstance(codec, BlocksCodec):
-        spec = codec.spec
-        records = cache.view(cache.shape[0], spec.num_kv_heads, tokens // spec.block, spec.record_bytes)
-        return [side.flatten(1) for side in codec.open(records[block_1][0].transpose(0, 1))]
-    assert isinstance(codec, SharedCodec)
-    shared = SharedLayout.of(codec.spec, tokens)
-    stripes = cache.view(cache.shape[0], -1)
-    return [scalar.decode(side.read(stripes, block_1, tokens), side.spec).flatten(1) for side in (shared.k, shared.v)]

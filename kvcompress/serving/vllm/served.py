@@ -5,40 +5,32 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from kvcompress.codec.canary import Statement
-from kvcompress.codec.forms import CacheCodec
+from kvcompress.codec.contract import CacheCodec
+from kvcompress.serving.vllm import compat
 
 
 @dataclass(frozen=True)
 class Served:
-    """`codec` is that of this rank's KV heads, on the CPU; None for a latent that the model itself computes."""
+    """`codec` is that of this rank's KV heads, on the CPU."""
 
     index: int
-    layer: Any
-    codec: CacheCodec | None
+    layer: compat.Layer
+    codec: CacheCodec
     stated: Statement | None = None
     """What the codec states of this rank's heads."""
 
     @property
     def name(self) -> str:
         """For messages."""
-        return f"layer {self.index} ({self.layer.layer_name})"
+        return f"layer {self.index} ({self.layer.name})"
 
     @property
     def group(self) -> tuple[int, ...]:
         """The layers it is decoded with, itself included."""
-        group: tuple[int, ...] = getattr(self.codec, "group", (self.index,))
-        return group
-
-    @property
-    def cache(self) -> Tensor:
-        """`[blocks, KV heads, tokens per block, content]`, once vLLM has bound it."""
-        cache: Tensor = self.layer.kv_cache
-        return cache
+        return self.codec.spec.group or (self.index,)
 
     @property
     def ring(self) -> Any:
-        """The layer's `gear_cache.Ring`; None in forms without one."""
+        """The cache that the layer has beside its pages; None in forms without one."""
         return getattr(self.layer.impl, "ring", None)

@@ -1,4 +1,4 @@
-"""The attention backend of layers that share a latent.
+"""Form `shared` in vLLM: layers that share a latent.
 
 A step's tokens are attended as they are, all earlier ones as stored: the step's latents are complete only when the
 group's last layer has added its part to them. That layer encodes them and writes every layer's stripe into that
@@ -12,216 +12,71 @@ exact token differs from its stored form.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvcompress.codec.heads.codec import SideCodec
+from kvcompress.codec.rope import Rope
 from kvcompress.codec.shared.codec import SharedCodec
 from kvcompress.codec.shared.pages import SharedLayout
 from kvcompress.codec.shared.spec import SharedSpec
+from kvcompress.codec.spec import CodecSpec
 from kvcompress.ops import gpu
-from kvcompress.ops.heads.reference import SCORE_BYTES
 from kvcompress.ops.rows import int32_rows
-from kvcompress.ops.shared import attention as shared
-from kvcompress.ops.shared import cuda as cuda_shared
-from kvcompress.ops.shared.plan import SharedPlan
+from kvcompress.ops.shared.attention import bind
+from kvcompress.ops.shared.call import SharedCall
+from kvcompress.ops.shared.reference import SharedOp
 from kvcompress.serving.vllm import compat
-from kvcompress.serving.vllm.backend import (
-    CompressedAttentionBackend,
-    CompressedAttentionImpl,
-    CompressedMetadata,
-)
+from kvcompress.serving.vllm.metadata import HostBuilder, Step
 
 
-class SharedAttentionBackend(CompressedAttentionBackend):
-    """Names the parts; metadata and layouts are those of the per-head backend."""
+def check(engine: compat.Engine, codec: CodecSpec) -> None:
+    """Refuse what layers that share a latent cannot do here.
 
-    @staticmethod
-    def get_name() -> str:
-        return compat.SHARED_BACKEND_NAME
-
-    @staticmethod
-    def get_impl_cls() -> type[CompressedAttentionImpl]:
-        return SharedAttentionImpl
-
-
-@dataclass
-class LayerGroup:
-    """The layers of one group in this process, in order, and what they hand on within a step."""
-
-    size: int
-    layers: list[Any] = field(default_factory=list)
-    names: list[str] = field(default_factory=list)
-    specs: list[SharedSpec] = field(default_factory=list)
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    """The running step's normalized latents as far as they are added up, by side `[tokens, R]`."""
-
-    def join(self, layer: Any, name: str, spec: SharedSpec) -> None:
-        assert len(self.layers) == spec.place < self.size, f"{name} comes out of order in its group {spec.group}"
-        self.layers.append(layer)
-        self.names.append(name)
-        self.specs.append(spec)
-
-    def metadata(self, place: int) -> CompressedMetadata:
-        """The running step as the layer at a place sees it: in hybrid models layers differ in their block tables."""
-        found: CompressedMetadata = compat.layer_metadata(self.names[place])
-        return found
-
-    def page_layout(self, place: int, kv_cache: Tensor) -> SharedLayout:
-        """The layout of the layer at a place; the block size that counts is the allocated cache's."""
-        return SharedLayout.of(self.specs[place], kv_cache.shape[2])
-
-
-class SharedAttentionImpl(CompressedAttentionImpl):
-    """Attention of one layer of a group."""
-
-    codec: SharedCodec
-    group: LayerGroup
-
-    def use_group(self, group: LayerGroup, spec: SharedSpec) -> None:
-        """Join the group's other layers. The codec follows when weights are there."""
-        self.group, self.place = group, spec.place
-
-    def use_codec(self, codec: Any, longest: int) -> None:
-        """Set the codec, on the layer's device, for requests of up to `longest` tokens."""
-        assert isinstance(codec, SharedCodec)
-        self.codec = codec
-        self._shared_plan = SharedPlan.of(codec)
-        self._workspace_bytes = workspace_bytes(codec.spec, self.num_heads, longest)
-
-    @property
-    def on_kernels(self) -> bool:
-        device = self._shared_plan.k_mean_HD.device
-        return gpu.kernels(device) is not None and cuda_shared.covered(self._shared_plan)
-
-    def _workspace(self, output: Tensor) -> int:
-        kernels = cuda_shared.workspace_bytes(self._shared_plan, output.shape[0], self.num_heads, output.device)
-        return max(self._workspace_bytes, kernels)
-
-    def _run(
-        self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, batch: CompressedMetadata, output: Tensor
-    ) -> None:
-        """Add this layer's part to the step's latents, attend, and if the layer is the group's last one, store.
-
-        Arguments as in the per-head backend; `kv_cache` is `uint8 [blocks, 1, tokens per block, bytes per token]`.
-        """
-        slots_T = batch.slot_mapping[: key.shape[0]]
-        step = Step.of(batch, slots_T, kv_cache)
-        self._add({"k": key, "v": value}, step.positions_T)
-        places = range(self.group.size)
-        pages = [self._records(place) for place in places]
-        tables = [self._table(place) for place in places]
-        k_places: Sequence[int] = places
-        if isinstance(self.codec.k, SideCodec):
-            k_places = [self.place]
-            latent_THR = self.codec.k.latent(key)
-            shared.store(pages[self.place]["k"], self.codec.k.spec, latent_THR, self.codec.k.weight_HR, slots_T)
-        shared.attend(
-            output,
-            query,
-            key,
-            value,
-            self._shared_plan,
-            [pages[place]["k"] for place in k_places],
-            [page["v"] for page in pages],
-            [tables[place] for place in k_places],
-            tables,
-            step.query_starts,
-            step.seq_lens,
-            step.stored_lens,
-            step.exact_rows,
-            self.scale,
-            max_query_len=step.max_query_len,
-        )
-        if self.place == self.group.size - 1:
-            self._store(pages, key.shape[0])
-
-    def _add(self, step: dict[str, Tensor], positions_T: Tensor) -> None:
-        for name, side in self.codec.shared_sides.items():
-            part_TR = side.part(self.codec.states(name, step[name], positions_T))
-            self.group.sums[name] = part_TR if self.place == 0 else self.group.sums[name] + part_TR
-
-    def _store(self, pages: Sequence[dict[str, Tensor]], tokens: int) -> None:
-        for name, side in self.codec.shared_sides.items():
-            latent_TWR = self.group.sums.pop(name).unflatten(-1, side.scale_WR.shape)
-            for place, records in enumerate(pages):
-                slots_T, stripe = self.group.metadata(place).slot_mapping[:tokens], slice(place, place + 1)
-                shared.store(records[name], side.spec, latent_TWR[:, stripe], side.weight_WR[stripe], slots_T)
-
-    def _table(self, place: int) -> Tensor:
-        """Blocks of each request's tokens in the cache of the layer at a place."""
-        return self.group.metadata(place).block_table
-
-    def _records(self, place: int) -> dict[str, Tensor]:
-        """Both sides' records in the pages of the layer at a place, as `ops.shared` takes them."""
-        cache = self.group.layers[place].kv_cache
-        layout, pages_NX = self.group.page_layout(place, cache), cache.view(cache.shape[0], -1)
-        return {"k": layout.k.view(pages_NX), "v": layout.v.view(pages_NX)}
-
-
-@dataclass(frozen=True)
-class Step:
-    """A step's numbers as `ops.shared.attend` takes them, the same in all layers that have their metadata in common."""
-
-    positions_T: Tensor
-    query_starts: Tensor
-    seq_lens: Tensor
-    stored_lens: Tensor
-    exact_rows: Tensor
-    max_query_len: int
-
-    @classmethod
-    def of(cls, batch: CompressedMetadata, slots_T: Tensor, kv_cache: Tensor) -> Step:
-        """Made once; where kernels read numbers on the device, they are brought there once."""
-        found: Step | None = batch.derived.get(cls)
-        if found is None:
-            most = int(batch.query_starts.diff().max()) if len(batch.seq_lens) else 0
-            stored_lens, exact_rows = step_tokens(batch, slots_T, kv_cache.shape[2])
-            device = kv_cache.device if most <= gpu.MOST_QUERIES else torch.device("cpu")
-            found = batch.derived[cls] = cls(
-                positions_T=_positions(batch).to(kv_cache.device),
-                query_starts=int32_rows(batch.query_starts, device),
-                seq_lens=int32_rows(batch.seq_lens, device),
-                stored_lens=int32_rows(stored_lens, device),
-                exact_rows=int32_rows(exact_rows, device),
-                max_query_len=most,
-            )
-        return found
-
-
-def step_tokens(batch: CompressedMetadata, slots_T: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """Which tokens a running step sees as they are: its own, and those that another of its requests is to store.
-
-    A prompt may begin with blocks that another request of the step is about to fill: they are not stored yet. Only
-    whole blocks are shared.
-
-    Returns:
-        How many tokens of each request come before the first such token, and for every token from there on, request
-        after request, its row in the step; -1 for one that is stored.
+    Raises:
+        ValueError: naming the option or the setting.
     """
-    starts_R, queries_R = batch.query_starts[:-1].long(), batch.query_starts.diff().long()
-    before_R = batch.seq_lens.long() - queries_R
-    whole_R = before_R // block_size
-    table_RN = batch.block_table[: len(before_R), : int(whole_R.max()) if len(whole_R) else 0].cpu()
-    running_RN = torch.isin(table_RN, slots_T.cpu() // block_size)
-    running_RN &= torch.arange(table_RN.shape[1]) < whole_R[:, None]
-    if not running_RN.any():
-        return before_R, torch.arange(int(batch.query_starts[0]), int(batch.query_starts[-1]))
-    sorted_T, row_T = slots_T.cpu().long().sort()
-    stored, rows = before_R.clone(), []
-    for request, (start, queries) in enumerate(zip(starts_R.tolist(), queries_R.tolist(), strict=True)):
-        if running_RN[request].any():
-            stored[request] = block_size * int(running_RN[request].nonzero()[0])
-            position_T = torch.arange(int(stored[request]), int(before_R[request]))
-            seen_T = batch.block_table[request].cpu().long()[position_T // block_size] * block_size
-            seen_T += position_T % block_size
-            place_T = torch.searchsorted(sorted_T, seen_T).clamp(max=len(sorted_T) - 1)
-            rows.append(row_T[place_T].where(sorted_T[place_T] == seen_T, -1))
-        rows.append(torch.arange(start, start + queries))
-    return stored, torch.cat(rows)
+    for layer in codec.layers:
+        if isinstance(layer, SharedSpec) and (layer.sink or layer.recent):
+            raise ValueError(
+                f"the codec keeps the first {layer.sink} and the newest {layer.recent} tokens as they are, which pages "
+                "of one size per token cannot; serve it through transformers, or compress with sink: 0 and recent: 0"
+            )
+    for option, size, reason in (
+        (
+            "--tensor-parallel-size",
+            engine.tensor_parallel_size,
+            "the latent that layers share is of all KV heads and is not divided over ranks",
+        ),
+        (
+            "--pipeline-parallel-size",
+            engine.pipeline_parallel_size,
+            "layers that share a latent must run in one process",
+        ),
+    ):
+        if size > 1:
+            raise ValueError(f"found {option} {size}; {reason}; use 1, or more replicas")
+    if engine.ubatching:
+        raise ValueError("found --enable-dbo; layers that share a latent run a step in one piece; leave it off")
+
+
+def attach(layer: compat.Layer, codec: SharedCodec, engine: compat.Engine, members: list[Any]) -> None:
+    """Give an attention layer its implementation and its cache spec, and let it join the others of its group.
+
+    Raises:
+        ValueError: the engine rotates keys otherwise than when the codec was made, as by --hf-overrides.
+    """
+    if codec.rope is not None and not codec.rope.same(Rope.of(engine.text_config)):
+        raise ValueError(
+            f"{layer.name}'s codec was made for another rotary embedding (RoPE) than the engine is asked to use; leave "
+            "rope parameters as they are in config.json, or compress the model again with them"
+        )
+    spec = codec.spec
+    impl = SharedImpl(layer, spec, members)
+    compat.attach(layer, SharedBackend, impl, lambda block_size: cache_spec(spec, block_size))
 
 
 def cache_spec(layer: SharedSpec, block_size: int) -> compat.FullAttentionSpec:
@@ -231,27 +86,175 @@ def cache_spec(layer: SharedSpec, block_size: int) -> compat.FullAttentionSpec:
         ValueError: block_size is not a positive multiple of 16.
     """
     layout = SharedLayout.of(layer, block_size)
-    spec = compat.FullAttentionSpec(
-        block_size=block_size,
-        num_kv_heads=1,
-        head_size=layer.num_kv_heads * layer.head_dim,
-        dtype=torch.uint8,
-        state_content_bytes=layer.bytes_per_token,
-    )
+    spec = compat.full_attention(block_size, 1, layer.num_kv_heads * layer.head_dim, layer.bytes_per_token)
     assert spec.page_size_bytes == layout.page_bytes
     return spec
 
 
-def workspace_bytes(spec: SharedSpec, num_heads: int, longest: int) -> int:
-    """Bytes that attention takes at most beside its arguments, for requests of `longest` tokens."""
-    channels = len(spec.group) * (spec.k.rank + spec.v.rank) + 4 * spec.num_kv_heads * spec.head_dim
-    scores = max(SCORE_BYTES, num_heads * longest * torch.float32.itemsize)
-    return 3 * (longest * channels * torch.float32.itemsize + scores)
+class SharedImpl(compat.Implementation):
+    """Attention of one layer of a group."""
+
+    op: SharedOp
+
+    def __init__(self, layer: compat.Layer, spec: SharedSpec, members: list[SharedImpl]) -> None:
+        """
+        Args:
+            members: the group's layers before this one, in order; it joins them.
+        """
+        super().__init__(layer.num_heads, layer.head_size, layer.scale, layer.num_kv_heads)
+        assert len(members) == spec.place < len(spec.group), f"{layer.name} comes out of order in its group"
+        self.layer, self.spec, self.members = layer, spec, members
+        self.sums: dict[str, Tensor] = {}
+        """First layer of the group: the running step's normalized latents as far as they are added up, by side."""
+        members.append(self)
+
+    def use_codec(self, codec: SharedCodec, device: torch.device, longest: int) -> None:
+        """Bind the codec to the layer's device, for requests of up to `longest` tokens."""
+        self.op, self._longest = bind(codec, device), longest
+
+    @property
+    def codec(self) -> SharedCodec:
+        """On the layer's device."""
+        return self.op.plan.codec
+
+    def run(self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, step: Step, output: Tensor) -> None:
+        """Add this layer's part to the step's latents, attend, and if the layer is the group's last one, store.
+
+        Args:
+            kv_cache: `uint8 [blocks, 1, tokens per block, bytes per token]`.
+        """
+        slots_T = step.slot_mapping[: key.shape[0]]
+        numbers = Numbers.of(step, slots_T, kv_cache)
+        self._add({"k": key, "v": value}, numbers.positions_T)
+        pages = [member.records() for member in self.members]
+        tables = [member.metadata.block_table for member in self.members]
+        k_places: Sequence[int] = range(len(pages))
+        if isinstance(self.codec.k, SideCodec):
+            k_places = [self.spec.place]
+            latent_THR, records = self.codec.k.latent(key), pages[self.spec.place]["k"]
+            self.op.store(records, self.spec.k, latent_THR, self.codec.k.weight_HR, slots_T)
+        call = SharedCall(
+            output,
+            query,
+            key,
+            value,
+            [pages[place]["k"] for place in k_places],
+            [page["v"] for page in pages],
+            [tables[place] for place in k_places],
+            tables,
+            *numbers.of_requests,
+            self.scale,
+            numbers.max_query_len,
+        )
+        self.op.attend(call)
+        if self is self.members[-1]:
+            self._store(pages, key.shape[0])
+
+    def workspace_bytes(self, output: Tensor) -> int:
+        return self.op.workspace_bytes(output.shape[0], self.num_heads, self._longest)
+
+    def latents(self, kv_cache: Tensor, block_1: Tensor) -> Sequence[Tensor]:
+        records, tokens = self.records(), kv_cache.shape[2]
+        sides = ((records["k"], self.spec.k), (records["v"], self.spec.v))
+        return [self.op.read(pages_NHSX, spec, block_1, tokens) for pages_NHSX, spec in sides]
+
+    @property
+    def metadata(self) -> Step:
+        """The running step as this layer sees it: in hybrid models layers differ in their block tables."""
+        found: Step = compat.layer_metadata(self.layer.name)
+        return found
+
+    def records(self) -> dict[str, Tensor]:
+        """Both sides' records in the layer's pages, as `ops.shared` takes them."""
+        # The block size that counts is the allocated cache's.
+        layout = SharedLayout.of(self.spec, self.layer.cache.shape[2])
+        pages_NX = self.layer.cache.view(self.layer.cache.shape[0], -1)
+        return {"k": layout.k.view(pages_NX), "v": layout.v.view(pages_NX)}
+
+    def _add(self, step: dict[str, Tensor], positions_T: Tensor) -> None:
+        sums = self.members[0].sums
+        for name, side in self.codec.shared_sides.items():
+            part_TR = side.part(self.codec.states(name, step[name], positions_T))
+            sums[name] = part_TR if self is self.members[0] else sums[name] + part_TR
+
+    def _store(self, pages: Sequence[dict[str, Tensor]], tokens: int) -> None:
+        for name, side in self.codec.shared_sides.items():
+            latent_TWR = self.members[0].sums.pop(name).unflatten(-1, side.scale_WR.shape)
+            for place, (member, records) in enumerate(zip(self.members, pages, strict=True)):
+                slots_T, stripe = member.metadata.slot_mapping[:tokens], slice(place, place + 1)
+                self.op.store(records[name], side.spec, latent_TWR[:, stripe], side.weight_WR[stripe], slots_T)
 
 
-def _positions(batch: CompressedMetadata) -> Tensor:
+class SharedBackend(compat.Backend):
+    name = "KVCOMPRESS_SHARED"
+    implementation, builder = SharedImpl, HostBuilder
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """A step's numbers as `ops.shared.attend` takes them, the same in all layers that have their metadata in common."""
+
+    positions_T: Tensor
+    of_requests: tuple[Tensor, Tensor, Tensor, Tensor]
+    """As `ops.shared.call.SharedCall` has them: query starts, lengths of requests and of what is stored, exact rows."""
+    max_query_len: int
+
+    @classmethod
+    def of(cls, step: Step, slots_T: Tensor, kv_cache: Tensor) -> Numbers:
+        """Made once; where kernels read numbers on the device, they are brought there once."""
+        found: Numbers | None = step.derived.get(cls)
+        if found is None:
+            most = int(step.query_starts.diff().max()) if len(step.seq_lens) else 0
+            stored_lens, exact_rows = step_tokens(step, slots_T, kv_cache.shape[2])
+            device = kv_cache.device if most <= gpu.MOST_QUERIES else torch.device("cpu")
+            found = step.derived[cls] = cls(
+                positions_T=_positions(step).to(kv_cache.device),
+                of_requests=(
+                    int32_rows(step.query_starts, device),
+                    int32_rows(step.seq_lens, device),
+                    int32_rows(stored_lens, device),
+                    int32_rows(exact_rows, device),
+                ),
+                max_query_len=most,
+            )
+        return found
+
+
+def step_tokens(step: Step, slots_T: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """Which tokens a running step sees as they are: its own, and those that another of its requests is to store.
+
+    A prompt may begin with blocks that another request of the step is about to fill: they are not stored yet. Only
+    whole blocks are shared.
+
+    Returns:
+        How many tokens of each request come before the first such token, and for every token from there on, request
+        after request, its row in the step; -1 for one that is stored.
+    """
+    starts_R, queries_R = step.query_starts[:-1].long(), step.query_starts.diff().long()
+    before_R = step.seq_lens.long() - queries_R
+    whole_R = before_R // block_size
+    table_RN = step.block_table[: len(before_R), : int(whole_R.max()) if len(whole_R) else 0].cpu()
+    running_RN = torch.isin(table_RN, slots_T.cpu() // block_size)
+    running_RN &= torch.arange(table_RN.shape[1]) < whole_R[:, None]
+    if not running_RN.any():
+        return before_R, torch.arange(int(step.query_starts[0]), int(step.query_starts[-1]))
+    sorted_T, row_T = slots_T.cpu().long().sort()
+    stored, rows = before_R.clone(), []
+    for request, (start, queries) in enumerate(zip(starts_R.tolist(), queries_R.tolist(), strict=True)):
+        if running_RN[request].any():
+            stored[request] = block_size * int(running_RN[request].nonzero()[0])
+            position_T = torch.arange(int(stored[request]), int(before_R[request]))
+            seen_T = step.block_table[request].cpu().long()[position_T // block_size] * block_size
+            seen_T += position_T % block_size
+            place_T = torch.searchsorted(sorted_T, seen_T).clamp(max=len(sorted_T) - 1)
+            rows.append(row_T[place_T].where(sorted_T[place_T] == seen_T, -1))
+        rows.append(torch.arange(start, start + queries))
+    return stored, torch.cat(rows)
+
+
+def _positions(step: Step) -> Tensor:
     """Positions of a step's tokens, request after request."""
-    starts, lengths = batch.query_starts.tolist(), batch.seq_lens.tolist()
+    starts, lengths = step.query_starts.tolist(), step.seq_lens.tolist()
     ranges = [
         torch.arange(length - (stop - start), length)
         for length, start, stop in zip(lengths, starts, starts[1:], strict=False)

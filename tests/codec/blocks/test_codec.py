@@ -12,7 +12,7 @@ from kvcompress.codec.blocks import encoding as gear_blocks
 from kvcompress.codec.blocks.attention import attend
 from kvcompress.codec.blocks.codec import BlocksCodec, BlockSideCodec
 from kvcompress.codec.blocks.spec import Axis, BlockSide, BlocksSpec
-from kvcompress.codec.forms import from_tensors, to_tensors
+from kvcompress.codec.file import from_tensors, to_tensors
 from kvcompress.codec.spec import CodecSpec
 from tests.codec.blocks.cases import BLOCK, GROUP, HEAD_DIM, HEADS, SCALE, by_the_rule, codec, side, side_codec
 
@@ -166,7 +166,7 @@ def history(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
 def test_attention_follows_the_rule_however_the_tokens_are_cut(cuts: list[int], rank: int) -> None:
     found = codec(rank=rank)
     query, keys, values = history(sum(cuts))
-    stored = found.round_trip(keys, values)
+    stored = found.round_trip([found], [keys], [values], torch.arange(len(keys)))[0]
     before = 0
     for count in cuts:
         length = before + count
@@ -198,7 +198,8 @@ def test_planted_massive_activation(side_of_outlier: str) -> None:
             variance, axes = torch.linalg.eigh(centred.mT @ centred / (tokens - 1))
             spec = BlockSide(64, head_dim, 4, along, 64, 2, 3, 88)  # type: ignore[arg-type]
             sides.append(BlockSideCodec(spec, x[1:].mean(0), axes.flip(-1), axes.flip(-1).mT, variance.flip(-1).sqrt()))
-        stored_keys, stored_values = BlocksCodec(*sides).round_trip(keys, values)
+        codec = BlocksCodec(*sides)
+        stored_keys, stored_values = codec.round_trip([codec], [keys], [values], torch.arange(len(keys)))[0]
         scale = head_dim**-0.5
         outputs = []
         for k, v in ((keys, values), (stored_keys, stored_values)):

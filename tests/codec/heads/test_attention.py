@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kvcompress.codec.bands import Band, SideSpec
-from kvcompress.codec.forms import from_tensors, to_tensors
+from kvcompress.codec.file import from_tensors, to_tensors
 from kvcompress.codec.heads import attention, pages
 from kvcompress.codec.heads.codec import HeadsCodec, SideCodec
 from kvcompress.codec.heads.layout import PageLayout

@@ -12,13 +12,13 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from kvcompress.codec.bands import Band, SideSpec
-from kvcompress.codec.forms import GroupCodec, LayerwiseCodec, from_tensors, to_tensors
+from kvcompress.codec.file import from_tensors, to_tensors
 from kvcompress.codec.groups import check_groups
 from kvcompress.codec.heads.codec import HeadsCodec, SideCodec
 from kvcompress.codec.prompt.codec import PromptCodec, factor
 from kvcompress.codec.prompt.spec import PromptSpec
+from kvcompress.codec.record import Record
 from kvcompress.codec.rope import Rope
-from kvcompress.codec.scalar import Encoded
 from kvcompress.codec.shared.codec import SharedCodec, SharedSide
 from kvcompress.codec.shared.pages import SharedLayout
 from kvcompress.codec.shared.spec import SharedSpec
@@ -138,10 +138,9 @@ def test_written_and_read_back(share: str) -> None:
     again = from_tensors(CodecSpec.from_json(json.loads(json.dumps(described.to_json()))), to_tensors(made))
     keys, values = states()
     positions = torch.arange(7, 47)
-    assert all(isinstance(codec, GroupCodec) and not isinstance(codec, LayerwiseCodec) for codec in again)
     for one, other in zip(
-        SharedCodec.round_trip_group(made, keys, values, positions),
-        SharedCodec.round_trip_group(again, keys, values, positions),  # type: ignore[arg-type]
+        SharedCodec.round_trip(made, keys, values, positions),
+        SharedCodec.round_trip(again, keys, values, positions),  # type: ignore[arg-type]
         strict=True,
     ):
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(one, other, strict=True))
@@ -150,7 +149,7 @@ def test_written_and_read_back(share: str) -> None:
 def test_full_rank_in_sixteen_bits_loses_a_rounding() -> None:
     made = codecs(k=Band(16, WIDTH), v=Band(16, WIDTH))
     keys, values = states()
-    read = SharedCodec.round_trip_group(made, keys, values, torch.arange(40))
+    read = SharedCodec.round_trip(made, keys, values, torch.arange(40))
     for (k, v), key, value in zip(read, keys, values, strict=True):
         assert (k - key).abs().max() < 2e-3
         assert (v - value).abs().max() < 2e-3
@@ -164,7 +163,7 @@ def test_latent_is_the_sum_of_the_layers_parts() -> None:
     joined = torch.cat([(x - s.mean_HD).flatten(1) for x, s in zip(values, sides, strict=True)], dim=1)
     basis = torch.cat([s.basis_HDR.flatten(0, 1) for s in sides])
     expected = joined @ basis @ basis.T
-    read = SharedCodec.round_trip_group(made, *states(), torch.arange(40))
+    read = SharedCodec.round_trip(made, *states(), torch.arange(40))
     found = torch.cat([(v - s.mean_HD).flatten(1) for (_, v), s in zip(read, sides, strict=True)], dim=1)
     torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
 
@@ -181,7 +180,7 @@ def test_pages_give_back_what_was_written() -> None:
     for side, heads, size in ((layout.k, HEADS, 16), (layout.v, 1, 12)):
         gain = torch.rand(22, heads, generator=generator).half()
         codes = torch.randint(0, 256, (22, heads, size), dtype=torch.uint8, generator=generator)
-        side.write(pages, Encoded(gain, codes), slots)
+        side.write(pages, Record(gain, codes), slots)
         written.append((side, gain[:21], codes[:21]))
     for side, gain, codes in written:
         found = side.read(pages, blocks, 21)
@@ -228,7 +227,7 @@ def test_prompt_keeps_sink_and_recent_tokens() -> None:
     again = from_tensors(CodecSpec.from_json(CodecSpec(tuple(described)).to_json()), to_tensors(made))
     keys, values = states()
     for (k, v), key, value in zip(
-        PromptCodec.round_trip_group(again, keys, values, torch.arange(40)),
+        PromptCodec.round_trip(again, keys, values, torch.arange(40)),
         keys,
         values,
         strict=True,  # type: ignore[arg-type]

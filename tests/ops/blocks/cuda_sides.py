@@ -28,8 +28,8 @@ def cuda_sides(
     )
 
 
-# Every instance of csrc/cuda/blocks.cu; one and two columns of channels, whole or not, of one scale or two; every part
-# that may be absent; ranks of the residual at both ends; numbers of outliers that fill a warp's lanes, and do not.
+# Every instance of csrc/cuda/blocks/api.cu; one and two columns of channels, whole or not, of one scale or two; every
+# part that may be absent; ranks of the residual at both ends; numbers of outliers that fill a warp's lanes, and do not.
 SHAPES = [
     (64, cuda_sides(64, 8)),
     (128, cuda_sides(128, 8, outliers=168)),

@@ -7,7 +7,7 @@ from tests.ops.heads.cases import bands
 
 MIXED_K = bands((8, 24), (4, 16), (2, 8))
 MIXED_V = bands((8, 8), (4, 8), (2, 40))
-# Every instance of csrc/cuda/instances.h, with both numbers of tiles where it has two, and unusual bands.
+# Every instance of csrc/cuda/heads/instances.h, with both numbers of tiles where it has two, and unusual bands.
 SIDES = [
     (64, bands((16, 64)), bands((16, 64))),
     (128, bands((16, 128)), bands((16, 128))),

@@ -11,8 +11,9 @@ from kvcompress.ops.latent import attention as latent
 from kvcompress.ops.latent import reference as latent_reference
 from tests.ops.heads.cases import starts
 
-# Channels, rank and heads for every instance of csrc/cuda/latent.cu, with two queries: 32 rows, 16 rows, more channels
-# or a longer output than these have room for; ranks and heads that fill no tile. On an H200, rings of 2 to 4 tiles.
+# Channels, rank and heads for every instance of csrc/cuda/latent/api.cu, with two queries: 32 rows, 16 rows, more
+# channels or a longer output than these have room for; ranks and heads that fill no tile. On an H200, rings of 2 to 4
+# tiles.
 SHAPES = [
     (576, 512, 32),
     (576, 512, 8),

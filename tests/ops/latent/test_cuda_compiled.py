@@ -39,7 +39,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     nvcc = compiler()
     if nvcc is None:
         pytest.skip("no nvcc, so the CUDA kernels are not compiled here (the emulation still runs them)")
-    return compile_source(nvcc, "latent", tmp_path_factory.mktemp("cuda"))
+    return compile_source(nvcc, "latent/api", tmp_path_factory.mktemp("cuda"))
 
 
 def test_registers_and_spills(compiled: Compiled) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvcompress.codec.bands import SideSpec
-from kvcompress.codec.scalar import Encoded
+from kvcompress.codec.record import Record
 from kvcompress.ops import library
 from kvcompress.ops.shared import attention as shared
 from kvcompress.ops.shared import reference as shared_reference
@@ -187,8 +187,8 @@ def test_opcheck(share: str) -> None:
 
 
 def test_encoded_records_hold_a_token_each() -> None:
-    """`stored_tokens` of the kernels and `Encoded.to_record` agree on a record: gain, then codes."""
+    """`stored_tokens` of the kernels and `Record.to_bytes` agree on a record: gain, then codes."""
     spec = bands((8, 8))
-    encoded = Encoded(torch.ones(1, 1).half(), torch.arange(8, dtype=torch.uint8).view(1, 1, 8))
-    assert encoded.to_record().flatten().tolist() == [0, 0x3C, *range(8)]
+    encoded = Record(torch.ones(1, 1).half(), torch.arange(8, dtype=torch.uint8).view(1, 1, 8))
+    assert encoded.to_bytes().flatten().tolist() == [0, 0x3C, *range(8)]
     assert spec.part_bytes[0] == 2

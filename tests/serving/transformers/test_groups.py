@@ -14,7 +14,7 @@ from kvcompress.codec.shared.codec import SharedCodec
 from kvcompress.serving.loading import load_codec
 from kvcompress.serving.transformers import CompressedCache
 from tests import tiny
-from tests.methods.test_xkv import compress
+from tests.compression import compress, listed
 
 KV = "method: xkv, group: 3, rank: {k: 0.5, v: 0.75}"
 VALUES = "method: xkv, share: v, group: 2, rank: {k: 0.75, v: 0.5}"
@@ -35,7 +35,7 @@ def folders(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
         "whole prompt": ("method: xkv, basis: prompt, group: 4, rank: 1.0",),
     }.items():
         made[name] = root / name
-        compress(base_model, root / name, *stages)
+        compress(base_model, root / name, listed(*stages))
     return made
 
 
@@ -92,11 +92,11 @@ def test_later_steps_read_the_codecs_round_trip(name: str, folders: dict[str, Pa
     for index in range(len(codecs)):
         cache.update(first[0, index], first[1, index], index)
     read = [cache.update(second[0, index], second[1, index], index) for index in range(len(codecs))]
-    for group in {codec.group for codec in codecs if isinstance(codec, SharedCodec)}:
+    for group in {codec.spec.group for codec in codecs if isinstance(codec, SharedCodec)}:
         for row in range(2):
             states = [[first[side, index, row].transpose(0, 1) for index in group] for side in (0, 1)]
             members: Any = [codecs[index] for index in group]
-            expected = SharedCodec.round_trip_group(members, *states, torch.arange(20))
+            expected = SharedCodec.round_trip(members, *states, torch.arange(20))
             for index, wanted in zip(group, expected, strict=True):
                 for side in (0, 1):
                     stored = read[index][side][row, :, :20].transpose(0, 1)
@@ -163,7 +163,7 @@ def test_bytes_are_those_stated(name: str, folders: dict[str, Path], model: Any)
 
 
 def test_exact_ends_help(folders: dict[str, Path], base_model: Path, model: Any, tmp_path: Path) -> None:
-    compress(base_model, tmp_path / "none", KV, "method: scalar, bits: 4")
+    compress(base_model, tmp_path / "none", listed(KV, "method: scalar, bits: 4"))
     text = tokens(4, 100)
     steps = text.split([80, *[1] * 20], dim=1)
     expected = logits(model, None, text)[:, 80:]

@@ -9,24 +9,26 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaConfig
 
+from kvcompress import forms
 from kvcompress.codec import canary
 from kvcompress.codec.bands import Band, SideSpec
 from kvcompress.codec.blocks.codec import BlocksCodec, BlockSideCodec
 from kvcompress.codec.blocks.spec import Axis
 from kvcompress.codec.groups import Share
 from kvcompress.codec.heads.codec import HeadsCodec, SideCodec
+from kvcompress.codec.latent.codec import LatentCodec
+from kvcompress.codec.latent.spec import LatentSpec
 from kvcompress.codec.rope import Rope
 from kvcompress.codec.shared.codec import SharedCodec, SharedSide
 from kvcompress.codec.shared.spec import SharedSpec
-from kvcompress.serving.vllm import backend, compat
-from kvcompress.serving.vllm import blocks as gear_backend
-from kvcompress.serving.vllm import latent as latent_backend
-from kvcompress.serving.vllm import ring as gear_cache
-from kvcompress.serving.vllm import shared as shared_backend
+from kvcompress.serving.vllm import compat
 from kvcompress.serving.vllm.canary_reference import Inputs
+from kvcompress.serving.vllm.latent import LatentImpl
 from kvcompress.serving.vllm.served import Served
 from tests.codec.blocks import cases as gear_cases
+from tests.serving.vllm import engines
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK, NUM_BLOCKS = 6, 2, 32, 32, 12
 SCALE = HEAD_DIM**-0.5
@@ -71,10 +73,10 @@ def make(form: str, stated: bool = True) -> tuple[list[Served], list[Inputs]]:
     if form == "latent":
         given = activations(0, 1)
         value_THD = given.key_THD[..., :24].contiguous()
-        layer = SimpleNamespace(layer_name="layers.0.attn")
-        layer.impl = latent_backend.LatentAttentionImpl(HEADS, HEAD_DIM, SCALE, 1)
-        layer.kv_cache = torch.zeros(NUM_BLOCKS, 1, BLOCK, HEAD_DIM)
-        return [Served(0, layer, None)], [Inputs(given.query_THD, given.key_THD, value_THD)]
+        codec, layer = LatentCodec(LatentSpec(HEAD_DIM, 24, 4)), engines.layer(HEADS, 1, HEAD_DIM)
+        layer.module.impl = LatentImpl(HEADS, HEAD_DIM, SCALE, 1, codec=codec, engine=engines.engine())
+        layer.module.kv_cache = torch.zeros(NUM_BLOCKS, 1, BLOCK, HEAD_DIM)
+        return [Served(0, layer, codec)], [Inputs(given.query_THD, given.key_THD, value_THD)]
     inputs = [activations(seed) for seed in range(3 if form.startswith("shared") else 1)]
     if form == "per_head":
         codecs: list[Any] = [HeadsCodec(fitted(inputs[0].key_THD, K_BANDS), fitted(inputs[0].value_THD, V_BANDS, 1))]
@@ -86,33 +88,30 @@ def make(form: str, stated: bool = True) -> tuple[list[Served], list[Inputs]]:
     statements: list[Any] = canary.state(
         codecs, [given.key_THD for given in inputs], [given.value_THD for given in inputs]
     )
-    group = shared_backend.LayerGroup(len(codecs))
+    members: list[Any] = []
     return [
-        Served(index, attention_layer(index, codec, group), codec, statement if stated else None)
+        Served(index, attention_layer(index, codec, members), codec, statement if stated else None)
         for index, (codec, statement) in enumerate(zip(codecs, statements, strict=True))
     ], inputs
 
 
-def attention_layer(index: int, codec: Any, group: shared_backend.LayerGroup) -> SimpleNamespace:
+def attention_layer(index: int, codec: Any, members: list[Any]) -> compat.Layer:
     """A layer with its implementation, and a cache in which another layer's page lies between two of its own."""
-    layer = SimpleNamespace(layer_name=f"layers.{index}.attn")
-    sizes = (HEADS, HEAD_DIM, SCALE, KV_HEADS)
-    heads = 1 if isinstance(codec, SharedCodec) else KV_HEADS
-    content = codec.spec.bytes_per_token // heads
-    layer.kv_cache = torch.full((NUM_BLOCKS, 2, heads, BLOCK, content), 0xA5, dtype=torch.uint8)[:, 0]
-    if isinstance(codec, HeadsCodec):
-        layer.impl = backend.CompressedAttentionImpl(*sizes)
-    elif isinstance(codec, SharedCodec):
-        layer.impl = shared_backend.SharedAttentionImpl(*sizes)
-        layer.impl.use_group(group, codec.spec)
-        group.join(layer, layer.layer_name, codec.spec)
-    else:
-        layer.impl = gear_backend.BlockAttentionImpl(*sizes)
-        ring = gear_cache.Ring("ring", codec.spec, codec.spec.block + 1, torch.float32, gear_backend.backend_of(BLOCK))
+    engine = engines.engine(text_config=LlamaConfig(head_dim=HEAD_DIM, rope_theta=1e4))
+    layer = engines.layer(HEADS, KV_HEADS, HEAD_DIM, index)
+    forms.FORMS[codec.spec.form].serving("vllm").attach(layer, codec, engine, members)
+    for ring in engine.config.compilation_config.static_forward_context.values():
         ring.kv_cache = torch.full((NUM_BLOCKS, KV_HEADS, 1, 2 * ring.tokens * HEAD_DIM), torch.nan)
-        layer.impl.use_ring(ring)
-    layer.impl.use_codec(codec, longest=512)
+    layer.module.kv_cache = pages(layer)[:, 0]
+    layer.impl.use_codec(codec, torch.device("cpu"), 512)
     return layer
+
+
+def pages(layer: compat.Layer, blocks: int = NUM_BLOCKS, block_size: int = BLOCK, content: int = 0xA5) -> Tensor:
+    """Pages of two layers, one of each in a block."""
+    spec = layer.module.get_kv_cache_spec(SimpleNamespace(cache_config=SimpleNamespace(block_size=block_size)))
+    shape = (blocks, 2, spec.num_kv_heads, block_size, spec.page_size_bytes // spec.num_kv_heads // block_size)
+    return torch.full(shape, content, dtype=torch.uint8)
 
 
 def shared_codecs(share: Share, inputs: list[Inputs]) -> list[SharedCodec]:
@@ -153,7 +152,7 @@ def without_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     current: dict[str, Any] = {}
 
     @contextmanager
-    def running(config: Any, metadata: dict[str, Any], tokens: int) -> Any:
+    def running(engine: Any, metadata: dict[str, Any], tokens: int) -> Any:
         current.update(metadata)
         yield
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvcompress.codec.heads.codec import HeadsCodec
-from kvcompress.serving.vllm.cache_spec import cache_spec
-from kvcompress.serving.vllm.device_backend import DeviceAttentionImpl, DeviceMetadataBuilder
+from kvcompress.serving.vllm.heads import DeviceHeadsImpl, cache_spec
+from kvcompress.serving.vllm.metadata import DeviceBuilder
+from tests.serving.vllm import engines
 
 HEADS, KV_HEADS, BLOCK = 6, 2, 64
 REQUESTS, COLUMNS, NUM_BLOCKS, MOST_TOKENS = 5, 5, 28, 320
@@ -22,11 +22,11 @@ POISON = 0xFF
 class DeviceEngine:
     """One layer, its cache and the runner's tensors. Request r has row r of `tables`; block 0 is nobody's."""
 
-    def __init__(self, codec: HeadsCodec, dtype: torch.dtype = torch.float32, config: Any = None) -> None:
+    def __init__(self, codec: HeadsCodec, dtype: torch.dtype = torch.float32) -> None:
         self.codec, self.dtype = codec, dtype
         self.head_dim = codec.spec.head_dim
-        self.impl = DeviceAttentionImpl(HEADS, self.head_dim, self.head_dim**-0.5, KV_HEADS)
-        self.impl.use_codec(codec, longest=COLUMNS * BLOCK)
+        self.impl = DeviceHeadsImpl(HEADS, self.head_dim, self.head_dim**-0.5, KV_HEADS)
+        self.impl.use_codec(codec, torch.device("cpu"), COLUMNS * BLOCK)
         content = cache_spec(codec.spec, BLOCK).state_content_size_bytes
         # Another layer's page lies between two of ours, as in vLLM's block-outermost layout.
         packed = torch.full((NUM_BLOCKS, 2, KV_HEADS, BLOCK, content), POISON, dtype=torch.uint8)
@@ -34,7 +34,7 @@ class DeviceEngine:
         self.generator = torch.Generator().manual_seed(3)
         numbers = 1 + torch.randperm(NUM_BLOCKS - 1, generator=self.generator)[: REQUESTS * COLUMNS]
         self.tables = numbers.view(REQUESTS, COLUMNS).int()
-        self.builder = DeviceMetadataBuilder(None, ["layer"], config, torch.device("cpu"))
+        self.builder = DeviceBuilder(None, ["layer"], None, torch.device("cpu"))
         self.history: dict[int, tuple[Tensor, Tensor]] = {}
         # The device's, and the host's copies.
         self.starts, self.lengths = torch.zeros(REQUESTS + 1, dtype=torch.int32), torch.zeros(REQUESTS).int()
@@ -70,16 +70,13 @@ class DeviceEngine:
         self.starts[real:] = start
         self.host_starts.copy_(self.starts)
         self.bounds.copy_(self.lengths)
-        return SimpleNamespace(
-            causal=True,
-            num_reqs=requests,
-            num_actual_tokens=tokens,
-            max_query_len=max(new_tokens.values()),
-            slot_mapping=self.slots[:tokens],
-            block_table_tensor=self.table[:requests],
-            query_start_loc=self.starts[: requests + 1],
+        return engines.batch(
+            self.starts[: requests + 1],
+            self.lengths[:requests],
+            self.slots[:tokens],
+            self.table[:requests],
+            max(new_tokens.values()),
             query_start_loc_cpu=self.host_starts[: requests + 1],
-            seq_lens=self.lengths[:requests],
             seq_lens_cpu_upper_bound=self.bounds[:requests],
         )
 

@@ -10,47 +10,42 @@ import torch
 from torch import Tensor
 
 from kvcompress.codec.blocks.codec import BlocksCodec
+from kvcompress.codec.spec import CodecSpec
 from kvcompress.ops import library
 from kvcompress.ops.heads import reference
+from tests import require
 from tests.codec.blocks.cases import BLOCK, HEAD_DIM, HEADS, by_the_rule, codec
 
-pytest.importorskip("vllm")
+require.need("vllm")
 
-from kvcompress.serving.vllm import blocks as gear_backend
-from kvcompress.serving.vllm import compat, limits, register
-from kvcompress.serving.vllm.ring import block_cache_spec
+
+from kvcompress.serving.vllm import blocks, compat
+from tests.serving.vllm import engines
 
 GROUP, DRAFTS, PER_PAGE, NUM_BLOCKS = 3, 3, 2, 24
 SCALE = HEAD_DIM**-0.5
 
 
-def engine_config(**changes: Any) -> Any:
-    """As much of a VllmConfig as is looked at."""
-    values: dict[str, Any] = {
-        "cache_config": SimpleNamespace(block_size=PER_PAGE * BLOCK, user_specified_block_size=True),
-        "scheduler_config": SimpleNamespace(disable_hybrid_kv_cache_manager=False),
-        "kv_transfer_config": None,
-        "num_speculative_tokens": DRAFTS,
-        "model_config": SimpleNamespace(dtype=torch.float32),
-        "compilation_config": SimpleNamespace(static_forward_context={}),
-    }
-    return SimpleNamespace(**values | changes)
+NOW: Any = SimpleNamespace(cache_config=SimpleNamespace(block_size=PER_PAGE * BLOCK))
+"""As much of vLLM's config as is looked at when it asks for specs."""
+
+
+def serving(**changes: Any) -> compat.Engine:
+    chosen = {"block_size": PER_PAGE * BLOCK, "block_size_chosen": True, "speculative_tokens": DRAFTS}
+    return engines.engine(**chosen | changes)
 
 
 class Engine:
     """Block tables, rings and metadata for a few requests, as vLLM's runner makes them."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        register()
         self.codec: BlocksCodec = codec()
-        config = engine_config()
-        self.layer = SimpleNamespace(num_heads=HEADS * GROUP, head_size=HEAD_DIM, num_kv_heads=HEADS)
-        self.layer.impl = SimpleNamespace(scale=SCALE)
-        gear_backend.attach(self.layer, "model.layers.0.attn", self.codec.spec, config, False)
-        self.impl = self.layer.impl
-        self.impl.use_codec(self.codec, longest=512)
-        [self.ring] = config.compilation_config.static_forward_context.values()
-        spec, ring_spec = self.layer.get_kv_cache_spec(config), self.ring.get_kv_cache_spec(config)
+        engine, layer = serving(), engines.layer(HEADS * GROUP, HEADS, HEAD_DIM)
+        blocks.attach(layer, self.codec, engine, [])
+        self.layer, self.impl = layer.module, layer.impl
+        self.impl.use_codec(self.codec, torch.device("cpu"), 512)
+        [self.ring] = engine.config.compilation_config.static_forward_context.values()
+        spec, ring_spec = self.layer.get_kv_cache_spec(NOW), self.ring.get_kv_cache_spec(NOW)
         # Pages and ring in one block with another layer's page between, and no block starts as zeros.
         width = spec.page_size_bytes + 64 + ring_spec.page_size_bytes
         self.memory = torch.full((NUM_BLOCKS, width), 0x7B, dtype=torch.uint8)
@@ -93,7 +88,7 @@ class Engine:
             start = 0
             for request, count in new_tokens.items():
                 keys, values = self.history[request]
-                stored = self.codec.round_trip(keys, values)
+                stored = self.codec.round_trip([self.codec], [keys], [values], torch.arange(len(keys)))[0]
                 for index in range(count):
                     position = len(keys) - count + index
                     rows = query[start + index].unflatten(0, (HEADS, GROUP))
@@ -107,8 +102,8 @@ class Engine:
 def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Engine:
     if request.param == "torch":
         monkeypatch.setattr(library, "load", lambda: None)
-    elif library.load() is None:
-        pytest.skip(f"no compiled kernels; build them with cmake and set {library.PATH_VARIABLE}")
+    else:
+        require.need("kernels")
     return Engine(monkeypatch)
 
 
@@ -147,42 +142,41 @@ def test_warm_up_without_metadata_gives_zeros(engine: Engine) -> None:
 
 
 def test_specs_state_the_stored_bytes(engine: Engine) -> None:
-    config = engine_config()
-    pages, ring = engine.layer.get_kv_cache_spec(config), engine.ring.get_kv_cache_spec(config)
+    pages, ring = engine.layer.get_kv_cache_spec(NOW), engine.ring.get_kv_cache_spec(NOW)
     assert pages.page_size_bytes == PER_PAGE * BLOCK * engine.codec.spec.bytes_per_token
     assert ring.page_size_bytes == (BLOCK + 1 + DRAFTS) * 2 * HEADS * HEAD_DIM * 4
     assert ring.block_size == pages.block_size, "prefix hits are cut to common multiples of all block sizes"
-    assert ring.max_num_blocks_per_req(config, 1000) == 16
+    assert ring.max_num_blocks_per_req(NOW, 1000) == 16
     assert not ring.prefix_cacheable
     with pytest.raises(ValueError, match=f"use a multiple of that, such as {2 * BLOCK}"):
-        block_cache_spec(engine.codec.spec, BLOCK + 16)
+        blocks.cache_spec(engine.codec.spec, BLOCK + 16)
 
 
 def test_backend_asks_for_pages_of_whole_blocks() -> None:
-    [size] = gear_backend.backend_of(64).get_supported_kernel_block_sizes()
+    [size] = blocks.backend_of(64).get_supported_kernel_block_sizes()
     assert size.base == 64
-    assert gear_backend.backend_of(64) is gear_backend.backend_of(64)
-    assert gear_backend.backend_of(64).get_preferred_block_size(16) == 64
-    assert gear_backend.backend_of(32).full_cls_name() != gear_backend.backend_of(64).full_cls_name()
+    assert blocks.backend_of(64) is blocks.backend_of(64)
+    assert blocks.backend_of(64).get_preferred_block_size(16) == 64
+    assert blocks.backend_of(32).full_cls_name() != blocks.backend_of(64).full_cls_name()
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"cache_config": SimpleNamespace(block_size=48, user_specified_block_size=True)}, "--block-size 48"),
-        ({"scheduler_config": SimpleNamespace(disable_hybrid_kv_cache_manager=True)}, "hybrid-kv-cache-manager"),
-        ({"kv_transfer_config": SimpleNamespace()}, "--kv-transfer-config"),
+        ({"block_size": BLOCK + 16}, f"--block-size {BLOCK + 16}"),
+        ({"hybrid_manager": False}, "hybrid-kv-cache-manager"),
+        ({"transfers_cache": True}, "--kv-transfer-config"),
     ],
 )
 def test_engine_options_it_lacks_are_refused(change: dict[str, Any], message: str) -> None:
+    whole = CodecSpec((codec().spec,))
+    blocks.check(serving(), whole)
     with pytest.raises(ValueError, match=message):
-        limits.check_blocks(engine_config(**change), BLOCK, False)
+        blocks.check(serving(**change), whole)
 
 
-def test_uncompressed_layers_are_refused_where_caches_cannot_be_mixed(monkeypatch: pytest.MonkeyPatch) -> None:
-    limits.check_blocks(engine_config(), BLOCK, False)
-    monkeypatch.setattr(compat, "is_cpu", lambda: True)
+def test_uncompressed_layers_are_refused_where_caches_cannot_be_mixed() -> None:
+    mixed = CodecSpec((codec().spec, None))
     with pytest.raises(ValueError, match="leaves some layers uncompressed"):
-        limits.check_blocks(engine_config(), BLOCK, True)
-    monkeypatch.setattr(compat, "is_cpu", lambda: False)
-    limits.check_blocks(engine_config(), BLOCK, True)
+        blocks.check(serving(), mixed)
+    blocks.check(serving(device=torch.device("cuda")), mixed)

@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("vllm")
+from tests import require
+
+require.need("vllm")
 
 from kvcompress.codec import canary as stated
 from kvcompress.codec.heads.codec import HeadsCodec, SideCodec
@@ -22,18 +24,14 @@ from kvcompress.serving.vllm.served import Served
 from tests.serving.vllm import canary_layers
 
 BLOCK, NUM_BLOCKS = canary_layers.BLOCK, canary_layers.NUM_BLOCKS
-KERNELS = [
-    "torch",
-    pytest.param(
-        "compiled", marks=pytest.mark.skipif(library.load() is None, reason="installed without compiled kernels")
-    ),
-]
 
 
-@pytest.fixture(params=KERNELS)
+@pytest.fixture(params=["torch", "compiled"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "torch":
         monkeypatch.setattr(library, "load", lambda: None)
+    else:
+        require.need("kernels")
 
 
 @pytest.fixture(autouse=True)
@@ -55,9 +53,9 @@ def check(members: list[Served], inputs: list[Inputs]) -> None:
 @pytest.mark.usefixtures("kernels")
 def test_sound_layers_pass_and_the_cache_is_left_as_it_was(form: str, dtype: torch.dtype) -> None:
     members, inputs = canary_layers.make(form)
-    before = [member.cache.clone() for member in members]
+    before = [member.layer.cache.clone() for member in members]
     check(members, [Inputs(*(x.to(dtype) for x in given)) for given in inputs])
-    assert all(torch.equal(member.cache, old) for member, old in zip(members, before, strict=True))
+    assert all(torch.equal(member.layer.cache, old) for member, old in zip(members, before, strict=True))
 
 
 # What a codec file can have wrong while its hashes agree. Statement and inputs are those of the right codec.
@@ -98,7 +96,7 @@ FAULTS: dict[str, Callable[[SideCodec], dict[str, Tensor]]] = {
 def test_a_codec_that_is_not_what_it_states_is_named(fault: str) -> None:
     members, inputs = canary_layers.make("per_head")
     wrong = replace(members[0], codec=side_fault(FAULTS[fault])(members[0].codec))  # type: ignore[arg-type]
-    wrong.layer.impl.use_codec(wrong.codec, longest=512)
+    wrong.layer.impl.use_codec(wrong.codec, torch.device("cpu"), 512)
     with pytest.raises(ValueError, match=r"stops the server: layer 0 \(layers.0.attn\) loses .* of its values in KV"):
         canary.check_codecs([wrong], inputs)
     canary.check_paths(None, [wrong], inputs)  # the path does what this codec says; only the statement knows better
@@ -196,8 +194,15 @@ def test_a_fault_on_one_path_is_named_with_it(path: str, form: str) -> None:
 
 def test_one_layer_of_a_group_that_reads_the_wrong_pages_is_named() -> None:
     members, inputs = canary_layers.make("shared")
-    impl, stock = members[1].layer.impl, members[1].layer.impl._table
-    impl._table = lambda place: stock(place).flip(1)
+    op = members[1].layer.impl.op
+    stock = op.attend
+
+    def attend(*arguments: Any, **options: Any) -> None:
+        *rows, batch, scale = arguments
+        flipped = [table_RN.flip(1) for table_RN in batch.v_tables]
+        stock(*rows, replace(batch, k_tables=flipped, v_tables=flipped), scale, **options)
+
+    op.attend = attend
     with pytest.raises(ValueError, match=r"layer 1 \(layers.1.attn\), (decode|prefix hit|chunked prefill): "):
         check(members, inputs)
 
@@ -206,7 +211,9 @@ def test_one_layer_of_a_group_that_reads_the_wrong_pages_is_named() -> None:
 def test_kernels_with_a_tensor_of_another_codec_are_named() -> None:
     [served], inputs = canary_layers.make("per_head")
     codec: Any = served.codec
-    served.layer.impl.use_codec(HeadsCodec(codec.k, replace(codec.v, inverse_HRD=-codec.v.inverse_HRD)), longest=512)
+    served.layer.impl.use_codec(
+        HeadsCodec(codec.k, replace(codec.v, inverse_HRD=-codec.v.inverse_HRD)), torch.device("cpu"), 512
+    )
     with pytest.raises(ValueError, match=r"layer 0 \(layers.0.attn\), prefill: attention .* differs by \d+"):
         check([served], inputs)
 
@@ -248,7 +255,7 @@ def test_layers_that_share_their_memory_get_blocks_apart() -> None:
     """As in hybrid models, where layers differ in their block tables only."""
     members, inputs = canary_layers.make("shared")
     for member in members[1:]:
-        member.layer.kv_cache = members[0].cache
+        member.layer.module.kv_cache = members[0].layer.cache
     check(members, inputs)
     lanes = [canary_paths.paths(NUM_BLOCKS, BLOCK, lane, 3) for lane in range(3)]
     used = [{block for path in paths for block in (*path.blocks, path.ring)} for paths in lanes]
@@ -258,7 +265,7 @@ def test_layers_that_share_their_memory_get_blocks_apart() -> None:
 
 def test_a_cache_without_room_is_said_to_have_none(caplog: pytest.LogCaptureFixture) -> None:
     members, inputs = canary_layers.make("per_head")
-    members[0].layer.kv_cache = members[0].cache[:2]
+    members[0].layer.module.kv_cache = members[0].layer.cache[:2]
     canary.compat.logger.addHandler(caplog.handler)
     try:
         canary.check_paths(None, members, inputs)

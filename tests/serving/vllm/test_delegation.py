@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests import quantize, tiny
+from tests import quantize, require, tiny
 
-pytest.importorskip("vllm")
+require.need("vllm")
 
 from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.linear import ReplicatedLinear, UnquantizedLinearMethod

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import ctypes
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("vllm")
+from tests import require
 
+require.need("vllm")
+
+from kvcompress.codec.latent.codec import LatentCodec
+from kvcompress.codec.latent.spec import LatentSpec
+from kvcompress.codec.spec import CodecSpec
 from kvcompress.ops import gpu
 from kvcompress.ops.latent import cuda as cuda_latent
-from kvcompress.ops.latent import reference as latent_reference
-from kvcompress.serving.vllm import compat
-from kvcompress.serving.vllm import latent as latent_backend
-from kvcompress.serving.vllm.device_backend import DeviceMetadataBuilder
-from kvcompress.serving.vllm.latent import DeviceLatentBackend, LatentAttentionBackend
+from kvcompress.ops.latent.reference import LatentOp
+from kvcompress.serving.vllm import compat, latent
+from kvcompress.serving.vllm.latent import DeviceLatentBackend, LatentBackend, LatentImpl
+from kvcompress.serving.vllm.metadata import DeviceBuilder
 from tests.ops import emulated
 from tests.ops.heads.cases import relative_error
+from tests.serving.vllm import engines
 from tests.serving.vllm.no_waits import NoWaits
 
 HEADS, CHANNELS, RANK, BLOCK = 4, 48, 32, 16
@@ -29,45 +32,49 @@ LONGEST = 320
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> ctypes.CDLL:
-    found = emulated.count_as_gpu(monkeypatch)
-    monkeypatch.setattr(
-        compat,
-        "get_current_vllm_config",
-        lambda: SimpleNamespace(model_config=SimpleNamespace(max_model_len=LONGEST)),
-    )
-    return found
+    return emulated.count_as_gpu(monkeypatch)
 
 
-CONFIG: Any = SimpleNamespace(device_config=SimpleNamespace(device_type="cuda"))
+def serving(dtype: torch.dtype = torch.bfloat16) -> compat.Engine:
+    return engines.engine(max_model_len=LONGEST, dtype=dtype)
+
+
+def codec(channels: int = CHANNELS) -> LatentCodec:
+    return LatentCodec(LatentSpec(channels, RANK, 2))
 
 
 def test_the_kernels_attend_what_they_cover(kernels: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
     for dtype in (torch.bfloat16, torch.float16):
-        assert latent_backend.backend_for(CHANNELS, dtype, CONFIG) is DeviceLatentBackend
-    assert latent_backend.backend_for(CHANNELS, torch.float32, CONFIG) is LatentAttentionBackend
-    assert latent_backend.backend_for(CHANNELS + 8, torch.bfloat16, CONFIG) is LatentAttentionBackend
-    assert latent_backend.backend_for(4096, torch.bfloat16, CONFIG) is LatentAttentionBackend
+        assert latent.backend_for(codec(), serving(dtype)) is DeviceLatentBackend
+    assert latent.backend_for(codec(), serving(torch.float32)) is LatentBackend
+    assert latent.backend_for(codec(CHANNELS + 8), serving()) is LatentBackend
+    assert latent.backend_for(codec(4096), serving()) is LatentBackend
     monkeypatch.setattr(gpu, "kernels", lambda device: None)
-    assert latent_backend.backend_for(CHANNELS, torch.bfloat16, CONFIG) is LatentAttentionBackend
+    assert latent.backend_for(codec(), serving()) is LatentBackend
 
 
 def test_names_and_parts() -> None:
-    names = {DeviceLatentBackend.get_name(), LatentAttentionBackend.get_name()}
+    names = {DeviceLatentBackend.get_name(), LatentBackend.get_name()}
     assert len(names) == 2 or names == {"CUSTOM"}
-    assert DeviceLatentBackend.get_builder_cls() is DeviceMetadataBuilder
+    assert DeviceLatentBackend.get_builder_cls() is DeviceBuilder
+
+
+def test_a_cache_of_another_dtype_is_refused() -> None:
+    with pytest.raises(ValueError, match="--kv-cache-dtype fp8; the latent is cached in the model's dtype"):
+        latent.check(engines.engine(cache_dtype="fp8"), CodecSpec(()))
 
 
 class Runner:
     """One layer and the tensors that vLLM's runner keeps: those of the device, and the host's copies."""
 
     def __init__(self) -> None:
-        self.impl: Any = DeviceLatentBackend.get_impl_cls()(HEADS, CHANNELS, CHANNELS**-0.5, 1)
+        self.impl = LatentImpl(HEADS, CHANNELS, CHANNELS**-0.5, 1, codec=codec(), engine=serving())
         self.generator = torch.Generator().manual_seed(5)
         columns = LONGEST // BLOCK
         self.cache = torch.full((1 + 3 * columns, 1, BLOCK, CHANNELS), torch.nan, dtype=torch.bfloat16)
         self.tables = (1 + torch.randperm(3 * columns, generator=self.generator)).view(3, columns).int()
         self.history = [self.draw(0, 1) for _ in range(3)]
-        self.builder = DeviceMetadataBuilder(None, ["layer"], None, torch.device("cpu"))
+        self.builder = DeviceBuilder(None, ["layer"], None, torch.device("cpu"))
 
     def draw(self, tokens: int, heads: int) -> Tensor:
         return torch.randn(tokens, heads, CHANNELS, generator=self.generator).bfloat16()
@@ -85,23 +92,14 @@ class Runner:
             self.history[request] = torch.cat([self.history[request], key_T1C[start : start + count]])
         lengths = torch.tensor([len(tokens) for tokens in self.history], dtype=torch.int32)
         host_starts, bounds = starts.clone(), lengths.clone()
-        batch = SimpleNamespace(
-            causal=True,
-            num_reqs=3,
-            num_actual_tokens=total + padding,
-            max_query_len=max(counts),
-            slot_mapping=slots,
-            block_table_tensor=self.tables,
-            query_start_loc=starts,
-            query_start_loc_cpu=host_starts,
-            seq_lens=lengths,
-            seq_lens_cpu_upper_bound=bounds,
-        )
+        host = {"query_start_loc_cpu": host_starts, "seq_lens_cpu_upper_bound": bounds}
+        batch = engines.batch(starts, lengths, slots, self.tables, max(counts), **host)
         output_THR = torch.full((total + padding, HEADS, RANK), torch.nan, dtype=torch.bfloat16)
         with NoWaits(host_starts, bounds):
-            self.impl.forward(None, query_THC, key_T1C, key_T1C, self.cache, self.builder.describe(batch), output_THR)
+            step = self.builder.describe(compat.Batch.of(batch))
+            self.impl.forward(None, query_THC, key_T1C, key_T1C, self.cache, step, output_THR)
         expected_THR = torch.zeros(total, HEADS, RANK)
-        latent_reference.attend(
+        LatentOp().attend(
             expected_THR,
             query_THC.float(),
             self.cache[:, 0].float(),
@@ -127,10 +125,10 @@ def test_the_profiling_run_reserves_what_steps_take(
     tokens: int, multiprocessors: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu, "multiprocessors", lambda device: multiprocessors)
-    cuda_latent.workspace_bytes.cache_clear()
-    impl = DeviceLatentBackend.get_impl_cls()(HEADS, CHANNELS, 1.0, 1)
-    reserved = impl._workspace(torch.empty(tokens, HEADS, RANK))
-    cuda_latent.workspace_bytes.cache_clear()
+    cuda_latent._workspace_bytes.cache_clear()
+    impl = LatentImpl(HEADS, CHANNELS, 1.0, 1, codec=codec(), engine=serving())
+    reserved = impl.workspace_bytes(torch.empty(tokens, HEADS, RANK))
+    cuda_latent._workspace_bytes.cache_clear()
     taken = 0
     for requests in range(1, tokens + 1):
         for rows, queries in ((requests, 1), (1, requests)):

@@ -7,7 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-pytest.importorskip("vllm")
+from tests import require
+
+require.need("vllm")
 
 from kvcompress.serving.vllm import canary_paths, compat
 from kvcompress.serving.vllm.canary_paths import Path
@@ -38,12 +40,13 @@ def test_both_requests_get_the_same_answers(form: str, reader_first: bool, monke
     )
     ring = replace(rings[0], block_table=torch.cat([ring.block_table for ring in rings]))
     rows = torch.cat([torch.arange(*path.steps[0]) for path in batch])
-    metadata = {member.layer.layer_name: step for member in members} | {"ring": ring}
+    metadata = {member.layer.name: step for member in members}
+    metadata |= {member.ring.name: ring for member in members if member.ring is not None}
     with compat.running(None, metadata, len(rows)):
         for member, given in zip(members, inputs, strict=True):
             query, key, value = (x_THD[rows] for x_THD in given)
             output = torch.full((*query.shape[:2], value.shape[2]), torch.nan)
-            member.layer.impl.forward(member.layer, query, key, value, member.cache, step, output)
+            member.layer.impl.forward(member.layer.module, query, key, value, member.layer.cache, step, output)
             parts = dict(zip(("first", "second"), output.split(counts[1:].tolist()), strict=True))
             read, written = (parts["first"], parts["second"]) if reader_first else (parts["second"], parts["first"])
             torch.testing.assert_close(read, written[BLOCK:], atol=1e-4, rtol=1e-4)

@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("vllm")
+from tests import require
+
+require.need("vllm")
 
 from kvcompress.serving.vllm import canary_paths, compat, metrics
 from kvcompress.serving.vllm import sentinel as sentinels
-from kvcompress.serving.vllm.backend import CompressedMetadata
 from kvcompress.serving.vllm.canary import answers_to
 from kvcompress.serving.vllm.canary_paths import Path as Steps
+from kvcompress.serving.vllm.metadata import Step
 from kvcompress.serving.vllm.metrics import Collector, Numbers
 from kvcompress.serving.vllm.sentinel import Sentinel, is_sound
 from kvcompress.serving.vllm.served import Served
@@ -46,7 +48,7 @@ def test_damage_is_seen_and_sound_pages_are_not_damaged(form: str, monkeypatch: 
     for served in members:
         assert sound(served, TABLE[0])
         assert sound(served, TABLE[1])
-        page = served.cache[TABLE[1]]
+        page = served.layer.cache[TABLE[1]]
         kept = page.clone()
         page.zero_()
         assert not sound(served, TABLE[1]), "cleared memory"
@@ -59,7 +61,7 @@ def test_damage_is_seen_and_sound_pages_are_not_damaged(form: str, monkeypatch: 
 
 def test_one_gain_out_of_range_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     [served] = filled("per_head", monkeypatch)
-    gains = served.cache[TABLE[0]].view(canary_layers.KV_HEADS, -1)[:, : 2 * BLOCK].view(torch.float16)
+    gains = served.layer.cache[TABLE[0]].view(canary_layers.KV_HEADS, -1)[:, : 2 * BLOCK].view(torch.float16)
     assert float(gains.max()) < 100
     gains[1, 4] = 60000.0
     assert not sound(served, TABLE[0])
@@ -78,12 +80,13 @@ class Clock:
 
 def batch(*lengths: int, tables: list[tuple[int, ...]] | None = None) -> Any:
     """Decoding requests."""
-    return CompressedMetadata(
+    return Step(
         num_actual_tokens=len(lengths),
         slot_mapping=torch.zeros(0, dtype=torch.int64),
         seq_lens=torch.tensor(lengths),
         query_starts=torch.arange(len(lengths) + 1),
         block_table=torch.tensor(tables or [TABLE] * len(lengths)),
+        longest=torch.tensor(lengths),
     )
 
 
@@ -103,7 +106,7 @@ def test_a_damaged_page_is_logged_with_its_layer_and_counted(
 ) -> None:
     members = filled("per_head", monkeypatch)
     sentinel = Sentinel(members, Numbers("0-0", 0, 100, 400, 1000), Clock(0.0))
-    names = [members[0].layer.layer_name]
+    names = [members[0].layer.name]
     compat.logger.addHandler(caplog.handler)
     try:
         for _ in range(40):
@@ -112,7 +115,7 @@ def test_a_damaged_page_is_logged_with_its_layer_and_counted(
         assert checks >= 15
         assert failures == 0
         assert not caplog.records
-        members[0].cache[TABLE[1]] = 0xFF
+        members[0].layer.cache[TABLE[1]] = 0xFF
         for _ in range(40):
             sentinel.step(names, batch(2 * BLOCK + 1))
     finally:
@@ -123,9 +126,9 @@ def test_a_damaged_page_is_logged_with_its_layer_and_counted(
 
 def test_pages_that_are_not_full_or_changed_hands_are_left_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [served] = filled("per_head", monkeypatch)
-    served.cache[list(TABLE)] = 0xFF
+    served.layer.cache[list(TABLE)] = 0xFF
     sentinel = Sentinel([served], Numbers("0-0", 0, 100, 400, 1000), Clock(0.0))
-    names = [served.layer.layer_name]
+    names = [served.layer.name]
     for _ in range(10):
         sentinel.step(names, batch(BLOCK - 1, 1))
     # Picked in one step, somebody else's in the next, in which it is not written yet.
@@ -161,7 +164,7 @@ def test_it_keeps_to_its_share_of_the_time(step: float, folder: Path, monkeypatc
     monkeypatch.setattr(sentinels, "is_sound", slow)
     for _ in range(3000):
         clock.now += step
-        sentinel.step([served.layer.layer_name], batch(2 * BLOCK + 1))
+        sentinel.step([served.layer.name], batch(2 * BLOCK + 1))
     assert spent > 0.5 * sentinels.SHARE * 3000 * step
     assert spent <= 0.005 * 3000 * step
 

@@ -8,30 +8,31 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 
 from kvcompress.codec.heads.layout import PageLayout
 from kvcompress.codec.heads.spec import HeadsSpec
-from tests import tiny
+from kvcompress.codec.latent.codec import LatentCodec
+from kvcompress.codec.latent.spec import LatentSpec
+from tests import require, tiny
 from tests.ops import emulated
 from tests.ops.blocks.cases import random_codec
 from tests.ops.blocks.cuda_sides import cuda_sides
 
-pytest.importorskip("vllm")
+require.need("vllm")
 
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+from kvcompress.forms import FORMS
 from kvcompress.serving.vllm import compat, register
-from kvcompress.serving.vllm.backend import CompressedAttentionBackend
-from kvcompress.serving.vllm.blocks import BlockAttentionImpl
-from kvcompress.serving.vllm.cache_spec import cache_spec
-from kvcompress.serving.vllm.device_backend import DeviceAttentionBackend
-from kvcompress.serving.vllm.latent import DeviceLatentBackend, LatentAttentionBackend
+from kvcompress.serving.vllm.blocks import BlocksImpl
+from kvcompress.serving.vllm.heads import cache_spec
 from kvcompress.serving.vllm.quantization import KVCompressConfig
-from kvcompress.serving.vllm.report import LayerReport
 from kvcompress.serving.vllm.served import Served
 from kvcompress.serving.vllm.startup import SKIP_VERIFY, Startup, check_files, checkpoint_directory, heads_of_rank
+from tests.serving.vllm import engines
 
 SECTION = {"quant_method": "kvcompress", "version": 1, "codec": tiny.mixed_spec().to_json()}
 
@@ -45,14 +46,20 @@ def layer_spec(index: int) -> HeadsSpec:
 def test_register_may_be_called_again() -> None:
     register()
     register()
-    for name in (
-        compat.BACKEND_NAME,
-        compat.DEVICE_BACKEND_NAME,
-        compat.SHARED_BACKEND_NAME,
-        compat.LATENT_BACKEND_NAME,
-    ):
-        assert compat.AttentionBackendEnum[name].get_class().get_name() == name
     assert compat.QUANTIZATION_METHODS.count("kvcompress") == 1
+
+
+def test_backends_have_names_of_their_own_by_which_vllm_finds_them() -> None:
+    rooms = [form.serving("vllm") for form in FORMS.values()]
+    found = [
+        kind
+        for room in rooms
+        for kind in vars(room).values()
+        if isinstance(kind, type) and issubclass(kind, compat.Backend)
+    ]
+    names = [kind.get_name() for kind in found]
+    assert len(set(names)) == len(found) == 6
+    assert [AttentionBackendEnum[name].get_class() for name in names] == found
 
 
 def test_importing_the_plug_in_imports_no_engine() -> None:
@@ -156,55 +163,55 @@ def test_a_hub_id_is_found_in_the_cache_by_its_revision(
     shutil.copytree(model, repository / "snapshots" / commit)
     (repository / "refs").mkdir()
     (repository / "refs" / "v2").write_text(commit)
-    config = SimpleNamespace(
-        model_config=SimpleNamespace(model="org/tiny", revision="v2"),
-        load_config=SimpleNamespace(download_dir=str(tmp_path)),
-    )
-    found = checkpoint_directory(config)
+    found = checkpoint_directory(engines.engine(model="org/tiny", revision="v2", download_dir=str(tmp_path)))
     assert found == repository / "snapshots" / commit
     check_files(found)
 
 
 def test_a_local_folder_is_used_as_it_is(model: Path) -> None:
-    config = SimpleNamespace(model_config=SimpleNamespace(model=str(model), revision=None), load_config=None)
-    assert checkpoint_directory(config) == model
+    assert checkpoint_directory(engines.engine(model=str(model))) == model
+
+
+CAPTURED, TORCH, ALONE = (True, True), (False, False), (True, False)
 
 
 @pytest.mark.parametrize(
-    ("backends", "kind", "told"),
+    ("layers", "kind", "told"),
     [
-        ([DeviceAttentionBackend, DeviceLatentBackend], "info", "0-1: CUDA kernels"),
-        ([DeviceAttentionBackend, CompressedAttentionBackend], "warning", "0: CUDA kernels, 1: torch code (slower)"),
-        ([LatentAttentionBackend], "warning", "0: torch code (slower)"),
+        ([CAPTURED, CAPTURED], "info", "0-1: CUDA kernels"),
+        ([CAPTURED, TORCH], "warning", "0: CUDA kernels, 1: torch code (slower)"),
+        ([CAPTURED, ALONE], "info", "0: CUDA kernels, 1: CUDA kernels outside of full graphs"),
+        ([TORCH], "warning", "0: torch code (slower)"),
     ],
 )
 def test_an_operator_of_a_gpu_is_told_which_layers_its_kernels_attend(
-    backends: list[Any], kind: str, told: str, monkeypatch: pytest.MonkeyPatch
+    layers: list[tuple[bool, bool]], kind: str, told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[tuple[str, str]] = []
     logger = {name: lambda text, line, name=name: said.append((name, line)) for name in ("info", "warning")}
     monkeypatch.setattr(compat, "logger", SimpleNamespace(**logger))
-    monkeypatch.setattr(compat, "is_cpu", lambda: False)
     monkeypatch.setattr(compat, "tensor_parallel", lambda: (0, 1))
-    model = SimpleNamespace(dtype="torch.bfloat16", max_model_len=64)
-    monkeypatch.setattr(compat, "get_current_vllm_config", lambda: SimpleNamespace(model_config=model))
-    begun = Startup(SimpleNamespace(model_config=model), [])
-    for index, backend in enumerate(backends):
-        layer = SimpleNamespace(attn_backend=backend, impl=backend.get_impl_cls()(4, 32, 1.0, 1))
-        begun.served[index] = Served(index, layer, None)
-        begun._layers[index] = LayerReport(100, 400)
+    begun = Startup(engines.engine(device=torch.device("cuda")), [])
+    for index, (on_kernels, captured) in enumerate(layers):
+        layer = engines.layer(4, 1, 32, index)
+        layer.module.impl = SimpleNamespace(op=SimpleNamespace(on_kernels=on_kernels))
+        builder = SimpleNamespace(captured_queries=64 * captured)
+        layer.module.attn_backend = SimpleNamespace(builder=builder)
+        begun._note(Served(index, layer, LatentCodec(LatentSpec(32, 24, 2))), 1, 32)
     begun.report()
     assert [found for found in said if "attention by layer" in found[1]] == [(kind, f"attention by layer: {told}")]
 
 
 def test_layers_of_blocks_say_whether_kernels_attend(monkeypatch: pytest.MonkeyPatch) -> None:
-    impls = []
-    for specs in (cuda_sides(64, 4), cuda_sides(64, 4, low_rank=10)):
-        impl = BlockAttentionImpl(4, 64, 1.0, 2)
-        impl.use_codec(random_codec(2, 64, specs), longest=64)
-        impls.append(impl)
-    assert [impl.on_kernels for impl in impls] == [False, False]
+    def impls() -> list[BlocksImpl]:
+        found = [BlocksImpl(None, 4, 64, 1.0, 2) for _ in range(2)]
+        for impl, specs in zip(found, (cuda_sides(64, 4), cuda_sides(64, 4, low_rank=10)), strict=True):
+            impl.use_codec(random_codec(2, 64, specs), torch.device("cpu"), 64)
+        return found
+
+    assert [impl.op.on_kernels for impl in impls()] == [False, False]
     emulated.count_as_gpu(monkeypatch)
-    assert [impl.on_kernels for impl in impls] == [True, False]
+    on_gpu = impls()
+    assert [impl.op.on_kernels for impl in on_gpu] == [True, False]
     # The rows of queries and of their answers, at least.
-    assert impls[0]._workspace(torch.empty(100_000, 4, 64)) > 100_000 * 4 * 64 * 4 * 2
+    assert on_gpu[0].workspace_bytes(torch.empty(100_000, 4, 64)) > 100_000 * 4 * 64 * 4 * 2

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-pytest.importorskip("vllm")
+from tests import require
+
+require.need("vllm")
 
 from kvcompress.serving.vllm import weights
 

@@ -1,0 +1,3 @@
+#include "cuda/heads/start_decode.h"
+
+template int kvcompress::cuda::start_decode<8, 4>(const LaunchShape&, bool, const AttendArgs&);

@@ -1,0 +1,77 @@
+"""The CPU kernels on pages of form `blocks`."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from kvcompress.codec.blocks.codec import BlocksCodec
+from kvcompress.codec.blocks.spec import BlocksSpec
+from kvcompress.codec.codes.registry import CODES
+from kvcompress.ops import interface, library
+from kvcompress.ops.blocks.plan import rings_struct
+from kvcompress.ops.blocks.reference import BlocksOp
+from kvcompress.ops.call import Call, table_stride
+from kvcompress.ops.rows import Numbers, int32_rows, rows_struct
+
+_TILE = 16
+"""Tokens whose codes the kernels unpack together."""
+
+
+def covers(spec: BlocksSpec) -> bool:
+    """Whether the kernels know this layer's shape and codes."""
+    codes = all("cpu" in CODES[side.bits].kernels for side in (spec.k, spec.v))
+    keys = spec.k.along == "tokens" and (spec.k.group % _TILE == 0 or spec.k.group >= spec.block)
+    values = spec.v.along == "channels" and (spec.v.group % 8 == 0 or spec.v.group >= spec.v.rank)
+    low_rank = max(spec.k.low_rank, spec.v.low_rank) <= interface.MAX_LOW_RANK
+    heads = spec.head_dim <= interface.MAX_HEAD_DIM and spec.head_dim % 8 == 0
+    return codes and keys and values and low_rank and heads
+
+
+class CpuBlocks(BlocksOp):
+    """Attention by compiled code; what a step stores is torch's."""
+
+    split_tokens = 4096
+    """Tokens one thread attends at a time, rounded up to whole blocks."""
+
+    def __init__(self, compiled: ctypes.CDLL, codec: BlocksCodec) -> None:
+        super().__init__(codec)
+        self._compiled = compiled
+
+    def attend(
+        self, call: Call, keys_THD: Tensor, values_THD: Tensor, pages_NHMB: Tensor, rings_NHXPD: Tensor, ring_R: Numbers
+    ) -> None:
+        spec, codec = self.plan.spec, self.plan.codec
+        assert pages_NHMB.dtype == torch.uint8
+        assert pages_NHMB.stride()[2:] == (spec.record_bytes, 1), pages_NHMB.stride()
+        table_RN, starts_R, lengths_R = call.numbers()
+        # A column of an engine's block table is one way to say which rings: its numbers are not side by side.
+        rings_R = int32_rows(ring_R)
+        assert len(rings_R) == len(lengths_R)
+        args = interface.BlockAttendArgs(
+            pages=self.plan.pages_struct(pages_NHMB),
+            rings=rings_struct(rings_NHXPD),
+            query=rows_struct(call.query_THD),
+            keys=rows_struct(keys_THD),
+            values=rows_struct(values_THD),
+            output=rows_struct(call.output_THD),
+            lse_TH=None if call.lse_TH is None else call.lse_TH.data_ptr(),
+            k_decode_HDR=self.plan.k_decode_HDR.data_ptr(),
+            k_mean_HD=codec.k.mean_HD.data_ptr(),
+            v_decode_HRD=codec.v.decode_HRD.data_ptr(),
+            v_mean_HD=codec.v.mean_HD.data_ptr(),
+            ring_of=rings_R.data_ptr(),
+            block_table=table_RN.data_ptr(),
+            block_table_stride=table_stride(table_RN[: len(lengths_R)]),
+            query_starts=starts_R.data_ptr(),
+            seq_lens=lengths_R.data_ptr(),
+            num_requests=len(lengths_R),
+            num_heads=call.query_THD.shape[1],
+            softmax_scale=call.softmax_scale,
+            split_tokens=-(-self.split_tokens // spec.block) * spec.block,
+            threads=torch.get_num_threads(),
+            level=library.level(),
+        )
+        library.check(self._compiled.kvc_attend_blocks(ctypes.byref(args)))
