@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kvcompress.model_config import LATENT_ARCHITECTURE, parse
+from kvcompress.model_config import DecoderConfig, parse
 
 SERVED_BYTES = 2
 """Bytes of a number in an uncompressed cache. vLLM serves in 16 bits whatever the checkpoint is stored in, as long as
@@ -54,15 +54,21 @@ class ModelGeometry:
         """Read a Hugging Face config.json.
 
         Raises:
-            ValueError: as `model_config.parse`, latent attention of another kind than ours, or heads of a size that
-                does not fit our records.
+            ValueError: as `model_config.parse` and `of`.
         """
-        found = parse(config)
+        return cls.of(parse(config))
+
+    @classmethod
+    def of(cls, found: DecoderConfig) -> ModelGeometry:
+        """The sizes of a parsed config.json.
+
+        Raises:
+            ValueError: heads of a size that does not fit our records.
+        """
         if found.head_dim % 8:
             raise ValueError(
                 f"head_dim is {found.head_dim}; kvcompress packs channels in groups of 8 and needs a multiple of 8"
             )
-        latent = found.architecture == LATENT_ARCHITECTURE
         return cls(
             architecture=found.architecture,
             num_layers=found.num_hidden_layers,
@@ -73,18 +79,5 @@ class ModelGeometry:
             head_dim=found.head_dim,
             context=found.context,
             sliding_window=found.windows,
-            latent_dims=_latent_dims(config, found.num_hidden_layers) if latent else None,
+            latent_dims=found.latent_dims,
         )
-
-
-def _latent_dims(config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
-    try:
-        rank, rope_dim = config["kv_lora_rank"], int(config["qk_rope_head_dim"])
-    except KeyError as missing:
-        raise ValueError(
-            f"config.json has no {missing}, which a {LATENT_ARCHITECTURE} needs; is it complete?"
-        ) from None
-    ranks = [int(each) for each in rank] if isinstance(rank, list) else [int(rank)] * num_layers
-    if len(ranks) != num_layers:
-        raise ValueError(f"config.json has {len(ranks)} latent ranks for {num_layers} layers; expected one per layer")
-    return tuple(each + rope_dim for each in ranks)

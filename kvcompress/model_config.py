@@ -1,96 +1,17 @@
 """config.json, checked and completed: what each key must be, and what it means where it is left out. Imports no torch.
 
-Transformers and vLLM take a key that is missing from the default of the model's configuration class, so those defaults
-are part of a model. They stand here, one table per family, because a plan must not wait for torch to be imported;
-`tests/test_model_config.py` holds the tables against transformers' classes.
+What differs between models stands in `kvcompress.families`; `tests/test_model_config.py` holds it against transformers.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-LATENT_ARCHITECTURE = "KVCompressMLAForCausalLM"
-"""What `transmla` makes of the others: multi-head latent attention."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """What one model class of transformers does with its config.json, and which tensors it has."""
-
-    model_type: str
-    defaults: Mapping[str, Any]
-    """Of the keys that may be left out."""
-    nullable: frozenset[str] = frozenset()
-    """Keys that may be null, besides those that may be null in every family."""
-    qkv_bias: bool | None = False
-    """Of the query, key and value projections; None: where `attention_bias` says so."""
-    o_bias: bool | None = False
-    qk_norm: bool = False
-
-
-_COMMON: dict[str, Any] = {
-    "hidden_size": 4096,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "use_cache": True,
-    "tie_word_embeddings": False,
-}
-_LLAMA = {
-    **_COMMON,
-    "vocab_size": 32000,
-    "intermediate_size": 11008,
-    "num_key_value_heads": None,
-    "head_dim": None,
-    "max_position_embeddings": 2048,
-    "attention_bias": False,
-    "mlp_bias": False,
-}
-_MISTRAL = {
-    **_COMMON,
-    "vocab_size": 32000,
-    "intermediate_size": 14336,
-    "num_key_value_heads": 8,
-    "head_dim": None,
-    "max_position_embeddings": 131072,
-    "sliding_window": 4096,
-}
-_QWEN = {
-    **_COMMON,
-    "vocab_size": 151936,
-    "intermediate_size": 22016,
-    "num_key_value_heads": 32,
-    "max_position_embeddings": 32768,
-    "use_sliding_window": False,
-    "sliding_window": 4096,
-    "max_window_layers": 28,
-    "layer_types": None,
-}
-
-FAMILIES = {
-    "LlamaForCausalLM": Family(
-        "llama", _LLAMA, frozenset({"num_key_value_heads", "head_dim"}), qkv_bias=None, o_bias=None
-    ),
-    "MistralForCausalLM": Family("mistral", _MISTRAL, frozenset({"head_dim"})),
-    "Qwen2ForCausalLM": Family("qwen2", _QWEN, frozenset({"num_key_value_heads"}), qkv_bias=True),
-    "Qwen3ForCausalLM": Family(
-        "qwen3",
-        {**_QWEN, "head_dim": 128, "attention_bias": False},
-        frozenset({"num_key_value_heads"}),
-        qkv_bias=None,
-        o_bias=None,
-        qk_norm=True,
-    ),
-    # Written by us, with every key that matters.
-    LATENT_ARCHITECTURE: Family("kvcompress_mla", _LLAMA),
-}
-SUPPORTED_ARCHITECTURES = tuple(name for name in FAMILIES if name != LATENT_ARCHITECTURE)
+from kvcompress.families import FAMILIES, LATENT_ARCHITECTURE, Family, family_of, supported
 
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 MOST_LAYERS = 4096
@@ -134,7 +55,7 @@ class DecoderConfig(BaseModel):
     num_key_value_heads: Count
     head_dim: Count
     max_position_embeddings: Annotated[int, Field(ge=2, lt=2**31)]
-    hidden_act: Literal["silu"]  # vLLM's classes have no other
+    hidden_act: str
     rms_norm_eps: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     use_cache: bool
     tie_word_embeddings: bool
@@ -148,11 +69,23 @@ class DecoderConfig(BaseModel):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
+    num_experts: Count = 1
+    expert_size: Count = 1
+    expert_step: Count = 1
+    layers_without_experts: list[int] = []
+    latent_dims: tuple[int, ...] | None = None
+    """Of our latent attention: channels a token's cache takes in each layer."""
     rope: Rope
 
     @property
     def family(self) -> Family:
-        return FAMILIES[self.architecture]
+        return family_of({"architectures": [self.architecture]})
+
+    @property
+    def expert_layers(self) -> set[int]:
+        """Decoder layers that have experts in place of one MLP."""
+        layers = range(self.expert_step - 1, self.num_hidden_layers, self.expert_step) if self.family.experts else ()
+        return set(layers) - set(self.layers_without_experts)
 
     @property
     def context(self) -> int:
@@ -165,7 +98,7 @@ class DecoderConfig(BaseModel):
         """Sliding window of every layer in tokens, None for full attention."""
         if not self.sliding_window:
             return (None,) * self.num_hidden_layers
-        if self.architecture == "MistralForCausalLM":
+        if self.family.windows == "in_all" or (self.family.windows == "as_named" and not self.layer_types):
             return (self.sliding_window,) * self.num_hidden_layers
         slides = [index >= self.max_window_layers for index in range(self.num_hidden_layers)]
         if self.layer_types:
@@ -173,14 +106,9 @@ class DecoderConfig(BaseModel):
         return tuple(self.sliding_window if sliding else None for sliding in slides)
 
 
-_KEYS = DecoderConfig.model_fields.keys() - {"architecture", "rope"}
-_VLLM_ALONE: dict[str, dict[str, Any]] = {
-    "llama": {"is_causal": True, "bias": False, "logit_scale": 1.0},
-    "mistral": {"is_causal": True, "bias": False, "logit_scale": 1.0, "llama_4_scaling": None},
-    "qwen2": {"is_causal": True, "qk_norm": False, "dual_chunk_attention_config": None},
-    "qwen3": {"is_causal": True, "dual_chunk_attention_config": None},
-}
-"""Keys that vLLM's class of a model type reads and transformers' does not, and where they change nothing."""
+_OF_EXPERTS = ("num_experts", "expert_size", "expert_step", "layers_without_experts")
+_KEYS = DecoderConfig.model_fields.keys() - {"architecture", "rope", "latent_dims", *_OF_EXPERTS}
+_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
 _OF_SOME = ("attention_bias", "mlp_bias")
 """Keys that mean nothing in a family without them."""
 
@@ -191,14 +119,16 @@ def completed(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: unknown architecture, or a model_type that is not the architecture's.
     """
-    family = FAMILIES[architecture_of(config)]
+    architecture_of(config)
+    family = family_of(config)
     found = config.get("model_type")
-    if found != family.model_type:
+    if family.model_type not in (None, found):
         raise ValueError(
             f"config.json has model_type {found!r} and architecture {architecture_of(config)}; expected model_type "
             f"{family.model_type!r}, by which transformers chooses the model's class"
         )
-    return {**family.defaults, **config}
+    inner = config.get(family.text_config) if family.text_config else None
+    return {**family.defaults, **config, **(inner if isinstance(inner, Mapping) else {})}
 
 
 def parse(config: Mapping[str, Any]) -> DecoderConfig:
@@ -209,13 +139,20 @@ def parse(config: Mapping[str, Any]) -> DecoderConfig:
             mean different things to transformers and vLLM.
     """
     whole = completed(config)
-    architecture = architecture_of(config)
-    family = FAMILIES[architecture]
+    family = family_of(config)
+    architecture = family.architecture
+    missing = next((key for key in _SIZES if key not in whole), None)
+    if missing is not None:
+        raise unknown(
+            architecture, config.get("model_type"), f"; it cannot be tried, because config.json has no {missing}"
+        )
     for key in ("num_key_value_heads", "head_dim"):
         if key in whole and whole[key] is None and key not in family.nullable:
             raise ValueError(f"config.json has {key} null, which a {architecture} cannot read; remove the key")
-    _check_biases(whole, architecture)
-    _check_vllm_alone(whole, architecture)
+    if family.activation not in (None, whole["hidden_act"]):
+        raise ValueError(f"config.json has hidden_act {_short(whole['hidden_act'])}; expected {family.activation!r}")
+    _check_unread(whole, family)
+    _check_vllm_alone(whole, family)
     if "torch_dtype" in whole and whole.get("dtype") is None:
         whole["dtype"] = whole["torch_dtype"]
     if isinstance(whole.get("dtype"), str):
@@ -227,13 +164,29 @@ def parse(config: Mapping[str, Any]) -> DecoderConfig:
     try:
         parsed = DecoderConfig(
             architecture=architecture,
-            rope=_rope(whole, architecture),
+            rope=_rope(whole, family),
             **{key: whole[key] for key in _KEYS if key in whole and (key in family.defaults or key not in _OF_SOME)},
+            **_experts(whole, family),
         )
     except ValidationError as error:
         raise ValueError(_sentence(error)) from None
     _check_heads(parsed)
+    if architecture == LATENT_ARCHITECTURE:
+        parsed = parsed.model_copy(update={"latent_dims": _latent_dims(config, parsed.num_hidden_layers)})
     return _without_unused_window(parsed)
+
+
+def _latent_dims(config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
+    try:
+        rank, rope_dim = config["kv_lora_rank"], int(config["qk_rope_head_dim"])
+    except KeyError as missing:
+        raise ValueError(
+            f"config.json has no {missing}, which a {LATENT_ARCHITECTURE} needs; is it complete?"
+        ) from None
+    ranks = [int(each) for each in rank] if isinstance(rank, list) else [int(rank)] * num_layers
+    if len(ranks) != num_layers:
+        raise ValueError(f"config.json has {len(ranks)} latent ranks for {num_layers} layers; expected one per layer")
+    return tuple(each + rope_dim for each in ranks)
 
 
 def architecture_of(config: Mapping[str, Any]) -> str:
@@ -251,15 +204,20 @@ def architecture_of(config: Mapping[str, Any]) -> str:
             "the model already uses multi-head latent attention (config.json has kv_lora_rank); "
             "latent base models are not supported yet"
         )
-    if name in FAMILIES:
+    model_type = config.get("model_type")
+    taken = any(model_type == family.model_type for family in FAMILIES.values())
+    if name in FAMILIES or (name.endswith("ForCausalLM") and isinstance(model_type, str) and not taken):
         return name
-    near = difflib.get_close_matches(name, SUPPORTED_ARCHITECTURES, n=1)
+    raise unknown(name, model_type)
+
+
+def unknown(name: str, model_type: object, why: str = "") -> ValueError:
+    """The refusal of an architecture that we do not know, with a reason where it was tried."""
+    near = difflib.get_close_matches(name, supported(), n=1)
     # Names of other models' classes are alike, too; model_type tells them from slips.
-    slip = near and config.get("model_type") in (None, FAMILIES[near[0]].model_type)
+    slip = near and model_type in (None, FAMILIES[near[0]].model_type)
     hint = f"; did you mean {near[0]}?" if slip else ""
-    raise ValueError(
-        f"unknown architecture {name} in config.json; supported: {', '.join(SUPPORTED_ARCHITECTURES)}{hint}"
-    )
+    return ValueError(f"unknown architecture {name} in config.json; supported: {', '.join(supported())}{hint}{why}")
 
 
 def _head_dim(whole: Mapping[str, Any]) -> Any:
@@ -286,23 +244,35 @@ def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"rope_theta": 10000.0, "rope_type": given.get("type", "default"), **outside, **given}
 
 
-def _rope(whole: Mapping[str, Any], architecture: str) -> Rope:
+def _experts(whole: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    experts = family.experts
+    if experts is None:
+        return {}
+    keys: tuple[tuple[str | None, ...], ...] = (experts.count, (experts.size,), (experts.step,), (experts.dense,))
+    given = {
+        ours: [whole[key] for key in theirs if key and key in whole]
+        for ours, theirs in zip(_OF_EXPERTS, keys, strict=True)
+    }
+    return {ours: values[0] for ours, values in given.items() if values}
+
+
+def _rope(whole: Mapping[str, Any], family: Family) -> Rope:
     given = rope_parameters(whole)
     nested = next((key for key, value in given.items() if isinstance(value, Mapping)), None)
     if nested is not None:
         raise ValueError(
-            f"config.json has RoPE of its own for {nested}; a {architecture} has one for all layers: give its keys in "
-            "rope_parameters"
+            f"config.json has RoPE of its own for {nested}; a {family.architecture} has one for all layers: give its "
+            "keys in rope_parameters"
         )
     kind = given["rope_type"]
     if not isinstance(kind, str) or kind not in _ROPE_NUMBERS:
         old = "; su is the old name of longrope, which transformers no longer reads" if kind == "su" else ""
         raise ValueError(f"config.json has RoPE of type {kind!r}; expected one of {', '.join(_ROPE_NUMBERS)}{old}")
     partial = given.get("partial_rotary_factor")
-    if partial not in (None, 1.0):
+    if partial not in (None, 1.0) and not family.partial_rotary:
         raise ValueError(
             f"config.json has partial_rotary_factor {partial!r}, which transformers and vLLM take to mean different "
-            f"things in a {architecture}; remove it if the model rotates whole heads"
+            f"things in a {family.architecture}; remove it if the model rotates whole heads"
         )
     for key in _ROPE_NUMBERS[kind]:
         value = given.get(key)
@@ -322,25 +292,25 @@ def _rope(whole: Mapping[str, Any], architecture: str) -> Rope:
         raise ValueError(_sentence(error, {"theta": "rope_theta"})) from None
 
 
-def _check_biases(whole: Mapping[str, Any], architecture: str) -> None:
+def _check_unread(whole: Mapping[str, Any], family: Family) -> None:
     for key in _OF_SOME:
-        if architecture == "MistralForCausalLM" and whole.get(key):
+        if key in family.unread and whole.get(key):
             raise ValueError(
-                f"config.json has {key} {whole[key]!r}, which transformers does not read in a {architecture} and vLLM "
-                "does; remove the key, or name the class that the model was trained as"
+                f"config.json has {key} {whole[key]!r}, which transformers does not read in a {family.architecture} "
+                "and vLLM does; remove the key, or name the class that the model was trained as"
             )
 
 
-def _check_vllm_alone(whole: Mapping[str, Any], architecture: str) -> None:
-    same = dict(_VLLM_ALONE.get(whole["model_type"], {}))
+def _check_vllm_alone(whole: Mapping[str, Any], family: Family) -> None:
+    same = dict(family.neutral)
     if "bias" in same:
         same["qkv_bias"] = whole.get("attention_bias", False)
     for key, neutral in same.items():
         value = whole.get(key, neutral)
         if value != neutral and (value or neutral):
             raise ValueError(
-                f"config.json has {key} {_short(value)}, which transformers does not apply in a {architecture} "
-                "and vLLM does; remove the key if the model can do without, or use another model"
+                f"config.json has {key} {_short(value)}, which transformers does not apply in a "
+                f"{family.architecture} and vLLM does; remove the key if the model can do without, or use another model"
             )
 
 
@@ -350,10 +320,11 @@ def _check_heads(config: DecoderConfig) -> None:
             f"config.json has {config.num_attention_heads} query heads and {config.num_key_value_heads} KV heads; "
             "query heads must be a multiple of KV heads"
         )
-    if config.architecture == "LlamaForCausalLM" and config.hidden_size % config.num_attention_heads:
+    if config.family.whole_heads and config.hidden_size % config.num_attention_heads:
         raise ValueError(
             f"config.json has hidden_size {config.hidden_size} and {config.num_attention_heads} query heads; "
-            "transformers loads a LlamaForCausalLM only where hidden_size is a multiple of the heads, head_dim or not"
+            f"transformers loads a {config.architecture} only where hidden_size is a multiple of the heads, whatever "
+            "head_dim is"
         )
 
 
@@ -364,13 +335,16 @@ def _without_unused_window(config: DecoderConfig) -> DecoderConfig:
         ValueError: transformers and vLLM would apply different ones.
     """
     kinds, window, name = config.layer_types, config.sliding_window, config.architecture
-    if name == LATENT_ARCHITECTURE:  # made from models without a window
+    rule = config.family.windows
+    if rule == "dropped":
         return config.model_copy(update={"sliding_window": None})
     if kinds is not None and len(kinds) != config.num_hidden_layers:
         raise ValueError(
             f"config.json has {len(kinds)} layer_types and {config.num_hidden_layers} layers; expected one per layer"
         )
-    if name.startswith("Qwen"):
+    if rule == "as_named":
+        return config
+    if rule == "opt_in":
         if not config.use_sliding_window:
             if kinds and SLIDING in kinds:
                 raise ValueError(
@@ -381,7 +355,7 @@ def _without_unused_window(config: DecoderConfig) -> DecoderConfig:
         if not window:
             return config.model_copy(update={"sliding_window": None, "layer_types": None})
         return config
-    if name == "LlamaForCausalLM" and kinds is not None:
+    if rule == "by_layer" and kinds is not None:
         # vLLM windows the layers named here, and they keep their cache; transformers does not, which calibration bears.
         return config if window and SLIDING in kinds else config.model_copy(update={"sliding_window": None})
     if kinds is not None and SLIDING in kinds:
@@ -389,7 +363,7 @@ def _without_unused_window(config: DecoderConfig) -> DecoderConfig:
             f"config.json has layers of sliding_attention in layer_types, which transformers does not read in a {name} "
             "and vLLM does; remove the key, or use an architecture with such layers"
         )
-    if name == "MistralForCausalLM":
+    if rule == "in_all":
         if window == 0:
             raise ValueError(
                 "config.json has sliding_window 0, in which transformers attends to nothing; set it to null for full "

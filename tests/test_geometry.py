@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
+from kvcompress.families import FAMILIES, supported
 from kvcompress.geometry import ModelGeometry
-from kvcompress.model_config import FAMILIES, SUPPORTED_ARCHITECTURES
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -29,7 +29,7 @@ def _known(changes: dict[str, Any]) -> bool:
     return (changes.get("architectures") or [None])[0] in FAMILIES
 
 
-@pytest.mark.parametrize("architecture", SUPPORTED_ARCHITECTURES)
+@pytest.mark.parametrize("architecture", supported())
 def test_supported_architectures(architecture: str) -> None:
     found = geometry(architectures=[architecture], sliding_window=None)
     assert (found.num_layers, found.group_size, found.head_dim) == (4, 2, 64)

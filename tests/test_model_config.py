@@ -11,8 +11,8 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from kvcompress.checkpoint.completeness import expected_tensors
-from kvcompress.checkpoint.reader import HEAD
-from kvcompress.model_config import FAMILIES, SUPPORTED_ARCHITECTURES, DecoderConfig, completed, parse
+from kvcompress.families import FAMILIES, Names, supported
+from kvcompress.model_config import DecoderConfig, completed, parse
 
 SMALL: dict[str, Any] = {
     "hidden_size": 64,
@@ -35,7 +35,7 @@ def theirs(config: dict[str, Any]) -> Any:
     return transformers.CONFIG_MAPPING[config["model_type"]].from_dict(config)
 
 
-@pytest.mark.parametrize("architecture", SUPPORTED_ARCHITECTURES)
+@pytest.mark.parametrize("architecture", supported())
 def test_keys_left_out_mean_what_they_mean_to_transformers(architecture: str) -> None:
     left_out = named(architecture)
     ours, stock = parse(left_out), theirs(left_out)
@@ -44,7 +44,7 @@ def test_keys_left_out_mean_what_they_mean_to_transformers(architecture: str) ->
     assert stock.rope_parameters == {"rope_type": ours.rope.kind, "rope_theta": ours.rope.theta}
 
 
-@pytest.mark.parametrize("architecture", SUPPORTED_ARCHITECTURES)
+@pytest.mark.parametrize("architecture", supported())
 @pytest.mark.parametrize("left_out", ["num_key_value_heads", "head_dim", "max_position_embeddings", "vocab_size"])
 def test_one_key_left_out_of_a_config_with_the_others(architecture: str, left_out: str) -> None:
     config = named(architecture, **{key: value for key, value in SMALL.items() if key != left_out})
@@ -58,7 +58,7 @@ def test_one_key_left_out_of_a_config_with_the_others(architecture: str, left_ou
         assert getattr(parse(config), left_out) == expected
 
 
-@pytest.mark.parametrize("architecture", SUPPORTED_ARCHITECTURES)
+@pytest.mark.parametrize("architecture", supported())
 def test_expected_tensors_are_those_of_the_class(architecture: str) -> None:
     for tied, attention, mlp in itertools.product((False, True), repeat=3):
         biased = {} if architecture.startswith("Mistral") else {"attention_bias": attention, "mlp_bias": mlp}
@@ -67,7 +67,7 @@ def test_expected_tensors_are_those_of_the_class(architecture: str) -> None:
             model = AutoModelForCausalLM.from_config(theirs(config))
         stock = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         if tied:
-            del stock[HEAD]
+            del stock[f"{Names().head}.weight"]
         assert dict(expected_tensors(parse(config))) == stock
 
 

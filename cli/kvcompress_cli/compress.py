@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kvcompress_cli.options import Json, Model, RecipeFile
+from kvcompress_cli.options import Json, Model, RecipeFile, Strict
 from kvcompress_cli.show import print_json, progress
 
 
@@ -33,6 +33,7 @@ def compress(
     device: Annotated[str, typer.Option(help="Where to calibrate: cpu, cuda, cuda:1.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="Precision to calibrate in: float32, bfloat16, float16.")] = "float32",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    strict: Strict = False,
     json: Json = False,
 ) -> None:
     """Compress a checkpoint. The output appears complete or not at all. Under torchrun, training uses every process."""
@@ -48,7 +49,7 @@ def compress(
     from kvcompress.pipeline.compress import Options
     from kvcompress.pipeline.compress import compress as run
 
-    options = Options(calibration, samples, length, seed, device, dtype, resume)
+    options = Options(calibration, samples, length, seed, device, dtype, resume, strict)
     with progress() as report:
         plan = run(model, checked, out, options, report)
     if json:

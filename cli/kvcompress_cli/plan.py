@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kvcompress_cli.options import Json, Model, RecipeFile
+from kvcompress_cli.options import Json, Model, RecipeFile, Strict
 from kvcompress_cli.show import print_json, size, table
 
 MOST_MEMORY = 2.0**30
@@ -23,6 +23,7 @@ def plan(
     context: Annotated[int, typer.Option(help="Tokens of one request.")] = 32768,
     memory: Annotated[float, typer.Option(help="Cache memory to fill, in GiB.")] = 1.0,
     samples: Annotated[int, typer.Option(help="Calibration samples of 512 tokens, for the memory estimate.")] = 32,
+    strict: Strict = False,
     json: Json = False,
 ) -> None:
     """Say what a recipe will cost and save. Reads no weights."""
@@ -43,6 +44,7 @@ def plan(
         context=context,
         memory_bytes=int(memory * (1 << 30)),
         calibration_tokens=samples * 512,
+        strict=strict,
     ).to_json()
     print_json(made) if json else _show(made)
 

@@ -12,8 +12,9 @@ from typing import Any
 from kvcompress.checkpoint.json_file import read_object
 from kvcompress.codec.nested import WIDEST, cut_spec
 from kvcompress.codec.spec import CodecSpec
+from kvcompress.families import family_of
 from kvcompress.geometry import ModelGeometry
-from kvcompress.model_config import FAMILIES, parse
+from kvcompress.model_config import parse
 from kvcompress_eval.tokenizer import TextTokenizer
 
 MANIFEST = "kvcompress/manifest.json"
@@ -180,12 +181,14 @@ def _geometry(config: dict[str, Any]) -> ModelGeometry | None:
     Raises:
         ValueError: an architecture that we know, with keys that its model class cannot read.
     """
-    names = config.get("architectures")
-    if not isinstance(names, list) or not names or names[0] not in FAMILIES:
-        return None
-    parse(config)
     try:
-        return ModelGeometry.from_config(config)
+        found = parse(config)
+    except ValueError:
+        if family_of(config).tried:
+            return None
+        raise
+    try:
+        return ModelGeometry.of(found)
     except ValueError:  # heads of a size that our records do not take
         return None
 

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from kvcompress.calibration.capture import LayerRunner, cast_rows, stored_linear
 from kvcompress.checkpoint.rows import read_rows
 
-_HEAD, _EMBEDDING, _NORM = "lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"
-
 
 class InputMoments:
     """E[x x^T] of every linear layer's input. Layers that are given the same tensor share one matrix."""
@@ -110,11 +108,16 @@ class LossHead:
     """The final norm and the output embedding: from the last layer's hidden states to the loss and its gradient."""
 
     def __init__(self, runner: LayerRunner) -> None:
-        checkpoint = runner.checkpoint
-        self.norm: Any = runner.model.norm
-        self.norm.load_state_dict({"weight": checkpoint.read(_NORM).to(runner.device, runner.dtype)}, assign=True)
+        checkpoint, names = runner.checkpoint, runner.names
+        self.norm: Any = runner.model.get_submodule(names.norm)
+        self.norm.load_state_dict(
+            {"weight": checkpoint.read(f"{names.norm}.weight").to(runner.device, runner.dtype)}, assign=True
+        )
         self.norm.requires_grad_(False)
-        name = _HEAD if _HEAD in checkpoint.tensors else _EMBEDDING
+        head, embedding = f"{names.head}.weight", f"{names.embedding}.weight"
+        name = head if head in checkpoint.tensors else embedding
+        divisor = runner.family.logits_divisor
+        self.divisor = 1.0 if divisor is None else runner.number(divisor)
         rows = torch.arange(checkpoint.tensors[name].shape[0])
         self.weight_VC = read_rows(checkpoint, name, rows).to(runner.device)
 
@@ -129,11 +132,12 @@ class LossHead:
         with torch.no_grad():
             head = nn.Linear(1, 1, bias=False, device="meta")
             head.weight = nn.Parameter(self.weight_VC, requires_grad=False)
-            log_probs_TV = stored_linear(head, normed_TC[:-1]).log_softmax(-1)
+            log_probs_TV = stored_linear(head, normed_TC[:-1]).div_(self.divisor).log_softmax(-1)
             targets_T1 = tokens_T[1:, None].to(log_probs_TV.device)
             loss = -float(log_probs_TV.gather(1, targets_T1).sum())
             by_logits_TV = log_probs_TV.exp_()
             by_logits_TV.scatter_add_(1, targets_T1, torch.full_like(targets_T1, -1, dtype=by_logits_TV.dtype))
+            by_logits_TV /= self.divisor
             by_normed_TC = torch.zeros_like(normed_TC)
             for rows in cast_rows(self.weight_VC, by_logits_TV.dtype):
                 by_normed_TC[:-1] += by_logits_TV[:, rows] @ self.weight_VC[rows].to(by_logits_TV.dtype)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from kvcompress.checkpoint.paths import quote
 from kvcompress.checkpoint.reader import QUANT_METHOD, Checkpoint
 from kvcompress.checkpoint.safetensors_file import TensorInfo
+from kvcompress.families import family_of
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +30,6 @@ SCALES = ("weight_scale", "weight_scale_inv")
 STORED = ("I8", "F8_E4M3")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _WEIGHT = ".weight"
-_EMBEDDING = "model.embed_tokens.weight"
 _CACHE_KEYS = ("kv_cache_scheme", "kv_cache_quant_algo", "kv_cache_quant_method")
 _FORMATS = {"int-quantized": "int", "float-quantized": "float"}
 _STRATEGIES = {"int": ("tensor", "channel"), "float": ("tensor", "channel", "block")}
@@ -85,6 +85,7 @@ def check_base(checkpoint: Checkpoint) -> bool:
     if section is not None:
         check_section(section)
     scales = scales_of(checkpoint.tensors)
+    embedding = f"{family_of(checkpoint.config).names.embedding}{_WEIGHT}"
     for name, info in checkpoint.tensors.items():
         if not name.endswith(_WEIGHT) or info.dtype in _FLOATS:
             continue
@@ -93,7 +94,7 @@ def check_base(checkpoint: Checkpoint) -> bool:
                 f"{quote(name)} is stored as {info.dtype} and config.json has no quantization_config that says how "
                 "to read it; use a checkpoint whose config.json describes its weights"
             )
-        if info.dtype not in STORED or name == _EMBEDDING:
+        if info.dtype not in STORED or name == embedding:
             raise _refusal(f"{quote(name)} stored as {info.dtype}")
         if name not in scales:
             raise ValueError(f"{quote(name)} is stored as {info.dtype} without a {SCALES[0]}; download it again")

@@ -12,6 +12,7 @@ from kvcompress.checkpoint import json_file
 from kvcompress.checkpoint.paths import check_plain_name, inside, quote
 from kvcompress.checkpoint.safetensors_file import Header, TensorInfo, read_header, read_tensor
 from kvcompress.checkpoint.source import resolve
+from kvcompress.families import family_of
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +21,6 @@ CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_FILE = "adapter_config.json"
-HEAD = "lm_head.weight"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 QUANT_METHOD = "kvcompress"
 CONFIG_VERSION = 1  # of the quantization_config section we write
@@ -60,7 +60,7 @@ class Checkpoint:
         headers = {name: read_header(inside(path, name), name) for name in shards}
         _check_unique(path, headers)
         if index is not None:
-            _check_index(path, index, headers, tied=config.get("tie_word_embeddings") is True)
+            _check_index(path, index, headers, config)
         return cls(path, config, headers, index)
 
     @property
@@ -171,10 +171,14 @@ def _check_unique(path: Path, headers: Mapping[str, Header]) -> None:
             seen[name] = file
 
 
-def _check_index(path: Path, index: Mapping[str, Any], headers: Mapping[str, Header], tied: bool) -> None:
+def _check_index(
+    path: Path, index: Mapping[str, Any], headers: Mapping[str, Header], config: Mapping[str, Any]
+) -> None:
+    tied = config.get("tie_word_embeddings") is True
+    head = f"{family_of(config).names.head}.weight"
     for name, file in index["weight_map"].items():
         # Some tools list a head that is the embedding and write it once; transformers and vLLM never ask for it.
-        if name not in headers[file].tensors and not (tied and name == HEAD):
+        if name not in headers[file].tensors and not (tied and name == head):
             raise ValueError(
                 f"{path / INDEX_FILE} says that {quote(file)} holds tensor {quote(name)}, but it does not; "
                 "download both again"

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 from pydantic import Field
@@ -171,6 +172,11 @@ class Outline:
 
     config: dict[str, Any]
     tensors: dict[str, tuple[str, tuple[int, ...]]]
+
+    @cached_property
+    def geometry(self) -> ModelGeometry:
+        """Sizes of the model; raises ValueError as `ModelGeometry.from_config`."""
+        return ModelGeometry.from_config(self.config)
 
     @property
     def weights_bytes(self) -> int:

@@ -67,21 +67,20 @@ class Context:
         from kvcompress.calibration.statistics import LayerStatistics
         from kvcompress.checkpoint.safetensors_file import load_tensors
 
-        return LayerStatistics.from_tensors(load_tensors(self.work.scratch(statistics_file(index))))
+        return LayerStatistics.from_tensors(load_tensors(self.scratch(layer_file(CAPTURED, index, "statistics"))))
 
     def states(self, index: int) -> LayerStates:
         """States of one compressed layer on the calibration tokens, for a basis that has said it needs them."""
         from kvcompress.calibration.states import LayerStates
         from kvcompress.checkpoint.safetensors_file import load_tensors
 
-        return LayerStates.from_tensors(load_tensors(self.work.scratch(states_file(index))))
+        return LayerStates.from_tensors(load_tensors(self.scratch(layer_file(CAPTURED, index, "states"))))
 
 
-def statistics_file(index: int) -> str:
-    """Scratch name of one layer's statistics."""
-    return f"layer-{index:04d}-statistics.safetensors"
+CAPTURED = "capture"
+"""The walk that leaves statistics and states (`pipeline.capture`)."""
 
 
-def states_file(index: int) -> str:
-    """Scratch name of one layer's states."""
-    return f"layer-{index:04d}-states.safetensors"
+def layer_file(walk: str, index: int, part: str = "") -> str:
+    """Scratch name of what a walk kept of one layer."""
+    return f"{walk}-{index:04d}{part and f'-{part}'}.safetensors"

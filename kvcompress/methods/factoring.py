@@ -2,45 +2,32 @@
 
 from __future__ import annotations
 
-import re
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvcompress.checkpoint.reader import CONFIG_VERSION, QUANT_METHOD
 from kvcompress.checkpoint.safetensors_file import TensorInfo, TensorSpec
-from kvcompress.geometry import ModelGeometry
+from kvcompress.families import LINEARS, family_of
 from kvcompress.methods.base import Outline
 from kvcompress.methods.ranks import Ranks, Shape
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""The linear layers of a decoder layer, in the order in which they run."""
-
 DTYPES = ("F32", "F16", "BF16")
-_WEIGHT = re.compile(r"model\.layers\.(\d+)\.((?:\w+\.)?(\w+))\.weight")
 
 
 @dataclass(frozen=True)
 class Linear:
-    """One weight matrix: its decoder layer, its module's name inside that layer, and how it is stored."""
+    """One weight matrix: its decoder layer, its module's name inside that layer and in the model, how it is stored."""
 
     layer: int
     local: str
+    name: str
     dtype: str
     shape: Shape
-
-    @property
-    def name(self) -> str:
-        """The module's name in the model."""
-        return f"model.layers.{self.layer}.{self.local}"
-
-    @property
-    def target(self) -> str:
-        """The last part of the name, such as q_proj."""
-        return self.local.rpartition(".")[2]
 
     def factors(self, rank: int) -> tuple[TensorSpec, TensorSpec]:
         """What is stored in place of the weight: down and up."""
@@ -56,27 +43,23 @@ def find(targets: Sequence[str], before: Outline) -> list[Linear]:
     Raises:
         ValueError: one is missing, was factored by an earlier stage, or is stored in a dtype that has no SVD.
     """
-    found: dict[tuple[int, str], Linear] = {}
-    for name, (dtype, shape) in before.tensors.items():
-        match = _WEIGHT.fullmatch(name)
-        if match and match[3] in targets and len(shape) == 2:
-            if dtype not in DTYPES:
-                raise ValueError(f"{name} is stored as {dtype}; expected one of {', '.join(DTYPES)} to factor it")
-            found[int(match[1]), match[3]] = Linear(int(match[1]), match[2], dtype, Shape(*shape))
-    done = {tuple(name.split(".")[2::2]) for name in _section(before.config)}
+    done, names = _section(before.config), family_of(before.config).names
+    locals_ = [(target, names.linears[target]) for target in LINEARS if target in targets]
     linears: list[Linear] = []
-    for layer in range(ModelGeometry.from_config(before.config).num_layers):
-        for target in sorted(targets, key=TARGETS.index):
-            if (layer, target) in found:
-                linears.append(found[layer, target])
-            elif (str(layer), target) in done:
-                raise ValueError(
-                    f"{target} of layer {layer} was factored by an earlier stage; leave it out of one stage's targets"
-                )
-            else:
-                raise ValueError(
-                    f"the checkpoint has no weight for {target} of layer {layer}; leave {target} out of targets"
-                )
+    for layer, (target, local) in itertools.product(range(before.geometry.num_layers), locals_):
+        name = f"{names.layer(layer)}{local}"
+        if name in done:
+            raise ValueError(
+                f"{target} of layer {layer} was factored by an earlier stage; leave it out of one stage's targets"
+            )
+        if f"{name}.weight" not in before.tensors:
+            raise ValueError(
+                f"the checkpoint has no weight for {target} of layer {layer}; leave {target} out of targets"
+            )
+        dtype, shape = before.tensors[f"{name}.weight"]
+        if dtype not in DTYPES:
+            raise ValueError(f"{name}.weight is stored as {dtype}; expected one of {', '.join(DTYPES)} to factor it")
+        linears.append(Linear(layer, local, name, dtype, Shape(*shape)))
     return linears
 
 

@@ -27,10 +27,11 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from kvcompress.methods import sweep
+from kvcompress.families import LINEARS
+from kvcompress.methods import walk
 from kvcompress.methods.base import Outline, TransformMethod
 from kvcompress.methods.context import Context
-from kvcompress.methods.factoring import TARGETS, Factors, Linear, factored, find
+from kvcompress.methods.factoring import Factors, Linear, factored, find
 from kvcompress.methods.ranks import Ranks, allocate, by_importance, uniform
 from kvcompress.recipe import Kind, StageConfig
 
@@ -54,16 +55,16 @@ class FwsvdConfig(StageConfig):
         "error", description="how the budget is shared: evenly, by Fisher mass, or where it removes most error"
     )
     removed: float = Field(0.2, ge=0.0, le=0.9, description="share of the target layers' parameters to remove")
-    targets: tuple[str, ...] = Field(TARGETS, description="linear layers to factor")
+    targets: tuple[str, ...] = Field(LINEARS, description="linear layers to factor")
 
     @field_validator("targets")
     @classmethod
     def _known(cls, targets: tuple[str, ...]) -> tuple[str, ...]:
         for name in targets:
-            if name not in TARGETS:
-                near = difflib.get_close_matches(name, TARGETS, n=1)
+            if name not in LINEARS:
+                near = difflib.get_close_matches(name, LINEARS, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise ValueError(f"unknown linear layer {name!r}{hint}; expected any of {', '.join(TARGETS)}")
+                raise ValueError(f"unknown linear layer {name!r}{hint}; expected any of {', '.join(LINEARS)}")
         if not targets or len(set(targets)) < len(targets):
             raise ValueError("expected at least one linear layer, and none twice")
         return targets
@@ -97,7 +98,7 @@ class _Run:
         self.config, self.context, self.linears = config, context, linears
         self.uses_inputs = "activation" in config.weighting
         if "fisher" in config.weighting or config.ranks == "fisher":
-            sweep.backward(context, "gradients", self._gradients)
+            walk.backward(context, "gradients", self._gradients)
 
     def ranks(self) -> dict[Linear, int]:
         """The rank of every matrix that is to be factored."""
@@ -167,12 +168,12 @@ class _Run:
             left = _cholesky(self._result("gradients", linear, "output").to(self.context.device)).mT
         return left, right
 
-    def _result(self, walk: str, linear: Linear, name: str) -> Tensor:
-        return sweep.result(self.context, walk, linear.layer, f"{linear.local}.{name}")
+    def _result(self, done: str, linear: Linear, name: str) -> Tensor:
+        return walk.result(self.context, done, linear.layer, f"{linear.local}.{name}")
 
     def _gradients(
         self, runner: LayerRunner, layer: nn.Module, index: int, hidden_NTC: Tensor, gradient_NTC: Tensor
-    ) -> dict[str, Tensor]:
+    ) -> walk.Kept:
         from kvcompress.calibration.linears import GradientMoments
 
         moments = GradientMoments(outputs=self.config.weighting == "fisher+activation")
@@ -180,7 +181,7 @@ class _Run:
         with moments.watch({linear.local: layer.get_submodule(linear.local) for linear in linears}):
             for sample, offset in enumerate(self.context.calibration.offsets_N.tolist()):
                 gradient_NTC[sample] = runner.backward(layer, hidden_NTC[sample], offset, gradient_NTC[sample])
-        return moments.tensors()
+        return walk.Kept(moments.tensors())
 
     def _each(self, name: str, visit: Callable[[Linear, Tensor, InputMoments | None], dict[str, Tensor]]) -> None:
         """Visit every matrix; where the weighting needs inputs, with what its layer sees after the visits before.
@@ -188,7 +189,7 @@ class _Run:
         A visit that returns factors changes the layer: the layers after it get the outputs of the compressed one.
         """
         if self.uses_inputs:
-            sweep.forward(self.context, name, lambda *given: self._with_inputs(visit, *given))
+            walk.forward(self.context, name, lambda *given: self._with_inputs(visit, *given))
             return
 
         def plain(index: int) -> dict[str, Tensor]:
@@ -200,7 +201,7 @@ class _Run:
                 for key, tensor in visit(linear, checkpoint.read(f"{linear.name}.weight").to(device), None).items()
             }
 
-        sweep.each(self.context, name, plain)
+        walk.each(self.context, name, plain)
 
     def _with_inputs(
         self,
@@ -209,7 +210,7 @@ class _Run:
         layer: nn.Module,
         index: int,
         hidden_NTC: Tensor,
-    ) -> dict[str, Tensor]:
+    ) -> walk.Kept:
         from torch import nn
 
         from kvcompress.calibration.linears import InputMoments
@@ -226,8 +227,8 @@ class _Run:
             found |= {f"{linear.local}.{key}": tensor for key, tensor in tensors.items()}
             if "up" in tensors:
                 module.weight = nn.Parameter(product(tensors["down"], tensors["up"]), requires_grad=False)
-        sweep.advance(self.context, runner, layer, index, hidden_NTC)
-        return found
+        runner.advance(layer, hidden_NTC, self.context.calibration)
+        return walk.Kept(found)
 
 
 def factor(weight_OI: Tensor, rank: int, left_OO: Tensor | None, right: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -30,9 +30,10 @@ from pydantic import Field, StrictFloat, StrictInt
 
 from kvcompress.checkpoint.safetensors_file import TORCH_DTYPES, TensorInfo, TensorSpec
 from kvcompress.codec.bands import CHANNEL_GROUP
+from kvcompress.families import LATENT_ARCHITECTURE, Names, family_of
 from kvcompress.geometry import ModelGeometry
 from kvcompress.methods.base import Outline, TransformMethod
-from kvcompress.model_config import LATENT_ARCHITECTURE, completed, rope_parameters
+from kvcompress.model_config import completed, rope_parameters
 from kvcompress.recipe import Kind, StageConfig
 
 if TYPE_CHECKING:
@@ -45,8 +46,9 @@ if TYPE_CHECKING:
 ROPE_CANDIDATES = (64, 128)
 """RoPE dims tried by `rope_dim: auto`, with head_dim and twice head_dim; a half and a quarter where none has room."""
 
-_PROJECTION = re.compile(r"(model\.layers\.(\d+)\.self_attn\.)(q|k|v)_proj\.(weight|bias)")
-_LATENT = re.compile(r"(model\.layers\.(\d+)\.self_attn\.)(kv_a_proj|q_a_proj|q_b_proj|k_up|v_up)(?:\.(weight|bias))?")
+_ATTENTION = f"({Names().layer('(DIGITS)')}{Names().attention}.)".replace(".", r"\.").replace("DIGITS", r"\d+")
+_PROJECTION = re.compile(_ATTENTION + r"(q|k|v)_proj\.(weight|bias)")
+_LATENT = re.compile(_ATTENTION + r"(kv_a_proj|q_a_proj|q_b_proj|k_up|v_up)(?:\.(weight|bias))?")
 _ATTENTION_ONLY = ("sliding_window", "layer_types", "use_sliding_window", "max_window_layers")
 
 Channels = Annotated[StrictInt, Field(gt=0, multiple_of=CHANNEL_GROUP)]
@@ -96,7 +98,7 @@ class TransMla(TransformMethod[TransMlaConfig]):
 
     def outline(self, config: TransMlaConfig, before: Outline) -> Outline:
         """As for every stage; where `rope_dim` is auto, v_up's size is that of the first candidate, the largest."""
-        geometry = ModelGeometry.from_config(before.config)
+        geometry = before.geometry
         _refuse(before, geometry)
         return _outline_of(config, before, geometry, candidates(config, geometry)[0])
 
@@ -116,6 +118,11 @@ class TransMla(TransformMethod[TransMlaConfig]):
     def restore(self, checkpoint: Checkpoint) -> tuple[Transform, dict[str, Any]]:
         """Plain keys and values of every head from the latent, with RoPE on all of them again."""
         return _Restoration(checkpoint), dict(checkpoint.config["base_config"])
+
+
+def attention_prefix(layer: int) -> str:
+    """Of the names of a layer's attention tensors, before the conversion and after it."""
+    return f"{Names().layer(layer)}{Names().attention}."
 
 
 def candidates(config: TransMlaConfig, geometry: ModelGeometry) -> list[Choice]:
@@ -205,10 +212,16 @@ def _llama3(theta: float, rope: Mapping[str, Any]) -> float:
 def _refuse(before: Outline, geometry: ModelGeometry) -> None:
     if geometry.latent_dims is not None:
         raise ValueError("the model has multi-head latent attention already; transmla converts Llama, Mistral, Qwen2")
-    if geometry.architecture == "Qwen3ForCausalLM":
+    family = family_of(before.config)
+    if family.qk_norm:
         raise ValueError(
-            "Qwen3 normalises every query and key head by its own length before RoPE (q_norm, k_norm): keys are not "
-            "linear in the input, and heads cannot be merged; transmla converts Llama, Mistral and Qwen2 models"
+            f"{family.architecture} normalises queries and keys before RoPE (q_norm, k_norm): keys are not linear in "
+            "the input, and heads cannot be merged; transmla converts Llama, Mistral and Qwen2 models"
+        )
+    if not family.linear_attention:
+        raise ValueError(
+            f"{family.architecture} is no Llama but for its sizes, which converted checkpoints are; transmla converts "
+            "Llama, Mistral and Qwen2 models"
         )
     if any(geometry.sliding_window):
         raise ValueError(
@@ -219,7 +232,7 @@ def _refuse(before: Outline, geometry: ModelGeometry) -> None:
     keys = geometry.num_kv_heads * geometry.head_dim
     for index in range(geometry.num_layers):
         for side, rows in (("q", geometry.num_heads * geometry.head_dim), ("k", keys), ("v", keys)):
-            name = f"model.layers.{index}.self_attn.{side}_proj.weight"
+            name = f"{attention_prefix(index)}{side}_proj.weight"
             if before.tensors.get(name, ("", ()))[1] != (rows, geometry.hidden_size):
                 raise ValueError(
                     f"{name} is not a {rows} x {geometry.hidden_size} matrix; transmla needs the attention projections "
@@ -261,7 +274,7 @@ def _config(config: TransMlaConfig, before: Outline, geometry: ModelGeometry, ch
     """config.json after the stage."""
     base = completed(before.config)
     kept = {key: value for key, value in base.items() if key not in _ATTENTION_ONLY}
-    first = "model.layers.0.self_attn."
+    first = attention_prefix(0)
     return {
         **kept,
         "architectures": [LATENT_ARCHITECTURE],

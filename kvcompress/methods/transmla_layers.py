@@ -16,9 +16,9 @@ from kvcompress.calibration.capture import LayerRunner, stored_linear
 from kvcompress.checkpoint.reader import Checkpoint
 from kvcompress.checkpoint.safetensors_file import TORCH_DTYPES
 from kvcompress.geometry import ModelGeometry
-from kvcompress.methods import layerwise, rorope
-from kvcompress.methods.context import Context
-from kvcompress.methods.transmla import Choice, TransMlaConfig, frequencies, kept_frequencies
+from kvcompress.methods import rorope, walk
+from kvcompress.methods.context import Context, layer_file
+from kvcompress.methods.transmla import Choice, TransMlaConfig, attention_prefix, frequencies, kept_frequencies
 
 PROBES = 2
 """Calibration samples on which candidates are compared."""
@@ -31,7 +31,7 @@ def choose(config: TransMlaConfig, context: Context, candidates: Sequence[Choice
     """
     if len(candidates) == 1:
         return candidates[0]
-    errors = layerwise.walk(context, "choice", "choosing RoPE dims", partial(_try_layer, config, context, candidates))
+    errors = walk.forward(context, "choice", partial(_try_layer, config, context, candidates), "choosing RoPE dims")
     mean = dict(zip(candidates, torch.tensor(errors, dtype=torch.float64).mean(0).tolist(), strict=True))
     best: dict[int, Choice] = {}
     stopped = set()
@@ -51,12 +51,12 @@ def convert(config: TransMlaConfig, context: Context, choice: Choice) -> list[di
 
     One record per layer: the relative error of its attention output on the probes.
     """
-    return layerwise.walk(context, "layer", "converting layers", partial(_convert_layer, config, context, choice))
+    return walk.forward(context, "layer", partial(_convert_layer, config, context, choice), "converting layers")
 
 
 def file_of(index: int) -> str:
     """Scratch name of one converted layer's tensors, by their names in self_attn."""
-    return layerwise.tensors_file("layer", index)
+    return layer_file("layer", index)
 
 
 def stored(tensor: Tensor, dtype: str) -> Tensor:
@@ -94,37 +94,40 @@ def _try_layer(
     context: Context,
     candidates: Sequence[Choice],
     runner: LayerRunner,
+    layer: Any,
     index: int,
     hidden_NTC: Tensor,
-) -> tuple[list[float], dict[str, Tensor]]:
-    with runner.layer(index) as layer:
-        kv_ZZ, _ = _moments(config, context, layer, hidden_NTC)
-        errors = []
-        for choice in candidates:
-            tensors = _layer_tensors(config, context, choice, layer, kv_ZZ, None)
-            attention = _attention(context, choice, layer, tensors)
-            errors.append(_error(context, runner, layer, attention, hidden_NTC))
-        for sample, offset in enumerate(context.calibration.offsets_N.tolist()):
-            hidden_NTC[sample] = runner.forward(layer, hidden_NTC[sample], offset, None)
-    return errors, {}
+) -> walk.Kept:
+    kv_ZZ, _ = _moments(config, context, layer, hidden_NTC)
+    errors = []
+    for choice in candidates:
+        tensors = _layer_tensors(config, context, choice, layer, kv_ZZ, None)
+        attention = _attention(context, choice, layer, tensors)
+        errors.append(_error(context, runner, layer, attention, hidden_NTC))
+    runner.advance(layer, hidden_NTC, context.calibration)
+    return walk.Kept(record=errors)
 
 
 def _convert_layer(
-    config: TransMlaConfig, context: Context, choice: Choice, runner: LayerRunner, index: int, hidden_NTC: Tensor
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    with runner.layer(index) as layer:
-        kv_ZZ, query_QQ = _moments(config, context, layer, hidden_NTC)
-        tensors = _layer_tensors(config, context, choice, layer, kv_ZZ, query_QQ)
-        base: Any = layer.self_attn
-        attention = _attention(context, choice, layer, tensors)
-        record = {"error": _error(context, runner, layer, attention, hidden_NTC)}
-        layer.self_attn = attention
-        try:
-            for sample, offset in enumerate(context.calibration.offsets_N.tolist()):
-                hidden_NTC[sample] = runner.forward(layer, hidden_NTC[sample], offset, None)
-        finally:
-            layer.self_attn = base
-    return record, tensors
+    config: TransMlaConfig,
+    context: Context,
+    choice: Choice,
+    runner: LayerRunner,
+    layer: Any,
+    index: int,
+    hidden_NTC: Tensor,
+) -> walk.Kept:
+    kv_ZZ, query_QQ = _moments(config, context, layer, hidden_NTC)
+    tensors = _layer_tensors(config, context, choice, layer, kv_ZZ, query_QQ)
+    base = layer.self_attn
+    attention = _attention(context, choice, layer, tensors)
+    record = {"error": _error(context, runner, layer, attention, hidden_NTC)}
+    layer.self_attn = attention
+    try:
+        runner.advance(layer, hidden_NTC, context.calibration)
+    finally:
+        layer.self_attn = base
+    return walk.Kept(tensors, record)
 
 
 @torch.no_grad()
@@ -171,7 +174,7 @@ def _layer_tensors(
         if attention.q_proj.bias is not None:
             made["q_a_proj.bias"] = axes_QR.mT @ attention.q_proj.bias.double().cpu()
     # Tensors keep the dtype of those they are made of, and what follows sees them as they are stored.
-    base = f"model.layers.{attention.layer_idx}.self_attn."
+    base = attention_prefix(attention.layer_idx)
 
     def dtype_of(name: str) -> str:
         kind = "bias" if name.endswith(".bias") else "weight"

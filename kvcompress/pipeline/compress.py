@@ -54,7 +54,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Options:
-    """How to calibrate. `length` is capped by the model's context."""
+    """How to calibrate. `length` is capped by the model's context; `strict` refuses model families we do not know."""
 
     calibration: str = corpus.BUILTIN
     samples: int = 32
@@ -63,6 +63,7 @@ class Options:
     device: str = "cpu"
     dtype: str = "float32"
     resume: bool = False
+    strict: bool = False
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.length < 2:
@@ -89,9 +90,10 @@ def compress(model: str, recipe: Recipe, out: str | Path, options: Options, prog
     check_device(options.device)
     target = check_output(out, resume=options.resume, finished=options.resume)
     checkpoint = Checkpoint.open(model)
-    plan = planning.make(checkpoint, recipe, model, calibration_tokens=options.samples * options.length)
+    tokens = options.samples * options.length
+    plan = planning.make(checkpoint, recipe, model, calibration_tokens=tokens, strict=options.strict)
     length = min(options.length, plan.geometry.context)
-    check_model(checkpoint.path)
+    check_model(checkpoint)
     writer.check_side_files(checkpoint)
     text = _Text(checkpoint, plan, options, progress)
     # Text of files is read, checked and cut before any work; what the model has to write itself comes after.

@@ -58,9 +58,7 @@ def _measure(
         context.progress("measuring layers", index, len(codecs))
         with runner.layer(index) as layer:
             recorder = None if codec is None else _Recorder(runner.output_projection(layer))
-            for sample, offset in enumerate(probes.offsets_N.tolist()):
-                collect = None if recorder is None else recorder.of_sample(offset)
-                hidden_NTC[sample] = runner.forward(layer, hidden_NTC[sample], offset, collect)
+            runner.advance(layer, hidden_NTC, probes, None if recorder is None else recorder.of_sample)
             witness.see(layer, index)
         if codec is None or recorder is None:
             continue
@@ -103,7 +101,7 @@ class _Recorder:
             for name, parameter in output._parameters.items()
         }
 
-    def of_sample(self, offset: int) -> Collector:
+    def of_sample(self, _sample: int, offset: int) -> Collector:
         """A collector for one sample."""
 
         def collect(query: Tensor, key: Tensor, value: Tensor, softmax_scale: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from kvcompress.codec.spec import CacheSpec, CodecSpec
 from kvcompress.geometry import ModelGeometry
 from kvcompress.methods.base import TrainedConfig
 from kvcompress.methods.registry import basis_of, encoding_of
-from kvcompress.model_config import CHANGING_ROPE, parse
+from kvcompress.model_config import CHANGING_ROPE, parse, unknown
 from kvcompress.pipeline import stages
 from kvcompress.recipe import Recipe
 
@@ -89,6 +90,7 @@ def make(
     context: int = DEFAULT_CONTEXT,
     memory_bytes: int = _GIB,
     calibration_tokens: int = 0,
+    strict: bool = False,
 ) -> Plan:
     """Check a recipe against a model and say what it will cost and save.
 
@@ -96,22 +98,33 @@ def make(
         context: tokens of one request, for the bytes it will take.
         memory_bytes: cache memory to fill with tokens.
         calibration_tokens: samples x length that `compress` will run.
+        strict: refuse a model family that we do not know, which is otherwise tried with a warning.
 
     Raises:
         ValueError: unsupported, already compressed or otherwise quantized model, or a recipe that does not fit it.
     """
     refuse_compressed(checkpoint)
-    base = ModelGeometry.from_config(checkpoint.config)
+    config = parse(checkpoint.config)
+    if config.family.tried:
+        if strict:
+            raise unknown(config.architecture, checkpoint.config["model_type"])
+        warnings.warn(
+            f"{config.architecture} is not known to kvcompress: it is taken to be an ordinary decoder, whose parts "
+            "have the usual names; let --strict refuse it, and measure what the result can do",
+            stacklevel=2,
+        )
+    base = ModelGeometry.of(config)
     if check_base(checkpoint):
         stages.refuse_quantized(recipe)
-    check_complete(checkpoint)
-    after = stages.outlines(recipe, stages.outline_of(checkpoint))
-    geometry = ModelGeometry.from_config(after.config)
+    check_complete(checkpoint, config)
+    before = stages.outline_of(checkpoint)
+    after = stages.outlines(recipe, before)
+    geometry = base if after is before else after.geometry
     if context < 1 or memory_bytes < 1:
         raise ValueError("context and memory must be positive")
     spec = _codec_spec(recipe, geometry)
     if any(layer is not None for layer in spec.layers):
-        _refuse_changing_rope(recipe, parse(checkpoint.config).rope.kind)
+        _refuse_changing_rope(recipe, config.rope.kind)
     return Plan(
         model=model,
         recipe=recipe,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from kvcompress.calibration.capture import exact_attention
 from kvcompress.checkpoint.reader import Checkpoint
+from kvcompress.families import family_of
 
 RoundTrip = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Post-RoPE keys and values `[batch, KV heads, tokens, head_dim]` as attention would read them back from a cache."""
@@ -62,8 +63,9 @@ def set_round_trips(model: Any, round_trips: dict[int, RoundTrip]) -> None:
 
     The model must have been loaded with `attention=ATTENTION`.
     """
-    for index, layer in enumerate(model.model.layers):
-        layer.self_attn.kvcompress_round_trip = round_trips.get(index)
+    names = family_of({"architectures": [type(model).__name__]}).names
+    for index, layer in enumerate(model.get_submodule(names.layers)):
+        layer.get_submodule(names.attention).kvcompress_round_trip = round_trips.get(index)
 
 
 def _attention(

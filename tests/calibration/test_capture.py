@@ -28,7 +28,7 @@ def test_layers_one_by_one_equal_the_whole_model(architecture: str, tmp_path: Pa
                 hidden[sample] = runner.forward(layer, hidden[sample], 0, lambda q, k, v, s, c=collected: c.append(k))
                 if sample == 1:
                     keys.append(collected[0])
-        assert all(parameter.is_meta for parameter in runner.model.layers[index].parameters())
+        assert all(parameter.is_meta for parameter in runner.model.model.layers[index].parameters())
     model = tiny.load_model(directory)
     with torch.no_grad():
         expected = model.model(torch.from_numpy(tokens), use_cache=True)

@@ -14,7 +14,8 @@ import pytest
 
 from kvcompress.checkpoint.manifest import Manifest
 from tests import tiny
-from tests.cases.making import Run, check_refusal, edit_json
+from tests.cases.making import check_refusal, edit_json
+from tests.command import Run
 
 Compress = Callable[..., tuple[int, str, str]]
 
@@ -168,7 +169,7 @@ def test_keys_of_vllm_that_change_nothing(same: dict[str, Any], run: Run, model:
 
 def test_a_class_of_another_model_is_not_taken_for_a_slip(run: Run, model: Path, recipe_file: Path) -> None:
     change(model, {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"})
-    code, _, stderr = run("plan", model, "--recipe", recipe_file)
+    code, _, stderr = run("plan", model, "--recipe", recipe_file, "--strict")
     check_refusal(code, stderr, "unknown architecture MixtralForCausalLM", "supported: ")
     assert "did you mean" not in stderr
 

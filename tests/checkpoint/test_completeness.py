@@ -8,9 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kvcompress.checkpoint.completeness import check_complete
+from kvcompress.checkpoint import completeness
 from kvcompress.checkpoint.finite import check_finite
 from kvcompress.checkpoint.reader import Checkpoint
+from kvcompress.model_config import parse
 from tests import tiny
 
 
@@ -32,33 +33,37 @@ def edit(folder: Path, config: dict[str, Any] | None = None, **tensors: torch.Te
     return Checkpoint.open(folder)
 
 
+def complete(checkpoint: Checkpoint) -> None:
+    completeness.check_complete(checkpoint, parse(checkpoint.config))
+
+
 def test_a_whole_model(folder: Path) -> None:
-    check_complete(Checkpoint.open(folder))
+    complete(Checkpoint.open(folder))
     check_finite(Checkpoint.open(folder))
 
 
 @pytest.mark.parametrize("name", ["model.norm.weight", "lm_head.weight", "model.layers.3.mlp.up_proj.weight"])
 def test_a_missing_tensor_is_named(folder: Path, name: str) -> None:
     with pytest.raises(ValueError, match=f"has no (tensor )?{name}"):
-        check_complete(edit(folder, **{name: None}))
+        complete(edit(folder, **{name: None}))
 
 
 def test_a_head_that_is_tied_need_not_be_there(folder: Path) -> None:
-    check_complete(edit(folder, {"tie_word_embeddings": True}, **{"lm_head.weight": None}))
+    complete(edit(folder, {"tie_word_embeddings": True}, **{"lm_head.weight": None}))
 
 
 def test_shapes_and_layers_that_config_json_does_not_have(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"k_proj.weight has shape \[64, 128\], and config.json asks for \[128, 128\]"):
-        check_complete(edit(folder, {"num_key_value_heads": 4}))
+        complete(edit(folder, {"num_key_value_heads": 4}))
     with pytest.raises(ValueError, match=r"'model.layers.3.*num_hidden_layers 3"):
-        check_complete(edit(folder, {"num_key_value_heads": 2, "num_hidden_layers": 3}))
+        complete(edit(folder, {"num_key_value_heads": 2, "num_hidden_layers": 3}))
 
 
 def test_names_without_their_prefix(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     save_file({name.removeprefix("model."): tensor for name, tensor in tensors.items()}, folder / "model.safetensors")
     with pytest.raises(ValueError, match="another prefix"):
-        check_complete(Checkpoint.open(folder))
+        complete(Checkpoint.open(folder))
 
 
 @pytest.mark.parametrize(

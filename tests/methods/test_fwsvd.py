@@ -15,9 +15,10 @@ from kvcompress.calibration import corpus, tokenizer
 from kvcompress.checkpoint.manifest import Manifest
 from kvcompress.checkpoint.reader import Checkpoint
 from kvcompress.checkpoint.verify import verify
+from kvcompress.families import LINEARS
 from kvcompress.methods import fwsvd
 from kvcompress.methods.base import Outline
-from kvcompress.methods.factoring import TARGETS, find
+from kvcompress.methods.factoring import find
 from kvcompress.methods.fwsvd import FwsvdConfig, factor
 from kvcompress.methods.ranks import Ranks, Shape
 from kvcompress.modeling.low_rank import ranks_of
@@ -90,13 +91,13 @@ def test_every_setting_takes_the_planned_bytes_and_runs(
     plan = planning.make(base, recipe(text), str(base_model))
     manifest = Manifest.load(out)
     assert factored.weights_bytes == manifest.weights_bytes.compressed == plan.compressed_weights_bytes
-    sizes = [base.tensors[name].nbytes for name in base.tensors if name.split(".")[-2] in TARGETS]
+    sizes = [base.tensors[name].nbytes for name in base.tensors if name.split(".")[-2] in LINEARS]
     removed = (base.weights_bytes - factored.weights_bytes) / sum(sizes)
     assert 0.25 <= removed < 0.26, "ranks are rounded down"
     found = ranks_of(config_of(out))
     assert all(factored.tensors[f"{name}.down_weight"].shape[0] == rank for name, rank in found.items())
     if ranks == "uniform":
-        assert len(found) == tiny.NUM_LAYERS * len(TARGETS)
+        assert len(found) == tiny.NUM_LAYERS * len(LINEARS)
     model = tiny.load_model(out)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     assert parameters * 4 == factored.weights_bytes
@@ -145,7 +146,7 @@ def test_full_rank_reproduces_the_base_model(
 
     monkeypatch.setattr(fwsvd, "uniform", full)
     out = compress(base_model, tmp_path / "out", stage(weighting=weighting, ranks="uniform"))
-    assert len(ranks_of(config_of(out))) == tiny.NUM_LAYERS * len(TARGETS)
+    assert len(ranks_of(config_of(out))) == tiny.NUM_LAYERS * len(LINEARS)
     assert float((logits(out) - logits(base_model)).abs().max()) <= 1e-3
 
 

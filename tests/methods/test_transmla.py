@@ -337,7 +337,7 @@ def test_frequencies_are_transformers_own(scaling: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("architecture", "config", "stage", "words"),
     [
-        ("Qwen3", {}, FULL, "line 3: Qwen3 normalises every query and key head"),
+        ("Qwen3", {}, FULL, "line 3: Qwen3ForCausalLM normalises queries and keys"),
         ("Mistral", {"sliding_window": 64}, FULL, "sliding window of 64 tokens"),
         (
             "Llama",

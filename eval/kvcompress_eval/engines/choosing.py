@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
-from kvcompress.model_config import LATENT_ARCHITECTURE
+from kvcompress.families import LATENT_ARCHITECTURE
 from kvcompress_eval.engines.names import AUTO, TRANSFORMERS, VLLM
 
 NOT_IN_VLLM = ("float64",)

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvcompress.codec.nested import WIDEST
+from kvcompress.families import family_of
 from kvcompress_eval.engines.base import Generation, Scores, contains_all
 from kvcompress_eval.models import end_tokens, is_compressed, read_config
 from kvcompress_eval.tokenizer import TextTokenizer
@@ -122,7 +123,8 @@ class TransformersEngine:
             noise = torch.randn(inputs[0].shape, generator=random, device=inputs[0].device, dtype=inputs[0].dtype)
             return (inputs[0] + error * inputs[0].square().mean(-1, keepdim=True).sqrt() * noise, *inputs[1:])
 
-        layers = [module for name, module in self._model.named_modules() if name.endswith(".o_proj")]
+        names = family_of({"architectures": [type(self._model).__name__]}).names
+        layers = [module for name, module in self._model.named_modules() if name.endswith(f".{names.o}")]
         assert layers, "attention ends in an output projection"
         hooks = [layer.register_forward_pre_hook(disturb) for layer in layers]
         try:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from kvcompress.checkpoint.quantized import base_section
 from kvcompress.checkpoint.reader import is_compressed
 from kvcompress.checkpoint.safetensors_file import read_header, torch_dtype
+from kvcompress.families import family_of
 from kvcompress.modeling.low_rank import LowRankLinear, ranks_of
 
 _NUMBERS = ("F64", "F32", "F16", "BF16")
@@ -25,14 +26,15 @@ def require_all(model: Any, files: Iterable[str]) -> None:
         ValueError: naming the first one.
     """
     stored = {name: info for file in files for name, info in read_header(Path(file)).tensors.items()}
-    prefix = f"{model.base_model_prefix}."
+    prefix, family = f"{model.base_model_prefix}.", family_of({"architectures": model.config.architectures})
     # Another class than that of config.json, such as a classifier, has a head that the checkpoint need not have.
     inner = model if type(model).__name__ in (model.config.architectures or ()) else model.base_model
     needed = {id(parameter) for parameter in inner.parameters()}
     for name, parameter in model.named_parameters():
         if id(parameter) not in needed or name in model.all_tied_weights_keys:
             continue
-        info = next((stored[own] for own in (name, prefix + name, name.removeprefix(prefix)) if own in stored), None)
+        part = family.stored(name)[0].replace("*", "0")
+        info = next((stored[own] for own in (part, prefix + part, part.removeprefix(prefix)) if own in stored), None)
         if info is None:
             raise ValueError(
                 f"{model.config.name_or_path or 'the checkpoint'} lacks {name}, which transformers would fill with "

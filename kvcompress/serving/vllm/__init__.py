@@ -16,7 +16,7 @@ def register() -> None:
         RuntimeError: this vLLM is outside the supported range.
     """
     from kvcompress import modeling
-    from kvcompress.model_config import LATENT_ARCHITECTURE
+    from kvcompress.families import LATENT_ARCHITECTURE
     from kvcompress.serving.vllm import compat, metrics
 
     compat.extend_worker()
