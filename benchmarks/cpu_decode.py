@@ -295,53 +295,15 @@ def sdpa_step(context: int, batch: int, copies: int, query_THD: Tensor) -> Calla
 
 
 def vllm_step(context: int, batch: int, copies: int, query_THD: Tensor) -> Callable[[int], None]:
-    from vllm import _custom_ops as ops
-    from vllm.platforms import current_platform
-    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+    from kvcompress.serving.vllm.compat import peer
 
-    current_platform.import_kernels()
     blocks = batch * -(-context // BLOCK_SIZE)
     cache = torch.randn(blocks, KV_HEADS, 2 * BLOCK_SIZE, HEAD_DIM, dtype=torch.bfloat16)
     caches = [cache] + [cache.clone() for _ in range(copies - 1)]
-    output_THD = torch.empty_like(query_THD)
-    table_RN = block_table(context, batch)
-    starts_R = torch.arange(batch + 1, dtype=torch.int32)
     lengths_R = torch.full((batch,), context, dtype=torch.int32)
-    # vLLM makes this once per step for all layers, so it is not timed.
-    metadata = ops.cpu_attn_get_scheduler_metadata(
-        num_reqs=batch,
-        num_heads=HEADS,
-        num_kv_heads=KV_HEADS,
-        head_dim=HEAD_DIM,
-        seq_lens=lengths_R,
-        dtype=torch.bfloat16,
-        query_start_loc=starts_R,
-        causal=True,
-        sliding_window_size=-1,
-        isa=_get_attn_isa(torch.bfloat16, BLOCK_SIZE, HEAD_DIM),
-        enable_kv_split=True,
-    )
-
-    def step(copy: int) -> None:
-        keys, values = caches[copy].chunk(2, dim=2)
-        ops.cpu_attention_with_kv_cache(
-            query=query_THD,
-            key_cache=keys,
-            value_cache=values,
-            output=output_THD,
-            query_start_loc=starts_R,
-            seq_lens=lengths_R,
-            scale=HEAD_DIM**-0.5,
-            causal=True,
-            alibi_slopes=None,
-            sliding_window=-1,
-            block_table=table_RN,
-            softcap=0,
-            scheduler_metadata=metadata,
-            s_aux=None,
-        )
-
-    return step
+    output_THD, table_RN = torch.empty_like(query_THD), block_table(context, batch)
+    step = peer.decode_step(output_THD, query_THD, table_RN, lengths_R, KV_HEADS, BLOCK_SIZE)
+    return lambda copy: step(caches[copy])
 
 
 def cpu_model() -> str:

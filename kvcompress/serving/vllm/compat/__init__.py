@@ -15,6 +15,7 @@ run the end-to-end tests.
     hooks        where vLLM asks us, and where we make it ask
     llama        the model class that ours extends; not imported here, because it is slow
     offline      an engine in this process, for evaluations; not imported here either
+    peer         vLLM's own attention on a CPU, for benchmarks; likewise
 """
 
 from __future__ import annotations
@@ -69,57 +70,6 @@ from kvcompress.serving.vllm.compat.linear import (
     output_rank,
     set_weight_loader,
 )
-
-__all__ = [
-    "QUANTIZATION_METHODS",
-    "SUPPORTED_VLLM",
-    "Attention",
-    "AttentionLayerBase",
-    "Backend",
-    "BaseKVCacheMethod",
-    "Batch",
-    "CircularBufferSpec",
-    "ColumnParallelLinear",
-    "DelegatingConfig",
-    "Engine",
-    "FullAttentionSpec",
-    "Implementation",
-    "Layer",
-    "LinearBase",
-    "LinearMethodBase",
-    "MetadataBuilder",
-    "QuantizeMethodBase",
-    "ReplicatedLinear",
-    "RowParallelLinear",
-    "UnquantizedLinearMethod",
-    "add_cache_layer",
-    "answered_by",
-    "attach",
-    "attention_layers",
-    "block_size_of",
-    "capacity_tokens",
-    "check_version",
-    "current_engine",
-    "extend_loader",
-    "extend_worker",
-    "extract_layer_index",
-    "full_attention",
-    "is_attention",
-    "is_first_rank_of_machine",
-    "layer_metadata",
-    "layer_parallel",
-    "logger",
-    "output_rank",
-    "register_model",
-    "register_quantization_config",
-    "require_all",
-    "run_model",
-    "running",
-    "set_weight_loader",
-    "tensor_parallel",
-    "vllm_version",
-    "worker_names",
-]
 
 logger = init_logger("vllm.kvcompress")
 """A child of vLLM's own logger: an operator sees our lines among the engine's."""
