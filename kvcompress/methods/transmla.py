@@ -102,18 +102,12 @@ class TransMla(TransformMethod[TransMlaConfig]):
         _refuse(before, geometry)
         return _outline_of(config, before, geometry, candidates(config, geometry)[0])
 
-    def transform(self, config: TransMlaConfig, context: Context) -> Transform:
+    def transform(self, config: TransMlaConfig, before: Outline, context: Context) -> tuple[Transform, Outline]:
         from kvcompress.methods import transmla_layers
 
         choice = transmla_layers.choose(config, context, candidates(config, context.geometry))
         transmla_layers.convert(config, context, choice)
-        return _Conversion(config, context, choice)
-
-    def final_outline(self, config: TransMlaConfig, before: Outline, context: Context) -> Outline:
-        from kvcompress.methods import transmla_layers
-
-        choice = transmla_layers.choose(config, context, candidates(config, context.geometry))
-        return _outline_of(config, before, context.geometry, choice)
+        return _Conversion(config, context, choice), _outline_of(config, before, context.geometry, choice)
 
     def restore(self, checkpoint: Checkpoint) -> tuple[Transform, dict[str, Any]]:
         """Plain keys and values of every head from the latent, with RoPE on all of them again."""
