@@ -37,12 +37,10 @@ from kvcompress.codec.blocks.spec import Axis, BlockSide
 from kvcompress.codec.heads.codec import HeadsCodec, SideCodec
 from kvcompress.codec.heads.layout import PageLayout
 from kvcompress.ops import library
-from kvcompress.ops.blocks import attention as blocks
-from kvcompress.ops.blocks import reference as block_reference
-from kvcompress.ops.blocks.plan import BlocksPlan
-from kvcompress.ops.heads.append import append
-from kvcompress.ops.heads.attention import decode_attention
-from kvcompress.ops.heads.plan import HeadsPlan
+from kvcompress.ops.blocks.attention import bind as bind_blocks
+from kvcompress.ops.blocks.reference import BlocksOp
+from kvcompress.ops.heads.attention import bind
+from kvcompress.ops.heads.reference import HeadsOp
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 BITS = (16, 8, 4, 2)
@@ -203,21 +201,20 @@ def block_table(context: int, batch: int) -> Tensor:
     return torch.randperm(batch * blocks).to(torch.int32).view(batch, blocks)
 
 
-def compressed_pages(bits: int, context: int, batch: int) -> tuple[HeadsPlan, PageLayout, Tensor]:
-    codec = codec_of(bits)
-    layout = PageLayout.of(codec.spec, BLOCK_SIZE)
+def compressed_pages(bits: int, context: int, batch: int) -> tuple[HeadsOp, Tensor]:
+    op = bind(codec_of(bits), "cpu")
     slots = batch * -(-context // BLOCK_SIZE) * BLOCK_SIZE
-    plan = HeadsPlan.of(codec)
-    pages_NHX = torch.zeros(slots // BLOCK_SIZE, KV_HEADS, layout.record_bytes, dtype=torch.uint8)
+    record_bytes = PageLayout.of(op.plan.spec, BLOCK_SIZE).record_bytes
+    pages_NHX = torch.zeros(slots // BLOCK_SIZE, KV_HEADS, record_bytes, dtype=torch.uint8)
     for start in range(0, slots, 4096):
         tokens = min(4096, slots - start)
         keys_THD, values_THD = torch.randn(2, tokens, KV_HEADS, HEAD_DIM)
-        append(pages_NHX, layout, plan, keys_THD, values_THD, torch.arange(start, start + tokens))
-    return plan, layout, pages_NHX
+        op.append(pages_NHX, keys_THD, values_THD, torch.arange(start, start + tokens))
+    return op, pages_NHX
 
 
 def compressed_step(bits: int, context: int, batch: int, copies: int, query_THD: Tensor) -> Callable[[int], None]:
-    plan, layout, pages_NHX = compressed_pages(bits, context, batch)
+    op, pages_NHX = compressed_pages(bits, context, batch)
     caches = [pages_NHX] + [pages_NHX.clone() for _ in range(copies - 1)]
     table_RN = block_table(context, batch)
     starts_R = torch.arange(batch + 1, dtype=torch.int32)
@@ -225,23 +222,21 @@ def compressed_step(bits: int, context: int, batch: int, copies: int, query_THD:
     output_THD = torch.empty_like(query_THD)
 
     def step(copy: int) -> None:
-        decode_attention(
-            output_THD, query_THD, caches[copy], layout, plan, table_RN, starts_R, lengths_R, HEAD_DIM**-0.5
-        )
+        op.attend(output_THD, query_THD, caches[copy], table_RN, starts_R, lengths_R, HEAD_DIM**-0.5)
 
     return step
 
 
 def append_step(bits: int, context: int, batch: int, copies: int) -> Callable[[int], None]:
     """Storing one new token per request: what a decode step does beside attention."""
-    codec = codec_of(bits)
-    layout, plan = PageLayout.of(codec.spec, BLOCK_SIZE), HeadsPlan.of(codec)
-    caches = torch.zeros(copies, batch, KV_HEADS, layout.record_bytes, dtype=torch.uint8)
+    op = bind(codec_of(bits), "cpu")
+    record_bytes = PageLayout.of(op.plan.spec, BLOCK_SIZE).record_bytes
+    caches = torch.zeros(copies, batch, KV_HEADS, record_bytes, dtype=torch.uint8)
     keys_THD, values_THD = torch.randn(2, batch, KV_HEADS, HEAD_DIM, dtype=torch.bfloat16)
     slots_T = torch.arange(batch) * BLOCK_SIZE
 
     def step(copy: int) -> None:
-        append(caches[copy], layout, plan, keys_THD, values_THD, slots_T)
+        op.append(caches[copy], keys_THD, values_THD, slots_T)
 
     return step
 
@@ -260,7 +255,7 @@ def block_steps(
 ) -> tuple[Callable[[int], None], Callable[[int], None]]:
     """Form `blocks`, by the kernels and by the torch code. The newest block is half full, its tokens in a ring."""
     codec = block_codec_of(bits)
-    plan, per_page = BlocksPlan(codec), BLOCK_SIZE // BLOCK
+    per_page = BLOCK_SIZE // BLOCK
     length = context - BLOCK // 2
     keys_THD, values_THD = torch.randn(2, BLOCK * min(64, length // BLOCK), KV_HEADS, HEAD_DIM)
     records_NHB = codec.seal(keys_THD, values_THD)
@@ -275,15 +270,14 @@ def block_steps(
     rings, starts, lengths = list(range(batch)), list(range(batch + 1)), [length] * batch
     output_THD = torch.empty_like(query_THD)
 
-    def step(copy: int) -> None:
-        inputs = (output_THD, query_THD, newest_THD, newest_THD, caches[copy], rings_NHXPD, rings)
-        blocks.attend(*inputs, plan, table_RN, starts, lengths, HEAD_DIM**-0.5)
+    def step_of(op: BlocksOp) -> Callable[[int], None]:
+        def step(copy: int) -> None:
+            inputs = (output_THD, query_THD, newest_THD, newest_THD, caches[copy], rings_NHXPD, rings)
+            op.attend(*inputs, table_RN, starts, lengths, HEAD_DIM**-0.5)
 
-    def step_in_torch(copy: int) -> None:
-        inputs = (output_THD, query_THD, newest_THD, newest_THD, caches[copy], rings_NHXPD, rings)
-        block_reference.attend(*inputs, codec, table_RN, starts, lengths, HEAD_DIM**-0.5)
+        return step
 
-    return step, step_in_torch
+    return step_of(bind_blocks(codec, "cpu")), step_of(BlocksOp(codec))
 
 
 def sdpa_step(context: int, batch: int, copies: int, query_THD: Tensor) -> Callable[[int], None]:
@@ -301,53 +295,15 @@ def sdpa_step(context: int, batch: int, copies: int, query_THD: Tensor) -> Calla
 
 
 def vllm_step(context: int, batch: int, copies: int, query_THD: Tensor) -> Callable[[int], None]:
-    from vllm import _custom_ops as ops
-    from vllm.platforms import current_platform
-    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+    from kvcompress.serving.vllm.compat import peer
 
-    current_platform.import_kernels()
     blocks = batch * -(-context // BLOCK_SIZE)
     cache = torch.randn(blocks, KV_HEADS, 2 * BLOCK_SIZE, HEAD_DIM, dtype=torch.bfloat16)
     caches = [cache] + [cache.clone() for _ in range(copies - 1)]
-    output_THD = torch.empty_like(query_THD)
-    table_RN = block_table(context, batch)
-    starts_R = torch.arange(batch + 1, dtype=torch.int32)
     lengths_R = torch.full((batch,), context, dtype=torch.int32)
-    # vLLM makes this once per step for all layers, so it is not timed.
-    metadata = ops.cpu_attn_get_scheduler_metadata(
-        num_reqs=batch,
-        num_heads=HEADS,
-        num_kv_heads=KV_HEADS,
-        head_dim=HEAD_DIM,
-        seq_lens=lengths_R,
-        dtype=torch.bfloat16,
-        query_start_loc=starts_R,
-        causal=True,
-        sliding_window_size=-1,
-        isa=_get_attn_isa(torch.bfloat16, BLOCK_SIZE, HEAD_DIM),
-        enable_kv_split=True,
-    )
-
-    def step(copy: int) -> None:
-        keys, values = caches[copy].chunk(2, dim=2)
-        ops.cpu_attention_with_kv_cache(
-            query=query_THD,
-            key_cache=keys,
-            value_cache=values,
-            output=output_THD,
-            query_start_loc=starts_R,
-            seq_lens=lengths_R,
-            scale=HEAD_DIM**-0.5,
-            causal=True,
-            alibi_slopes=None,
-            sliding_window=-1,
-            block_table=table_RN,
-            softcap=0,
-            scheduler_metadata=metadata,
-            s_aux=None,
-        )
-
-    return step
+    output_THD, table_RN = torch.empty_like(query_THD), block_table(context, batch)
+    step = peer.decode_step(output_THD, query_THD, table_RN, lengths_R, KV_HEADS, BLOCK_SIZE)
+    return lambda copy: step(caches[copy])
 
 
 def cpu_model() -> str:

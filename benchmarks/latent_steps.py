@@ -13,15 +13,17 @@ from torch import Tensor
 from kvcompress.codec.bands import Band, SideSpec
 from kvcompress.codec.groups import Share
 from kvcompress.codec.heads.codec import SideCodec
+from kvcompress.codec.latent.codec import LatentCodec
+from kvcompress.codec.latent.spec import LatentSpec
 from kvcompress.codec.rope import Rope
 from kvcompress.codec.shared.codec import SharedCodec, SharedSide
 from kvcompress.codec.shared.pages import SharedLayout
 from kvcompress.codec.shared.spec import SharedSpec
-from kvcompress.ops.latent import attention as latent
-from kvcompress.ops.latent import reference as latent_reference
-from kvcompress.ops.shared import attention as shared
-from kvcompress.ops.shared import reference as shared_reference
-from kvcompress.ops.shared.plan import SharedPlan
+from kvcompress.ops.latent.attention import bind as bind_latent
+from kvcompress.ops.latent.reference import LatentOp
+from kvcompress.ops.shared.attention import bind as bind_shared
+from kvcompress.ops.shared.batch import Batch
+from kvcompress.ops.shared.reference import SharedOp
 
 Step = Callable[[int], None]
 
@@ -42,20 +44,17 @@ def mla_steps(heads: int, context: int, table_RN: Tensor, block_size: int, copie
     output_THR = torch.empty(batch, heads, MLA_RANK, dtype=torch.bfloat16)
     key_TC = torch.randn(batch, channels, dtype=torch.bfloat16)
     slots_T = table_RN[:, -1].long() * block_size
-    starts, lengths = list(range(batch + 1)), [context] * batch
-    starts_R, lengths_R = torch.tensor(starts, dtype=torch.int32), torch.tensor(lengths, dtype=torch.int32)
+    starts_R, lengths_R = torch.arange(batch + 1, dtype=torch.int32), torch.full((batch,), context, dtype=torch.int32)
     scale = channels**-0.5
+    op = bind_latent(LatentCodec(LatentSpec(channels, MLA_RANK, pages_NSC.element_size())), "cpu", pages_NSC.dtype)
 
-    def kernel(copy: int) -> None:
-        latent.attend(output_THR, query_THC, caches[copy], table_RN, starts_R, lengths_R, scale)
-
-    def in_torch(copy: int) -> None:
-        latent_reference.attend(output_THR, query_THC, caches[copy], table_RN, starts, lengths, scale)
+    def attend(op: LatentOp) -> Step:
+        return lambda copy: op.attend(output_THR, query_THC, caches[copy], table_RN, starts_R, lengths_R, scale)
 
     def append(copy: int) -> None:
-        latent.append(caches[copy], key_TC, slots_T)
+        op.append(caches[copy], key_TC, slots_T)
 
-    return {"mla bf16": kernel, f"mla bf16{IN_TORCH}": in_torch, "append mla": append}
+    return {"mla bf16": attend(op), f"mla bf16{IN_TORCH}": attend(LatentOp()), "append mla": append}
 
 
 def shared_steps(
@@ -70,7 +69,7 @@ def shared_steps(
 ) -> dict[str, Step]:
     """One layer of an xkv group; its latents, of all of the group's layers, are read from their pages."""
     codec = _shared_codec(bits, share, kv_heads, query_THD.shape[2])
-    plan, layout = SharedPlan.of(codec), SharedLayout.of(codec.spec, block_size)
+    op, layout = bind_shared(codec, "cpu"), SharedLayout.of(codec.spec, block_size)
     batch, blocks = query_THD.shape[0], table_RN.numel()
     pages_WNX = torch.zeros(XKV_GROUP, blocks, layout.page_bytes, dtype=torch.uint8)
     for start in range(0, blocks * block_size, 4096):
@@ -80,30 +79,26 @@ def shared_steps(
             latent_THR = torch.randn(len(slots_T), place.records, side.spec.rank)
             for page_NX in pages_WNX:
                 weight_HR = torch.ones(place.records, side.spec.rank)
-                shared.store(place.view(page_NX), side.spec, latent_THR, weight_HR, slots_T)
+                op.store(place.view(page_NX), side.spec, latent_THR, weight_HR, slots_T)
     caches = [pages_WNX] + [pages_WNX.clone() for _ in range(copies - 1)]
     output_THD = torch.empty_like(query_THD)
     keys_THD, values_THD = torch.randn(2, batch, kv_heads, query_THD.shape[2], dtype=query_THD.dtype)
-    starts, lengths, stored = list(range(batch + 1)), [context] * batch, [context - 1] * batch
-    numbers = [torch.tensor(found, dtype=torch.int32) for found in (starts, lengths, stored)]
-    exact_rows = torch.arange(batch)
+    row_T = torch.arange(batch + 1, dtype=torch.int32)
+    lengths_R = torch.full((batch,), context, dtype=torch.int32)
+    numbers = (row_T, lengths_R, lengths_R - 1, row_T[:-1])
     scale = query_THD.shape[2] ** -0.5
 
-    def tables(copy: int) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-        k_pages = caches[copy] if share == "kv" else caches[copy][:1]
-        k_records, v_records = [layout.k.view(page) for page in k_pages], [layout.v.view(page) for page in caches[copy]]
-        return k_records, v_records, [table_RN] * len(k_records), [table_RN] * XKV_GROUP
+    def attend(op: SharedOp) -> Step:
+        def step(copy: int) -> None:
+            k_pages = caches[copy] if share == "kv" else caches[copy][:1]
+            records = [layout.k.view(page) for page in k_pages], [layout.v.view(page) for page in caches[copy]]
+            step_batch = Batch([table_RN] * len(k_pages), [table_RN] * XKV_GROUP, *numbers)
+            op.attend(output_THD, query_THD, keys_THD, values_THD, *records, step_batch, scale)
 
-    def kernel(copy: int) -> None:
-        arguments = (keys_THD, values_THD, plan, *tables(copy), *numbers, exact_rows, scale)
-        shared.attend(output_THD, query_THD, *arguments)
-
-    def in_torch(copy: int) -> None:
-        arguments = (keys_THD, values_THD, plan, *tables(copy), starts, lengths, stored, exact_rows, scale)
-        shared_reference.attend(output_THD, query_THD, *arguments)
+        return step
 
     name = f"xkv {share} {bits}-bit"
-    return {name: kernel, f"{name}{IN_TORCH}": in_torch}
+    return {name: attend(op), f"{name}{IN_TORCH}": attend(SharedOp(codec))}
 
 
 def _shared_codec(bits: int, share: Share, heads: int, head_dim: int) -> SharedCodec:

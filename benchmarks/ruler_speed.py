@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import sys
 import tempfile
 import time
 from functools import partial
@@ -22,10 +21,9 @@ from kvcompress_eval.tasks.ruler import ALL, NotApplicableError, generate, side_
 from kvcompress_eval.tokenizer import TextTokenizer
 from rich.console import Console
 from rich.table import Table
+from ruler_files import write_sources
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from tests.eval.ruler_files import write_sources  # noqa: E402
 
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 SAMPLES = 100

@@ -6,7 +6,7 @@ A form is a folder or a file of the same name on every floor, found by its name:
     codec/<form>/codec.py           <Form>Codec: what becomes of keys and values
     ops/<form>/attention.py         `bind(codec, device)`: the kernels, or the torch code that specifies them
     serving/vllm/<form>.py          the engine's side
-    serving/transformers/<form>.py  the cache layer of `generate`
+    serving/transformers/<form>.py  <Form>Layer: the cache layer of `generate`
 
 Nothing is imported before it is asked for.
 """
@@ -35,6 +35,11 @@ class Form:
     def codec(self) -> Any:
         """The class of `codec.contract.CacheCodec`."""
         return getattr(importlib.import_module(f"{self.package}.codec.{self.name}.codec"), f"{self.name.title()}Codec")
+
+    @property
+    def cache_layer(self) -> Any:
+        """The class of `serving.transformers.layer.CompressedLayer`."""
+        return getattr(self.serving("transformers"), f"{self.name.title()}Layer")
 
     def serving(self, engine: str) -> ModuleType:
         """The room of an engine, "vllm" or "transformers"."""

@@ -1,13 +1,16 @@
-"""Shared fixtures: a tiny model with a tokenizer, and recipes as files."""
+"""Shared fixtures: a tiny model with a tokenizer, a recipe as a file, the command line, caches that forget."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tests import require, tiny
+from tests.command import Run, call
 from tests.compression import BALANCED
 
 pytest_plugins = ["tests.e2e.support_matrix.collect"]
@@ -36,3 +39,27 @@ def recipe_file(tmp_path: Path) -> Path:
     path = tmp_path / "recipe.yaml"
     path.write_text(BALANCED)
     return path
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Run:
+    def called(*arguments: object) -> tuple[int, str, str]:
+        code = call(*arguments)
+        captured = capfd.readouterr()
+        return code, captured.out, captured.err
+
+    return called
+
+
+@pytest.fixture
+def forget() -> Iterator[Callable[[Any], None]]:
+    """Has a function with a cache forget what it found, now and after the test."""
+    forgetful = []
+
+    def clear(function: Any) -> None:
+        function.cache_clear()
+        forgetful.append(function)
+
+    yield clear
+    for function in forgetful:
+        function.cache_clear()

@@ -15,10 +15,8 @@ from benchmarks.gpu.sweep import COLD_BYTES, HEAD_DIM, HEADS, KV_HEADS, Step, ti
 from kvcompress.codec.blocks.codec import BlocksCodec, BlockSideCodec
 from kvcompress.codec.blocks.spec import BlockSide
 from kvcompress.codec.heads.layout import CHUNK_TOKENS
-from kvcompress.ops.blocks import attention as blocks
-from kvcompress.ops.blocks import cuda as cuda_blocks
-from kvcompress.ops.blocks import store as block_store
-from kvcompress.ops.blocks.plan import BlocksPlan
+from kvcompress.ops.blocks.attention import bind
+from kvcompress.ops.blocks.cuda import CudaBlocks
 from tests.ops.blocks.cases import Batch, random_batch, random_codec
 from tests.ops.blocks.cuda_sides import BAR, SHAPES, cuda_sides, random_query
 from tests.ops.heads.cases import relative_error
@@ -50,10 +48,11 @@ def checks(small: bool) -> Iterator[tuple[str, Callable[[], None]]]:
 
 
 def on_device(batch: Batch) -> Batch:
-    codec = batch.plan.codec.to(DEVICE)
+    op = bind(batch.op.plan.codec, DEVICE)
+    assert op.on_kernels
     tensors = (batch.pages_NHMB.to(DEVICE), batch.rings_NHXPD.to(DEVICE), batch.ring_R, batch.block_table_RN.to(DEVICE))
     histories = [(keys.to(DEVICE), values.to(DEVICE)) for keys, values in batch.histories]
-    return Batch(BlocksPlan(codec), *tensors, histories, batch.query_lens)
+    return Batch(op, *tensors, histories, batch.query_lens)
 
 
 def batch_of(
@@ -69,16 +68,11 @@ def close(host: Batch, found: tuple[Tensor, Tensor], query_THD: Tensor) -> None:
     torch.testing.assert_close(found[1].cpu().double(), expected_TH, rtol=1e-4, atol=2e-3)
 
 
-def attend(batch: Batch, query_THD: Tensor) -> tuple[Tensor, Tensor]:
-    assert cuda_blocks.library_for(batch.pages_NHMB, batch.plan, batch.rings_NHXPD, query_THD) is not None
-    return batch.attend(query_THD.to(DEVICE))
-
-
 def attention(head_dim: int, specs: tuple[BlockSide, BlockSide], small: bool) -> None:
     lengths = [1, 64, 200] if small else [1, 63, 64, 65, 1000, 4111]
     host = batch_of(specs, lengths, [1] * (len(lengths) - 1) + [3], head_dim)
     query_THD = random_query(sum(host.query_lens), 8, head_dim)
-    close(host, attend(on_device(host), query_THD), query_THD)
+    close(host, on_device(host).attend(query_THD.to(DEVICE)), query_THD)
 
 
 def stored() -> None:
@@ -95,9 +89,9 @@ def stored() -> None:
         step = replace(device, histories=seen, query_lens=counts)
         tokens, batch = (step.newest(0), step.newest(1)), (step.query_starts, step.seq_lens)
         written = (device.pages_NHMB, device.rings_NHXPD, ring_R)
-        block_store.seal(*written, step.plan, *tokens, step.block_table_RN, *batch)
+        step.op.seal(*written, *tokens, step.block_table_RN, *batch)
         found = step.attend(random_query(sum(counts), 8, 128).to(DEVICE))
-        block_store.keep(*written[1:], *tokens, *batch)
+        step.op.keep(*written[1:], *tokens, *batch)
         exact = replace(host, pages_NHMB=device.pages_NHMB.cpu(), query_lens=counts)
         exact.histories = [(keys.cpu(), values.cpu()) for keys, values in seen]
         close(exact, found, random_query(sum(counts), 8, 128))
@@ -117,8 +111,8 @@ def graph(longest: int) -> None:
     starts_R, lengths_R = (torch.tensor(n, dtype=torch.int32, device=DEVICE) for n in ([0, 1, 2], host.seq_lens))
 
     def step() -> None:
-        caches = (device.pages_NHMB, device.rings_NHXPD, ring_R, device.plan, table_RN)
-        blocks.attend(output_THD, query, *rows, *caches, starts_R, lengths_R, 128**-0.5, lse_TH, max_query_len=1)
+        caches = (device.pages_NHMB, device.rings_NHXPD, ring_R, table_RN)
+        device.op.attend(output_THD, query, *rows, *caches, starts_R, lengths_R, 128**-0.5, lse_TH, max_query_len=1)
 
     replay = capture(step, DEVICE)
     # Where a block ends, only the step's own token and complete blocks count: rings hold what the longest left.
@@ -141,19 +135,11 @@ def graph(longest: int) -> None:
 def repeated(longest: int) -> None:
     host = batch_of(INSTANCES["gear 2"], [longest, 77], [1, 1])
     device, query_THD = on_device(host), random_query(2, 8, 128).to(DEVICE)
-    first, second = attend(device, query_THD), attend(device, query_THD)
+    first, second = device.attend(query_THD), device.attend(query_THD)
     assert torch.equal(first[0], second[0])
     assert torch.equal(first[1], second[1])
-    library = cuda_blocks.library_for(device.pages_NHMB, device.plan, device.rings_NHXPD)
-    assert library is not None
-    ring_R, starts_R, lengths_R = (
-        torch.tensor(rows, dtype=torch.int32, device=DEVICE) for rows in (host.ring_R, [0, 1, 2], host.seq_lens)
-    )
     for splits in (1, 2, 7, 100):
-        output_THD = torch.full_like(query_THD, torch.nan)
-        rows = (query_THD, device.newest(0), device.newest(1), device.pages_NHMB, device.rings_NHXPD, ring_R)
-        batch = (device.plan, device.block_table_RN, starts_R, lengths_R, 128**-0.5, None, 1, splits)
-        cuda_blocks.attend(library, output_THD, *rows, *batch)
+        output_THD, _ = device.attend(query_THD, splits=splits)
         assert relative_error(output_THD.cpu(), first[0].cpu().double()) < 5e-4, f"{splits} splits"
 
 
@@ -162,8 +148,10 @@ class Cache:
 
     def __init__(self, instance: str, context: int, batch: int) -> None:
         specs = INSTANCES[instance]
-        self.plan = BlocksPlan(codec_of(specs))
-        spec, count = self.plan.spec, batch * -(-context // CHUNK_TOKENS)
+        op = bind(codec_of(specs), DEVICE)
+        assert isinstance(op, CudaBlocks)
+        self.op, spec = op, op.plan.spec
+        count = batch * -(-context // CHUNK_TOKENS)
         self.bytes = batch * context * spec.bytes_per_token
         self.copies = max(1, -(-COLD_BYTES // self.bytes))
         self.pages = [self._filled(count) for _ in range(self.copies)]
@@ -175,7 +163,7 @@ class Cache:
         self.rings_NHXPD = torch.randn(shape, dtype=torch.bfloat16, device=DEVICE)
 
     def _filled(self, count: int) -> Tensor:
-        spec, some = self.plan.spec, 256
+        spec, some = self.op.plan.spec, 256
         records = torch.randint(0, 256, (some, spec.record_bytes), dtype=torch.uint8, device=DEVICE)
         at = 0
         for side in (spec.k, spec.v):
@@ -203,13 +191,11 @@ def codec_of(specs: tuple[BlockSide, BlockSide]) -> BlocksCodec:
 
 def kernel_step(cache: Cache, batch: int) -> Step:
     """The part of a decode step that grows with the context."""
-    library = cuda_blocks.library_for(cache.pages[0], cache.plan, cache.rings_NHXPD)
-    assert library is not None
-    absorbed_THR = torch.randn(batch, HEADS, cache.plan.spec.k.rank, device=DEVICE)
+    absorbed_THR = torch.randn(batch, HEADS, cache.op.plan.spec.k.rank, device=DEVICE)
     numbers = (cache.table_RN, cache.starts_R, cache.lengths_R)
 
     def step(copy: int) -> None:
-        cuda_blocks.attend_blocks(library, absorbed_THR, cache.pages[copy], cache.plan, *numbers, HEAD_DIM**-0.5, 1)
+        cache.op.attend_blocks(absorbed_THR, cache.pages[copy], *numbers, HEAD_DIM**-0.5, 1)
 
     return step
 
@@ -222,9 +208,9 @@ def whole_step(cache: Cache, batch: int) -> Step:
     numbers = (cache.starts_R, cache.lengths_R)
 
     def step(copy: int) -> None:
-        caches = (cache.pages[copy], cache.rings_NHXPD, cache.ring_R, cache.plan, cache.table_RN)
-        blocks.attend(output_THD, query_THD, *own, *caches, *numbers, HEAD_DIM**-0.5, max_query_len=1)
-        block_store.keep(cache.rings_NHXPD, cache.ring_R, *own, *numbers)
+        caches = (cache.pages[copy], cache.rings_NHXPD, cache.ring_R, cache.table_RN)
+        cache.op.attend(output_THD, query_THD, *own, *caches, *numbers, HEAD_DIM**-0.5, max_query_len=1)
+        cache.op.keep(cache.rings_NHXPD, cache.ring_R, *own, *numbers)
 
     return step
 
@@ -246,7 +232,7 @@ def seal_microseconds(cache: Cache, batch: int, repeats: int = 5) -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         written = (cache.pages[0], cache.rings_NHXPD, cache.ring_R)
-        block_store.seal(*written, cache.plan, *own, cache.table_RN, starts, lengths)
+        cache.op.seal(*written, *own, cache.table_RN, starts, lengths)
         end.record()
         torch.cuda.synchronize()
         times.append(1000 * begin.elapsed_time(end))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,13 +18,10 @@ from benchmarks.gpu import blocks, latents, shared
 from benchmarks.gpu.graphs import capture
 from kvcompress.codec.bands import SideSpec
 from kvcompress.codec.heads import fragment
-from kvcompress.codec.heads.layout import FRAGMENT, PageLayout
-from kvcompress.ops.heads import cuda, prefill
-from kvcompress.ops.heads.append import append
-from kvcompress.ops.heads.attention import decode_attention
-from kvcompress.ops.heads.compress import compress_pages
-from kvcompress.ops.heads.gather import gather_decode
-from kvcompress.ops.heads.plan import HeadsPlan
+from kvcompress.codec.heads.layout import FRAGMENT
+from kvcompress.ops.heads import prefill
+from kvcompress.ops.heads.attention import bind
+from kvcompress.ops.heads.reference import HeadsOp
 from tests.golden import pages as golden
 from tests.ops.heads.cases import POISON, Cache, bands, exact, random_cache, random_codec, relative_error, starts
 from tests.ops.heads.cuda_sides import MIXED_K, MIXED_V, SIDES, bar
@@ -80,28 +78,14 @@ def _title(side: SideSpec) -> str:
 def on_device(cache: Cache) -> Cache:
     """A cache of the reference's, in fragment order on the GPU."""
     pages_NHX = fragment.to_fragment(cache.pages_NHX, cache.codec.spec, cache.layout.block_size)
-    layout = PageLayout.of(cache.codec.spec, cache.layout.block_size, FRAGMENT)
-    codec = cache.codec.to(DEVICE)
-    return Cache(
-        codec, HeadsPlan.of(codec), layout, pages_NHX.to(DEVICE), cache.block_table_RN.to(DEVICE), cache.seq_lens
-    )
+    op = bind(cache.codec, DEVICE)
+    assert op.on_kernels
+    return Cache(op, pages_NHX.to(DEVICE), cache.block_table_RN.to(DEVICE), cache.seq_lens)
 
 
 def on_host(cache: Cache) -> Cache:
-    codec = cache.codec.to("cpu")
-    return Cache(
-        codec, HeadsPlan.of(codec), cache.layout, cache.pages_NHX.cpu(), cache.block_table_RN.cpu(), cache.seq_lens
-    )
-
-
-def attend(cache: Cache, query_THD: Tensor, query_lens: list[int]) -> tuple[Tensor, Tensor]:
-    assert cuda.library_for(cache.pages_NHX, cache.layout, cache.plan, query_THD) is not None
-    output_THD = torch.full_like(query_THD, torch.nan)
-    lse_TH = torch.full(query_THD.shape[:2], torch.nan, device=query_THD.device)
-    batch = (cache.block_table_RN, starts(query_lens), cache.seq_lens)
-    layer = (cache.pages_NHX, cache.layout, cache.plan)
-    decode_attention(output_THD, query_THD, *layer, *batch, query_THD.shape[2] ** -0.5, lse_TH)
-    return output_THD, lse_TH
+    op = HeadsOp(cache.codec.to("cpu"), FRAGMENT)
+    return Cache(op, cache.pages_NHX.cpu(), cache.block_table_RN.cpu(), cache.seq_lens)
 
 
 def random_query(tokens: int, heads: int, head_dim: int) -> Tensor:
@@ -119,28 +103,25 @@ def close(cache: Cache, found: tuple[Tensor, Tensor], query_THD: Tensor, query_l
 def attention(cache: Cache) -> None:
     query_lens = [1] * (len(cache.seq_lens) - 1) + [3]
     query_THD = random_query(sum(query_lens), 8, cache.codec.k.mean_HD.shape[1])
-    close(cache, attend(cache, query_THD, query_lens), query_THD, query_lens)
+    close(cache, cache.attend(query_THD, query_lens), query_THD, query_lens)
 
 
 def gather(cache: Cache) -> None:
     host, last = on_host(cache), len(cache.seq_lens) - 1
     length = cache.seq_lens[last]
-    found, expected = (
-        gather_decode(one.pages_NHX, one.layout, one.plan, one.block_table_RN[last], length) for one in (cache, host)
-    )
+    found, expected = (one.op.read(one.pages_NHX, one.block_table_RN[last], length) for one in (cache, host))
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one.cpu(), other, rtol=1e-5, atol=1e-5)
 
 
 def golden_bytes(name: str) -> None:
     stored = golden.read(name)
-    layout = PageLayout.of(stored.codec.spec, golden.BLOCK_SIZE, FRAGMENT)
-    plan = HeadsPlan.of(stored.codec.to(DEVICE))
+    op = bind(stored.codec, DEVICE)
     tokens = stored.keys_THD.to(DEVICE), stored.values_THD.to(DEVICE)
-    pages_NHX = torch.full((4, golden.HEADS, layout.record_bytes), POISON, dtype=torch.uint8, device=DEVICE)
-    compress_pages(pages_NHX, layout, plan, *tokens, torch.tensor([1], device=DEVICE))
+    pages_NHX = torch.full((4, *stored.fragment_HX.shape), POISON, dtype=torch.uint8, device=DEVICE)
+    op.compress(pages_NHX, *tokens, torch.tensor([1], device=DEVICE))
     order = torch.randperm(golden.BLOCK_SIZE).to(DEVICE)
-    append(pages_NHX, layout, plan, *(rows[order] for rows in tokens), 2 * golden.BLOCK_SIZE + order)
+    op.append(pages_NHX, *(rows[order] for rows in tokens), 2 * golden.BLOCK_SIZE + order)
     for block in (1, 2):
         assert torch.equal(pages_NHX[block].cpu(), stored.fragment_HX), (
             f"{int((pages_NHX[block].cpu() != stored.fragment_HX).sum())} bytes differ"
@@ -160,9 +141,8 @@ def graph(k: SideSpec, v: SideSpec, small: bool) -> None:
     lengths_R = torch.tensor(cache.seq_lens, dtype=torch.int32, device=DEVICE)
 
     def step() -> None:
-        layer = (cache.pages_NHX, cache.layout, cache.plan)
         batch = (table_RN, starts_R, lengths_R)
-        decode_attention(output_THD, query_THD, *layer, *batch, head_dim**-0.5, lse_TH, max_query_len=1)
+        cache.op.attend(output_THD, query_THD, cache.pages_NHX, *batch, head_dim**-0.5, lse_TH, max_query_len=1)
 
     replay = capture(step, DEVICE)
     for lengths, order in (([longest, longest], [0, 1]), ([1, 200], [1, 0]), ([64, longest - 1], [0, 1])):
@@ -170,22 +150,17 @@ def graph(k: SideSpec, v: SideSpec, small: bool) -> None:
         table_RN.copy_(cache.block_table_RN[order])
         output_THD.fill_(torch.nan)
         replay()
-        replayed = Cache(cache.codec, cache.plan, cache.layout, cache.pages_NHX, table_RN, lengths)
+        replayed = replace(cache, block_table_RN=table_RN, seq_lens=lengths)
         close(replayed, (output_THD, lse_TH), query_THD, [1, 1])
 
 
 def repeated() -> None:
     cache = on_device(random_cache(random_codec(2, 128, bands((4, 128)), bands((2, 128))), [3000, 77], 64))
     query_THD = random_query(2, 8, 128)
-    first, second = attend(cache, query_THD, [1, 1]), attend(cache, query_THD, [1, 1])
+    first, second = cache.attend(query_THD, [1, 1]), cache.attend(query_THD, [1, 1])
     assert torch.equal(first[0], second[0])
-    library = cuda.library_for(cache.pages_NHX, cache.layout, cache.plan)
-    assert library is not None
     for splits in (1, 2, 7, 100):
-        output_THD = torch.full_like(query_THD, torch.nan)
-        numbers = (torch.tensor(rows, dtype=torch.int32, device=DEVICE) for rows in ([0, 1, 2], cache.seq_lens))
-        layer = (cache.pages_NHX, cache.layout, cache.plan, cache.block_table_RN)
-        cuda.attend(library, output_THD, query_THD, *layer, *numbers, 128**-0.5, None, 1, splits)
+        output_THD, _ = cache.attend(query_THD, [1, 1], splits=splits)
         assert relative_error(output_THD.cpu(), first[0].cpu().double()) < 5e-4, f"{splits} splits"
 
 

@@ -13,10 +13,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.gpu.graphs import capture
 from benchmarks.gpu.sweep import BLOCK_SIZE, COLD_BYTES, Step
 from benchmarks.gpu.timing import microseconds
-from kvcompress.ops.latent import attention as latent
-from kvcompress.ops.latent import cuda as cuda_latent
+from kvcompress.ops import gpu
+from kvcompress.ops.latent.cuda import CudaLatent
 from tests.ops.heads.cases import relative_error, starts
-from tests.ops.latent.cases import SHAPES, Cache, bar
+from tests.ops.latent.cases import SHAPES, Cache, bar, bind_pages
 
 CHANNELS, RANK = 576, 512
 HEADS = (16, 32, 128)
@@ -43,13 +43,16 @@ def on_device(cache: Cache) -> Cache:
     return cache
 
 
+def on_kernels(cache: Cache) -> CudaLatent:
+    op = cache.op
+    assert isinstance(op, CudaLatent)
+    return op
+
+
 def attend(cache: Cache, query_THC: Tensor, query_lens: list[int], rank: int) -> Tensor:
     output_THR = torch.full((*query_THC.shape[:2], rank), torch.nan, dtype=query_THC.dtype, device=DEVICE)
-    kernels = cuda_latent.library_for(cache.pages_NSC)
-    assert kernels is not None
-    assert cuda_latent.covers_attention(kernels, output_THR, query_THC, cache.pages_NSC)
     batch = (cache.pages_NSC, cache.block_table_RN, starts(query_lens), cache.seq_lens)
-    latent.attend(output_THR, query_THC, *batch, 0.1)
+    on_kernels(cache).attend(output_THR, query_THC, *batch, 0.1)
     return output_THR
 
 
@@ -82,8 +85,10 @@ def graph(longest: int) -> None:
     starts_R = torch.tensor([0, 1, 2], dtype=torch.int32, device=DEVICE)
     lengths_R = torch.tensor(cache.seq_lens, dtype=torch.int32, device=DEVICE)
 
+    op = on_kernels(cache)
+
     def step() -> None:
-        latent.attend(output_THR, query_THC, cache.pages_NSC, table_RN, starts_R, lengths_R, 0.1, max_query_len=1)
+        op.attend(output_THR, query_THC, cache.pages_NSC, table_RN, starts_R, lengths_R, 0.1, max_query_len=1)
 
     replay = capture(step, DEVICE)
     keys = cache.keys
@@ -102,22 +107,23 @@ def repeated(longest: int) -> None:
     query_THC = cache.query(2, 32, torch.bfloat16).to(DEVICE)
     first, second = attend(cache, query_THC, [1, 1], 512), attend(cache, query_THC, [1, 1], 512)
     assert torch.equal(first, second)
-    kernels = cuda_latent.library_for(cache.pages_NSC)
-    assert kernels is not None
     for splits in (1, 2, 7, 100):
         output_THR = torch.full_like(first, torch.nan)
         numbers = [torch.tensor(rows, dtype=torch.int32, device=DEVICE) for rows in ([0, 1, 2], cache.seq_lens)]
         batch = (cache.pages_NSC, cache.block_table_RN, *numbers)
-        cuda_latent.attend(kernels, output_THR, query_THC, *batch, 0.1, 1, splits)
+        on_kernels(cache).attend(output_THR, query_THC, *batch, 0.1, max_query_len=1, splits=splits)
         assert relative_error(output_THR.cpu(), first.cpu().double()) < bar(first.dtype), f"{splits} splits"
 
 
 def stored() -> None:
     """Also of an odd number of channels; padding and slots outside the cache are skipped."""
+    kernels = gpu.kernels(torch.device(DEVICE))
+    assert kernels is not None
+    op = CudaLatent(kernels, torch.device(DEVICE))
     for channels, dtype in ((576, torch.bfloat16), (37, torch.float16), (40, torch.float32)):
         pages_NSC = torch.zeros(4, 16, channels, dtype=dtype, device=DEVICE)
         key_TC = torch.randn(5, channels).to(DEVICE, dtype)
-        latent.append(pages_NSC, key_TC, torch.tensor([40, -1, 3, 64, 63], device=DEVICE))
+        op.append(pages_NSC, key_TC, torch.tensor([40, -1, 3, 64, 63], device=DEVICE))
         expected_XC = torch.zeros(64, channels, dtype=dtype)
         expected_XC[[40, 3, 63]] = key_TC[[0, 2, 4]].cpu()
         assert torch.equal(pages_NSC.flatten(0, 1).cpu(), expected_XC)
@@ -136,12 +142,14 @@ def measure(heads: int, context: int, batch: int) -> list[dict[str, Any]]:
     output_THR = torch.empty(batch, heads, RANK, dtype=torch.bfloat16, device=DEVICE)
     slots_T = torch.randperm(shape[0] * BLOCK_SIZE, device=DEVICE)[:batch]
 
+    op = bind_pages(pages[0])
+
     def own(copy: int) -> None:
         numbers = (table_RN, starts_R, lengths_R)
-        latent.attend(output_THR, query_THC, pages[copy], *numbers, CHANNELS**-0.5, max_query_len=1)
+        op.attend(output_THR, query_THC, pages[copy], *numbers, CHANNELS**-0.5, max_query_len=1)
 
     def store(copy: int) -> None:
-        latent.append(pages[copy], query_THC[:, 0], slots_T)
+        op.append(pages[copy], query_THC[:, 0], slots_T)
 
     def torch_step(backend: SDPBackend) -> Step:
         def step(copy: int) -> None:

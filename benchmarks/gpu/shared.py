@@ -18,11 +18,10 @@ from kvcompress.codec.rope import Rope
 from kvcompress.codec.shared.codec import SharedCodec, SharedSide
 from kvcompress.codec.shared.pages import SharedLayout
 from kvcompress.codec.shared.spec import SharedSpec
-from kvcompress.ops.rows import int32_rows
-from kvcompress.ops.shared import attention as shared
-from kvcompress.ops.shared import cuda as cuda_shared
-from kvcompress.ops.shared import reference as shared_reference
-from kvcompress.ops.shared.plan import SharedPlan
+from kvcompress.ops.shared.attention import bind
+from kvcompress.ops.shared.batch import Batch
+from kvcompress.ops.shared.cuda import CudaShared
+from kvcompress.ops.shared.reference import SharedOp
 from tests.ops.heads.cases import POISON, bands, relative_error
 from tests.ops.shared.cases import CUDA_SIDES, HALVES_BAR, Group, a_group
 
@@ -53,15 +52,17 @@ def _title(side: SideSpec) -> str:
     return f"{side.rank} channels in {8 * side.code_bytes / side.rank:g} bits"
 
 
+def on_kernels(codec: SharedCodec) -> CudaShared:
+    op = bind(codec, DEVICE)
+    assert isinstance(op, CudaShared)
+    return op
+
+
 def attend(group: Group, splits: tuple[int, int] | None = None) -> Tensor:
     """With numbers on the device."""
-    query, keys, values, plan, *rest = group.arguments()
-    kernels = cuda_shared.library_for((*rest[0], *rest[1]), (plan.k_spec, plan.v_spec), query, keys, values)
-    assert kernels is not None
-    output_THD = torch.full_like(query, torch.nan)
-    numbers = (int32_rows(each, DEVICE) for each in rest[4:8])
-    arguments = (query, keys, values, plan, *rest[:4], *numbers, rest[8], max(group.query_lens))
-    cuda_shared.attend(kernels, output_THD, *arguments, splits)
+    *tensors, batch, scale = group.arguments()
+    output_THD = torch.full_like(group.query_THD, torch.nan)
+    on_kernels(group.codec).attend_few(output_THD, *tensors, batch.on(DEVICE), scale, max(group.query_lens), splits)
     return output_THD
 
 
@@ -78,7 +79,7 @@ def attention(k: SideSpec, v: SideSpec, share: str, small: bool) -> None:
     queries = [1, 1, 3, 70] if small else [1, 1, 1, 3, 70, 2]
     group = a_group(k, v, lengths, queries, share, LAYERS, *shape).to(DEVICE)
     output_THD = torch.full_like(group.query_THD, torch.nan)
-    shared.attend(output_THD, *group.arguments())
+    on_kernels(group.codec).attend(output_THD, *group.arguments())
     close(group, output_THD)
 
 
@@ -95,19 +96,17 @@ def graph(share: str, small: bool) -> None:
     """Capture once, replay with other lengths."""
     longest = 300 if small else 3000
     group = a_group(*CUDA_SIDES[3], [longest, longest], [1, 1], share).to(DEVICE)
-    query, keys, values, plan, *rest = group.arguments()
-    starts_R, lengths_R, stored_R, rows = (int32_rows(each, DEVICE).clone() for each in rest[4:8])
-    output_THD = torch.empty_like(query)
+    *tensors, host_batch, scale = group.arguments()
+    batch, output_THD, op = host_batch.on(DEVICE), torch.empty_like(group.query_THD), on_kernels(group.codec)
 
     def step() -> None:
-        numbers = (starts_R, lengths_R, stored_R, rows)
-        shared.attend(output_THD, query, keys, values, plan, *rest[:4], *numbers, rest[8], max_query_len=1)
+        op.attend(output_THD, *tensors, batch, scale, max_query_len=1)
 
     replay = capture(step, DEVICE)
     # Keys of the layer's own are attended as stored, so a request's newest token is where it was: the length stays.
     for lengths in ([longest, longest], [2, 200], [64, longest - 1]) if share == "kv" else ([longest, longest],):
-        lengths_R.copy_(torch.tensor(lengths))
-        stored_R.copy_(torch.tensor(lengths) - 1)
+        batch.seq_lens.copy_(torch.tensor(lengths))
+        batch.stored_lens.copy_(torch.tensor(lengths) - 1)
         output_THD.fill_(torch.nan)
         replay()
         decoded = [
@@ -118,15 +117,16 @@ def graph(share: str, small: bool) -> None:
 
 
 def stored() -> None:
+    codec = a_group(*CUDA_SIDES[0], [20], [1]).codec
     for spec in (bands((8, 96)), bands((8, 8), (4, 8), (2, 8)), bands((16, 24)), bands((4, 520))):
         latent_THR = torch.randn(50, 3, spec.rank, generator=torch.Generator().manual_seed(3))
         weight_HR = torch.linspace(2, 0.3, spec.rank).expand(3, -1)
         slots_T = torch.randperm(96)[:50]
         slots_T[7] = -1
         found, expected = torch.full((2, 6, 3, 16, spec.bytes_per_token), POISON, dtype=torch.uint8)
-        shared_reference.store(expected, spec, latent_THR, weight_HR, slots_T)
+        SharedOp(codec).store(expected, spec, latent_THR, weight_HR, slots_T)
         found = found.to(DEVICE)
-        shared.store(found, spec, *(each.to(DEVICE) for each in (latent_THR, weight_HR, slots_T)))
+        bind(codec, DEVICE).store(found, spec, *(each.to(DEVICE) for each in (latent_THR, weight_HR, slots_T)))
         differing = float((found.cpu() != expected).float().mean())
         assert differing < 5e-3, f"{differing:.1%} of the bytes differ"
 
@@ -158,7 +158,7 @@ def pages_of(layout: SharedLayout, blocks: int) -> Tensor:
 def measure(instance: str, context: int, batch: int) -> dict[str, Any]:
     """A decode step of one layer, which reads the stripes of all four, and storing its token's stripe."""
     codec = a_layer(instance)
-    plan, layout = SharedPlan.of(codec), SharedLayout.of(codec.spec, BLOCK_SIZE)
+    op, layout = bind(codec, DEVICE), SharedLayout.of(codec.spec, BLOCK_SIZE)
     blocks = batch * -(-context // BLOCK_SIZE)
     size = LAYERS * batch * context * codec.spec.bytes_per_token
     copies = max(1, -(-COLD_BYTES // size))
@@ -166,7 +166,7 @@ def measure(instance: str, context: int, batch: int) -> dict[str, Any]:
     tables = [torch.randperm(blocks, device=DEVICE).to(torch.int32).view(batch, -1) for _ in range(LAYERS)]
     starts_R = torch.arange(batch + 1, dtype=torch.int32, device=DEVICE)
     lengths_R = torch.full((batch,), context, dtype=torch.int32, device=DEVICE)
-    numbers = (starts_R, lengths_R, lengths_R - 1, starts_R[:-1])
+    numbers = Batch(tables, tables, starts_R, lengths_R, lengths_R - 1, starts_R[:-1])
     query_THD = torch.randn(batch, HEADS, HEAD_DIM, dtype=torch.bfloat16, device=DEVICE)
     own_THD = torch.randn(batch, KV_HEADS, HEAD_DIM, dtype=torch.bfloat16, device=DEVICE)
     output_THD = torch.empty_like(query_THD)
@@ -175,12 +175,11 @@ def measure(instance: str, context: int, batch: int) -> dict[str, Any]:
 
     def step(copy: int) -> None:
         records = [[part.view(each) for each in pages[copy]] for part in (layout.k, layout.v)]
-        arguments = (query_THD, own_THD, own_THD, plan, *records, tables, tables, *numbers, HEAD_DIM**-0.5)
-        shared.attend(output_THD, *arguments, max_query_len=1)
+        op.attend(output_THD, query_THD, own_THD, own_THD, *records, numbers, HEAD_DIM**-0.5, max_query_len=1)
 
     def store(copy: int) -> None:
         records = layout.k.view(pages[copy][0])
-        shared.store(records, codec.spec.k, latent_THR, codec.shared_sides["k"].weight_WR[:1], slots_T)
+        op.store(records, codec.spec.k, latent_THR, codec.shared_sides["k"].weight_WR[:1], slots_T)
 
     steps: dict[str, Step] = {"attend": step, "store": store}
     row: dict[str, Any] = {"method": f"shared {instance}", "context": context, "batch": batch}

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
 from benchmarks.gpu import check
 from benchmarks.gpu.graphs import capture
-from kvcompress.ops.heads.append import append
-from kvcompress.ops.heads.attention import decode_attention
-from kvcompress.ops.heads.gather import gather_decode
-from tests.ops.heads.cases import Cache, bands, exact, random_cache, random_codec, relative_error, starts
+from tests.ops.heads.cases import bands, exact, random_cache, random_codec, relative_error, starts
 from tests.ops.heads.cuda_sides import MIXED_K, MIXED_V
 
 
@@ -24,7 +22,7 @@ def decoding(small: bool) -> None:
     """
     longest = 300 if small else 3000
     cache = check.on_device(random_cache(random_codec(2, 64, MIXED_K, bands((4, 56), outliers=1)), [longest] * 3, 64))
-    layer, stored_NHX = (cache.pages_NHX, cache.layout, cache.plan), cache.pages_NHX.clone()
+    op, pages_NHX, stored_NHX = cache.op, cache.pages_NHX, cache.pages_NHX.clone()
     query_THD, key_THD, value_THD = (torch.zeros(4, heads, 64, device=check.DEVICE) for heads in (8, 2, 2))
     output_THD, lse_TH = torch.empty_like(query_THD), torch.empty(4, 8, device=check.DEVICE)
     slots_T = torch.full((4,), -1, dtype=torch.int64, device=check.DEVICE)
@@ -32,12 +30,12 @@ def decoding(small: bool) -> None:
     table_RN = torch.zeros(4, cache.block_table_RN.shape[1], dtype=torch.int32, device=check.DEVICE)
 
     def step() -> None:
-        append(*layer, key_THD, value_THD, slots_T)
+        op.append(pages_NHX, key_THD, value_THD, slots_T)
         batch = (table_RN, starts_R, lengths_R)
-        decode_attention(output_THD, query_THD, *layer, *batch, 0.125, lse_TH, max_query_len=1)
+        op.attend(output_THD, query_THD, pages_NHX, *batch, 0.125, lse_TH, max_query_len=1)
 
     replay = capture(step, check.DEVICE)
-    assert torch.equal(cache.pages_NHX, stored_NHX), "tokens without a slot were stored"
+    assert torch.equal(pages_NHX, stored_NHX), "tokens without a slot were stored"
     starts_R[4] = 3
     table_RN[:3] = cache.block_table_RN
     # The next token begins a block, is a request's first, is in the middle of one.
@@ -52,10 +50,9 @@ def decoding(small: bool) -> None:
         lengths_R.copy_(torch.tensor([*lengths, 0]))
         output_THD.fill_(torch.nan)
         replay()
-        filled = Cache(cache.codec, cache.plan, cache.layout, cache.pages_NHX, cache.block_table_RN, lengths)
-        check.close(filled, (output_THD[:3], lse_TH[:3]), query_THD[:3], [1] * 3)
+        check.close(replace(cache, seq_lens=lengths), (output_THD[:3], lse_TH[:3]), query_THD[:3], [1] * 3)
         for request, length in enumerate(lengths):
-            found = gather_decode(*layer, cache.block_table_RN[request], length)
+            found = op.read(pages_NHX, cache.block_table_RN[request], length)
             for side, latent_THR, rows_THD in zip(
                 (cache.codec.k, cache.codec.v), found, (key_THD, value_THD), strict=True
             ):
@@ -69,9 +66,9 @@ def prompt(dtype: torch.dtype, small: bool) -> None:
     query_lens, scale = [150, 100], 0.125
     query_THD = check.random_query(sum(query_lens), 8, 64).to(dtype)
     output_THD = torch.full_like(query_THD, torch.nan)
-    layer = (cache.pages_NHX, cache.layout, cache.plan, cache.block_table_RN)
+    batch = (cache.block_table_RN, starts(query_lens), cache.seq_lens)
     with no_waits():
-        decode_attention(output_THD, query_THD, *layer, starts(query_lens), cache.seq_lens, scale)
+        cache.op.attend(output_THD, query_THD, cache.pages_NHX, *batch, scale)
     expected_THD, _ = exact(check.on_host(cache), query_THD.cpu(), starts(query_lens), scale)
     error = relative_error(output_THD.cpu(), expected_THD)
     assert error < (8e-3 if dtype == torch.bfloat16 else 1e-3), f"relative error {error:.2e}"

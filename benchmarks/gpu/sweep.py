@@ -14,11 +14,8 @@ from benchmarks.gpu.timing import microseconds
 from kvcompress.codec.bands import Band, SideSpec
 from kvcompress.codec.heads.codec import HeadsCodec, SideCodec
 from kvcompress.codec.heads.layout import CHUNK_TOKENS, FRAGMENT, PageLayout
-from kvcompress.ops.heads import cuda
-from kvcompress.ops.heads.append import append
-from kvcompress.ops.heads.attention import decode_attention
-from kvcompress.ops.heads.compress import compress_pages
-from kvcompress.ops.heads.plan import HeadsPlan
+from kvcompress.ops.heads.attention import bind
+from kvcompress.ops.heads.cuda import CudaHeads
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 32, 8, 128, 64
 CONTEXTS, BATCHES = (4096, 32768, 131072), (1, 8, 32)
@@ -60,10 +57,11 @@ class Cache:
     """One layer's cache, filled with random codes and gains around one, in `copies` copies."""
 
     def __init__(self, instance: str, context: int, batch: int) -> None:
-        codec = codec_of(*INSTANCES[instance])
-        self.plan, self.layout = HeadsPlan.of(codec), PageLayout.of(codec.spec, BLOCK_SIZE, FRAGMENT)
+        op = bind(codec_of(*INSTANCES[instance]), DEVICE)
+        assert isinstance(op, CudaHeads)
+        self.op, self.spec = op, op.plan.spec
         blocks = batch * -(-context // BLOCK_SIZE)
-        self.bytes = batch * context * codec.spec.bytes_per_token
+        self.bytes = batch * context * self.spec.bytes_per_token
         self.copies = max(1, -(-COLD_BYTES // self.bytes))
         self.pages = [self._filled(blocks) for _ in range(self.copies)]
         self.table_RN = torch.randperm(blocks, device=DEVICE).to(torch.int32).view(batch, -1)
@@ -71,10 +69,10 @@ class Cache:
         self.lengths_R = torch.full((batch,), context, dtype=torch.int32, device=DEVICE)
 
     def _filled(self, blocks: int) -> Tensor:
-        layout = self.layout
+        layout = PageLayout.of(self.spec, BLOCK_SIZE, FRAGMENT)
         pages_NHX = torch.randint(0, 256, (blocks, KV_HEADS, layout.record_bytes), dtype=torch.uint8, device=DEVICE)
         chunks = pages_NHX.unflatten(-1, (BLOCK_SIZE // CHUNK_TOKENS, -1))
-        for place, spec in ((layout.k, self.plan.k.spec), (layout.v, self.plan.v.spec)):
+        for place, spec in ((layout.k, self.spec.k), (layout.v, self.spec.v)):
             # Halves: gains, outliers, or all channels. The exponent byte 0x38 ... 0x3b is 0.5 to 1.
             parts = [(place.gain_offset, 2), (place.outlier_offset, 2 * spec.outliers)]
             if not spec.has_gain:
@@ -88,14 +86,11 @@ class Cache:
 
 def kernel_step(cache: Cache, batch: int) -> Step:
     """The part of a decode step that grows with the context."""
-    library = cuda.library_for(cache.pages[0], cache.layout, cache.plan)
-    assert library is not None
-    absorbed_THR = torch.randn(batch, HEADS, cache.plan.k.spec.rank, device=DEVICE)
+    absorbed_THR = torch.randn(batch, HEADS, cache.spec.k.rank, device=DEVICE)
     numbers = (cache.table_RN, cache.starts_R, cache.lengths_R)
 
     def step(copy: int) -> None:
-        layer = (cache.pages[copy], cache.layout, cache.plan)
-        cuda.attend_latents(library, absorbed_THR, *layer, *numbers, HEAD_DIM**-0.5, 1)
+        cache.op.attend_latents(absorbed_THR, cache.pages[copy], *numbers, HEAD_DIM**-0.5, 1)
 
     return step
 
@@ -107,8 +102,7 @@ def whole_step(cache: Cache, batch: int) -> Step:
     numbers = (cache.table_RN, cache.starts_R, cache.lengths_R)
 
     def step(copy: int) -> None:
-        layer = (cache.pages[copy], cache.layout, cache.plan)
-        decode_attention(output_THD, query_THD, *layer, *numbers, HEAD_DIM**-0.5, max_query_len=1)
+        cache.op.attend(output_THD, query_THD, cache.pages[copy], *numbers, HEAD_DIM**-0.5, max_query_len=1)
 
     return step
 
@@ -181,15 +175,14 @@ def encoding(batch: int = 32, prompt: int = 32768) -> list[dict[str, Any]]:
         keys_THD, values_THD = torch.randn(2, prompt, KV_HEADS, HEAD_DIM, dtype=torch.bfloat16, device=DEVICE)
         slots_T = torch.randperm(prompt, device=DEVICE)[:batch]
         blocks_N = cache.table_RN[0].long()
-        layer = (cache.pages[0], cache.layout, cache.plan)
+        some = (cache.pages[0], keys_THD[:batch], values_THD[:batch], slots_T)
+        every = (cache.pages[0], keys_THD, values_THD, blocks_N)
 
-        def store(_: int, layer: Any = layer, slots_T: Tensor = slots_T, rows: Any = (keys_THD, values_THD)) -> None:
-            append(*layer, rows[0][: len(slots_T)], rows[1][: len(slots_T)], slots_T)
+        def store(_: int, op: CudaHeads = cache.op, rows: tuple[Tensor, Tensor, Tensor, Tensor] = some) -> None:
+            op.append(*rows)
 
-        def compress(
-            _: int, layer: Any = layer, blocks_N: Tensor = blocks_N, rows: Any = (keys_THD, values_THD)
-        ) -> None:
-            compress_pages(*layer, *rows, blocks_N)
+        def compress(_: int, op: CudaHeads = cache.op, rows: tuple[Tensor, Tensor, Tensor, Tensor] = every) -> None:
+            op.compress(*rows)
 
         for what, step, tokens in (("append", store, batch), ("compress_pages", compress, prompt)):
             times = microseconds(step, 1)

@@ -29,14 +29,15 @@ from kvcompress.ops.shared.call import SharedCall
 
 def flatten(codec: Any) -> tuple[list[Tensor], str]:
     """A codec as ops take it."""
-    return list(codec.tensors().values()), json.dumps({"form": codec.spec.form, **codec.spec.to_json()})
+    named = codec.tensors()
+    return list(named.values()), json.dumps({"form": codec.spec.form, "tensors": [*named], **codec.spec.to_json()})
 
 
 def unflatten(tensors: Sequence[Tensor], spec: str) -> Any:
     """Inverse of `flatten`."""
     data = json.loads(spec)
-    form, rest = FORMS[data["form"]], iter(tensors)
-    return form.codec.from_tensors(form.spec.from_json(data), lambda *_, **__: next(rest))
+    form, named = FORMS[data["form"]], dict(zip(data["tensors"], tensors, strict=True))
+    return form.codec.from_tensors(form.spec.from_json(data), lambda name, *_, **__: named[name])
 
 
 @torch.library.custom_op("kvcompress::heads_append", mutates_args=("pages",))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,10 +14,10 @@ from torch import Tensor
 
 from benchmarks import gpu_decode
 from benchmarks.gpu import blocks, check, latents, profile, shared, sweep
-from kvcompress.ops.blocks import cuda as cuda_blocks
-from kvcompress.ops.heads import cuda
-from kvcompress.ops.latent import cuda as cuda_latent
-from kvcompress.ops.shared import cuda as cuda_shared
+from kvcompress.ops.blocks.cuda import CudaBlocks
+from kvcompress.ops.heads.cuda import CudaHeads
+from kvcompress.ops.latent.cuda import CudaLatent
+from kvcompress.ops.shared.cuda import CudaShared
 from tests.ops import emulated
 
 ROOT = Path(__file__).parents[2]
@@ -65,8 +64,8 @@ def test_checks_pass_on_the_emulation() -> None:
 
 @pytest.mark.usefixtures("on_device")
 def test_checks_fail_on_wrong_results(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = cuda.attend_latents
-    monkeypatch.setattr(cuda, "attend_latents", lambda *args: tuple(1.02 * x for x in right(*args)))
+    right = CudaHeads.attend_latents
+    monkeypatch.setattr(CudaHeads, "attend_latents", lambda *args: tuple(1.02 * x for x in right(*args)))
     every = check.checks
     monkeypatch.setattr(check, "checks", lambda small: (item for item in every(small) if "attention" in item[0]))
     assert len(check.failures(small=True)) == 3
@@ -78,20 +77,9 @@ def test_steps_of_the_sweep(monkeypatch: pytest.MonkeyPatch, instance: str) -> N
     monkeypatch.setattr(sweep, "COLD_BYTES", 1)
     cache = sweep.Cache(instance, 128, 1)
     assert cache.bytes == cache.pages[0].numel()
-    library = cuda.library_for(cache.pages[0], cache.layout, cache.plan)
-    assert library is not None
-    mixed_THR, _ = cuda.attend_latents(
-        library,
-        torch.randn(1, sweep.HEADS, cache.plan.k.spec.rank),
-        cache.pages[0],
-        cache.layout,
-        cache.plan,
-        cache.table_RN,
-        cache.starts_R,
-        cache.lengths_R,
-        0.1,
-        1,
-    )
+    absorbed_THR = torch.randn(1, sweep.HEADS, cache.spec.k.rank)
+    batch = (cache.table_RN, cache.starts_R, cache.lengths_R)
+    mixed_THR, _ = cache.op.attend_latents(absorbed_THR, cache.pages[0], *batch, 0.1, 1)
     assert mixed_THR.isfinite().all()
     sweep.kernel_step(cache, 1)(0)
     sweep.whole_step(cache, 1)(0)
@@ -99,13 +87,13 @@ def test_steps_of_the_sweep(monkeypatch: pytest.MonkeyPatch, instance: str) -> N
 
 @pytest.mark.usefixtures("on_device")
 def test_checks_of_latents_fail_on_wrong_results(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = cuda_latent.attend
+    right = CudaLatent.attend
 
-    def wrong(library: ctypes.CDLL, output_THR: Tensor, *args: Any) -> None:
-        right(library, output_THR, *args)
+    def wrong(op: CudaLatent, output_THR: Tensor, *args: Any, **options: Any) -> None:
+        right(op, output_THR, *args, **options)
         output_THR *= 1.02
 
-    monkeypatch.setattr(cuda_latent, "attend", wrong)
+    monkeypatch.setattr(CudaLatent, "attend", wrong)
     monkeypatch.setattr(check, "checks", latents.checks)
     assert len(check.failures(small=True)) == 4
 
@@ -130,13 +118,13 @@ def test_measuring_latents(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 
 @pytest.mark.usefixtures("on_device")
 def test_checks_of_shared_latents_fail_on_wrong_results(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = cuda_shared.attend
+    right = CudaShared.attend_few
 
-    def wrong(library: ctypes.CDLL, output_THD: Tensor, *args: Any) -> None:
-        right(library, output_THD, *args)
+    def wrong(op: CudaShared, output_THD: Tensor, *args: Any) -> None:
+        right(op, output_THD, *args)
         output_THD *= 1.02
 
-    monkeypatch.setattr(cuda_shared, "attend", wrong)
+    monkeypatch.setattr(CudaShared, "attend_few", wrong)
     every = shared.checks
     monkeypatch.setattr(check, "checks", lambda small: (item for item in every(small) if "attention" in item[0]))
     assert len(check.failures(small=True)) == 2
@@ -160,8 +148,8 @@ def test_measuring_shared_latents(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 @pytest.mark.usefixtures("on_device")
 def test_checks_of_blocks_fail_on_wrong_results(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = cuda_blocks.attend_blocks
-    monkeypatch.setattr(cuda_blocks, "attend_blocks", lambda *args: tuple(1.02 * x for x in right(*args)))
+    right = CudaBlocks.attend_blocks
+    monkeypatch.setattr(CudaBlocks, "attend_blocks", lambda *args: tuple(1.02 * x for x in right(*args)))
     [(_, attention), (_, stored), *_] = blocks.checks(small=True)
     for check_of_blocks in (attention, stored):
         with pytest.raises(AssertionError):
@@ -174,7 +162,7 @@ def test_steps_of_the_sweep_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     for instance in ("gear 4", "gear 2 without outliers"):
         cache = blocks.Cache(instance, 192, 1)
         assert cache.bytes == cache.pages[0].numel()
-        latents = cache.plan.codec.open(cache.pages[0][:, :, 0])
+        latents = cache.op.plan.codec.open(cache.pages[0][:, :, 0])
         assert all(1 < float(latent.abs().mean()) < 20 for latent in latents)
         blocks.kernel_step(cache, 1)(0)
         blocks.whole_step(cache, 1)(0)

@@ -1,4 +1,4 @@
-"""A small model that is whole, and a command line to give it to."""
+"""A small model that is whole, and what it is given to."""
 
 from __future__ import annotations
 
@@ -8,12 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.cases.making import Run, copy, runner
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    return runner(monkeypatch, capfd)
+from tests.cases.making import copy
+from tests.command import Run
 
 
 @pytest.fixture

@@ -1,19 +1,11 @@
-"""Model folders and command lines for the inputs that users bring."""
+"""Model folders for the inputs that users bring, and what a refusal of them looks like."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import pytest
-from kvcompress_cli import main
-
-Run = Callable[..., tuple[int, str, str]]
-"""A command line's arguments; gives exit code, standard output and standard error, of native code too."""
 
 
 def edit_json(path: Path, **changes: Any) -> None:
@@ -25,17 +17,6 @@ def edit_json(path: Path, **changes: Any) -> None:
 def copy(base: Path, folder: Path) -> Path:
     shutil.copytree(base, folder)
     return folder
-
-
-def runner(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["kvcompress", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            main.run()
-        captured = capfd.readouterr()
-        return int(stop.value.code or 0), captured.out, captured.err
-
-    return call
 
 
 def check_refusal(code: int, stderr: str, *words: str) -> None:

@@ -16,7 +16,8 @@ import pytest
 
 from kvcompress.calibration import chat, corpus, tokenizer
 from kvcompress.checkpoint.manifest import Manifest
-from tests.cases.making import Run, check_refusal, edit_json
+from tests.cases.making import check_refusal, edit_json
+from tests.command import Run
 
 WORDS = "the cat sat on the mat and the rat ran "
 LONG = WORDS * 30

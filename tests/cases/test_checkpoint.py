@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from kvcompress.checkpoint.manifest import Manifest
 from kvcompress.checkpoint.verify import verify
-from tests.cases.making import Run, check_refusal, edit_json
+from tests.cases.making import check_refusal, edit_json
+from tests.command import Run
 
 Compress = Callable[..., tuple[int, str, str]]
 

@@ -14,7 +14,8 @@ import pytest
 
 from kvcompress.checkpoint.manifest import Manifest
 from tests import tiny
-from tests.cases.making import Run, check_refusal, edit_json
+from tests.cases.making import check_refusal, edit_json
+from tests.command import Run
 
 Compress = Callable[..., tuple[int, str, str]]
 

@@ -16,7 +16,7 @@ import pytest
 
 from kvcompress.checkpoint.verify import verify
 from tests import tiny
-from tests.cases.making import Run
+from tests.command import Run
 
 NUMBER = 60
 """Of each kind."""

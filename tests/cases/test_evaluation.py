@@ -21,9 +21,10 @@ from kvcompress_eval.tasks.longbench2 import FIELDS as FIELDS2
 from kvcompress_eval.tokenizer import TextTokenizer
 
 from tests import tiny
-from tests.cases.making import Run, check_refusal, copy, edit_json
-from tests.eval.conftest import train_tokenizer
+from tests.cases.making import check_refusal, copy, edit_json
+from tests.command import Run
 from tests.eval.fake_engine import FakeEngine
+from tests.eval.trained_tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="module")

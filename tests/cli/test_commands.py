@@ -8,33 +8,19 @@ import resource
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from kvcompress_cli import main
 
 from tests import require, tiny
+from tests.command import Run
 from tests.compression import compress
 
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command line; gives exit code, standard output and standard error."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["kvcompress", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            main.run()
-        captured = capsys.readouterr()
-        return int(stop.value.code or 0), captured.out, captured.err
-
-    return call
+MOST_MODULES = 300
+"""That `kvcompress --help` may import; 217 are."""
 
 
 @pytest.fixture(scope="module")
@@ -343,7 +329,16 @@ def test_eval_hands_ruler_its_tasks_lengths_template_and_files(
     assert "gone.json, which --squad names" in stderr.splitlines()[-1]
 
 
-def test_help_is_fast_and_imports_nothing_heavy() -> None:
+def python(code: str, *arguments: object) -> str:
+    """What a process of its own prints."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": "cli:eval:."}, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_help_imports_little_and_nothing_heavy() -> None:
+    """What it takes is imports; benchmarks of seconds are not for machines that run other tests beside."""
     code = (
         "import sys; sys.argv = ['kvcompress', '--help']\n"
         "from kvcompress_cli.main import run\n"
@@ -351,18 +346,11 @@ def test_help_is_fast_and_imports_nothing_heavy() -> None:
         "except SystemExit: pass\n"
         "heavy = {'torch', 'vllm', 'transformers', 'numpy', 'pydantic', 'kvcompress_eval'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
+        "print(len(sys.modules))\n"
     )
-    times = []
-    for _ in range(5):
-        began = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": "cli:eval:."}, check=False
-        )
-        times.append(time.perf_counter() - began)
-        assert done.returncode == 0, done.stderr
-        assert "compress" in done.stdout
-    # The bar is 0.3 s; machines that run tests are slower and shared, so the best of five counts.
-    assert min(times) < 0.6, times
+    *text, modules = python(code).splitlines()
+    assert "compress" in "\n".join(text)
+    assert int(modules) < MOST_MODULES
 
 
 def test_plan_imports_no_torch(base_model: Path, recipe_file: Path) -> None:
@@ -373,9 +361,7 @@ def test_plan_imports_no_torch(base_model: Path, recipe_file: Path) -> None:
         "except SystemExit as stop: assert not stop.code\n"
         "assert not {'torch', 'vllm', 'transformers'} & set(sys.modules)\n"
     )
-    command = [sys.executable, "-c", code, str(base_model), str(recipe_file)]
-    done = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": "cli:eval:."}, check=False)
-    assert done.returncode == 0, done.stderr
+    python(code, base_model, recipe_file)
 
 
 def test_every_command_help_has_an_example(run: Run) -> None:

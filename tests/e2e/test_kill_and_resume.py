@@ -17,49 +17,52 @@ from tests.compression import BALANCED, tree_sha256
 from tests.e2e import forks
 
 KILLS = 20
+MOMENT = 0.02
+"""Seconds."""
 
 
-def _work(model: str, out: str, resume: bool, begun: str) -> None:
-    """One run of compress, in a process of its own; touches `begun` once its imports are done."""
+def _work(model: str, out: str, resume: bool, told: str) -> None:
+    """One run of compress, in a process of its own; `told` grows by a byte with every word of progress."""
     import torch
 
     torch.set_num_threads(1)
-    Path(begun).touch()
     recipe = recipes.parse(BALANCED, registry.schemas())
-    compress(model, recipe, out, Options(samples=8, length=128, resume=resume), lambda *_: None)
+    with Path(told).open("wb", buffering=0) as steps:
+        options = Options(samples=8, length=128, resume=resume)
+        compress(model, recipe, out, options, lambda *_: steps.write(b"."))
 
 
 @pytest.mark.e2e
 def test_twenty_random_kills(base_model: Path, tmp_path: Path) -> None:
-    processes = forks.context()
+    processes, told = forks.context(), tmp_path / "told"
+
+    def steps() -> int:
+        return told.stat().st_size if told.exists() else 0
 
     def start(out: Path, resume: bool) -> multiprocessing.process.BaseProcess:
-        """A run that is past its imports."""
-        begun = tmp_path / f"begun-{time.monotonic_ns()}"
-        process = processes.Process(target=_work, args=(str(base_model), str(out), resume, str(begun)))
+        told.unlink(missing_ok=True)
+        process = processes.Process(target=_work, args=(str(base_model), str(out), resume, str(told)))
         process.start()
-        while not begun.exists():
-            assert process.is_alive() or begun.exists(), "the run ended before it began"
-            time.sleep(0.001)
         return process
 
-    def finish(out: Path, resume: bool) -> float:
-        """Run to the end; seconds it took."""
+    def finish(out: Path, resume: bool) -> None:
         process = start(out, resume)
-        began = time.monotonic()
         process.join(120)
         assert process.exitcode == 0
-        return time.monotonic() - began
 
-    finish(tmp_path / "warm-up", False)
-    seconds = finish(tmp_path / "whole", False)
+    finish(tmp_path / "whole", False)
+    total = steps()
+    assert total > KILLS
     expected = tree_sha256(tmp_path / "whole")
     dice, hit = random.Random(0), 0
     for attempt in range(KILLS):
         out = tmp_path / f"out-{attempt}"
         process = start(out, False)
-        # One moment in each twentieth of the run, so that every phase is hit.
-        time.sleep(seconds * (attempt + dice.random()) / KILLS)
+        # One step in each twentieth of the run, so that every phase is hit, and a moment of it.
+        last = total * (attempt + dice.random()) / KILLS
+        while steps() < last and process.is_alive():
+            time.sleep(0.001)
+        time.sleep(dice.random() * MOMENT)
         process.kill()
         process.join()
         hit += process.exitcode == -signal.SIGKILL and not out.exists()

@@ -6,70 +6,24 @@ from pathlib import Path
 
 import pytest
 import torch
-import typer.testing
-from kvcompress_cli.main import app
 from transformers import AutoModelForCausalLM
 
 from kvcompress.checkpoint.manifest import Manifest
-from kvcompress.methods import fwsvd
-from kvcompress.methods.ranks import Ranks, Shape
 from kvcompress.serving.transformers import CompressedCache, prepare
-from tests import require, tiny
+from tests import command, require, tiny
 from tests.e2e import reference, vllm_engine
+from tests.e2e.method_recipes import LOSSLESS, LOSSY, compress, compress_nothing
 
 require.need("vllm")
 pytestmark = pytest.mark.e2e
 
 LENGTHS, TOKENS, BLOCK = [3, 70, 130], 16, 32
-TRAINING = "steps: 4, batch: 2, samples: 8, length: 64"
-FACTORED = "{method: fwsvd, removed: 0.2, ranks: error}"
-CHANNELS = tiny.NUM_KV_HEADS * tiny.HEAD_DIM
-
-LOSSY = {
-    "pca": ["{method: pca, rank: 0.75}", "{method: scalar, bits: 16}"],
-    "scalar": ["{method: scalar, target_bits_per_channel: {k: 4.5, v: 3.5}}"],
-    "matryoshka": [f"{{method: matryoshka, rank: 0.75, {TRAINING}}}", "{method: scalar, bits: 8}"],
-    "xkv": ["{method: xkv, group: 2, rank: 0.75}", "{method: scalar, bits: 8}"],
-    "gear": ["{method: gear, bits: 4, block: 32, group: 32}"],
-    "transmla": ["{method: transmla, rope_dim: 32, kv_lora_rank: 48, freqfold: 1}"],
-    "fwsvd": [FACTORED],
-    "fwsvd + pca + scalar": [FACTORED, "{method: pca}", "{method: scalar, target_bits_per_channel: 4.5}"],
-    "matryoshka + gear": [f"{{method: matryoshka, rank: 0.5, {TRAINING}}}", "{method: gear, bits: 4, block: 32}"],
-    "xkv (v) + scalar": ["{method: xkv, share: v, group: 2, rank: 0.75}", "{method: scalar, bits: {k: 8, v: 4}}"],
-    "transmla + heal": [
-        "{method: transmla, rope_dim: 32, kv_lora_rank: 48, freqfold: 1}",
-        f"{{method: heal, {TRAINING}}}",
-    ],
-}
-
-EXACT = "{method: scalar, bits: 32}"
-LOSSLESS = {
-    "pca": ["{method: pca}", EXACT],
-    "scalar": [EXACT],
-    "matryoshka": [f"{{method: matryoshka, rank: 1.0, {TRAINING}}}", EXACT],
-    "xkv": ["{method: xkv, group: 2, rank: 1.0}", EXACT],
-    "gear": ["{method: gear, bits: 8, outliers: 1.0, block: 32, group: 32}"],
-    "transmla": [f"{{method: transmla, rope_dim: {CHANNELS}, kv_lora_rank: {CHANNELS}, freqfold: 1}}"],
-    "fwsvd": ["{method: fwsvd, removed: 0.1, ranks: uniform}"],
-}
-
-
-def command(*arguments: object) -> None:
-    result = typer.testing.CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == 0, result.output
-
-
-def compress(base: Path, folder: Path, stages: list[str]) -> Path:
-    recipe = folder / "recipe.yaml"
-    recipe.write_text(f"version: 1\nstages: [{', '.join(stages)}]\n")
-    command("compress", base, "--recipe", recipe, "--out", folder / "out", "--samples", 8)
-    return folder / "out"
 
 
 @pytest.mark.parametrize("method", LOSSY)
 def test_compressed_verified_served_and_back(method: str, base_model: Path, tmp_path: Path) -> None:
     model = compress(base_model, tmp_path, LOSSY[method])
-    command("verify", model)
+    assert command.call("verify", model) == 0
     hits = [(length - 1) // BLOCK * BLOCK for length in LENGTHS]
     found = [
         reference.answers(model, length, [hit] if hit else [], TOKENS)
@@ -83,7 +37,7 @@ def test_compressed_verified_served_and_back(method: str, base_model: Path, tmp_
     assert sizes.bytes_per_token.compressed < sizes.bytes_per_token.base or method == "fwsvd"
     assert sizes.weights_bytes.compressed < sizes.weights_bytes.base or "fwsvd" not in method
 
-    command("decompress", model, "--out", tmp_path / "plain")
+    assert command.call("decompress", model, "--out", tmp_path / "plain") == 0
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
     assert type(plain).__name__ == "LlamaForCausalLM"
     assert not hasattr(plain.config, "quantization_config")
@@ -112,16 +66,6 @@ def test_logits_are_the_base_models_where_nothing_is_cut(
         base, ours = (_logits(path, ids) for path in (base_model, model))
         torch.testing.assert_close(ours, base, rtol=0.0, atol=1e-3)
     torch.testing.assert_close(_served_logits(model, prompts), expected, rtol=0.0, atol=1e-3)
-
-
-def compress_nothing(method: str, base: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A checkpoint of a method of `LOSSLESS`."""
-
-    def full(shapes: list[Shape], removed: float) -> Ranks:
-        return [min(shape.out_features, shape.in_features) for shape in shapes]
-
-    monkeypatch.setattr(fwsvd, "uniform", full)
-    return compress(base, folder, LOSSLESS[method])
 
 
 def _served_logits(model: Path, prompts: list[list[int]]) -> torch.Tensor:

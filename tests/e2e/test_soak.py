@@ -24,7 +24,6 @@ require.need("vllm")
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 REQUESTS = int(os.environ.get("KVCOMPRESS_SOAK_REQUESTS", "80"))
-LIMIT_SECONDS = 300
 CLIENTS, DROPPED = 12, 0.33
 LONGEST, ANSWER = 250, 60
 PROBES, PROBE_ANSWER = 20, 16
@@ -49,7 +48,6 @@ def test_no_crash_no_leaked_block_and_the_same_answers_throughout(
     log = tmp_path / "log"
     with http_server.command(model, log, *options, env=env) as url:
         load = Load(url)
-        began = time.monotonic()
         answers = [load.probe(prompt) for prompt in probes]
         assert answers == expected, "before the load"
         assert _at_rest(load) == 0.0
@@ -64,19 +62,17 @@ def test_no_crash_no_leaked_block_and_the_same_answers_throughout(
         assert [load.probe(prompt) for prompt in probes] == expected, "after the load"
         assert _at_rest(load) == 0.0, "blocks that nothing uses are not free"
         counters = http_server.metrics(url)
-        seconds = time.monotonic() - began
         # Before the server is told to stop: its processes stop in any order, and each misses the others.
         written = log.read_text()
     assert finished.count(True) > 0.5 * REQUESTS
     assert finished.count(False) > 0.1 * REQUESTS, "no request was dropped"
     assert rounds >= 1, "no round of probes beside the load"
     assert counters["vllm:num_preemptions_total"] > 0
-    assert seconds < LIMIT_SECONDS
     assert "Traceback" not in written
     assert "ERROR" not in written
     print(
         f"{method}: {REQUESTS} requests, {finished.count(False)} dropped, {rounds} rounds of probes beside them, "
-        f"{counters['vllm:num_preemptions_total']:.0f} preemptions, {seconds:.0f} s"
+        f"{counters['vllm:num_preemptions_total']:.0f} preemptions"
     )
 
 

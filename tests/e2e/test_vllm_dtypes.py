@@ -9,7 +9,7 @@ import torch
 
 from tests import require
 from tests.e2e import vllm_engine
-from tests.e2e.test_methods import LOSSLESS, compress_nothing
+from tests.e2e.method_recipes import LOSSLESS, compress_nothing
 
 require.need("vllm")
 pytestmark = pytest.mark.e2e

@@ -10,11 +10,12 @@ import torch
 from kvcompress.serving.transformers import CompressedCache
 from tests import require, tiny
 from tests.e2e import reference, vllm_engine
-from tests.e2e.test_methods import BLOCK, LOSSY, TOKENS, compress
+from tests.e2e.method_recipes import LOSSY, compress
 
 require.need("vllm")
 pytestmark = pytest.mark.e2e
 
+TOKENS, BLOCK = 16, vllm_engine.ENGINE["block_size"]
 SHARED, LENGTH = 2 * BLOCK, 2 * BLOCK + 11
 
 

@@ -23,9 +23,9 @@ from kvcompress_eval.tasks.ruler.registry import OFFICIAL
 from kvcompress_eval.units import prompt_sha256
 from numpy.typing import NDArray
 
+from benchmarks.ruler_files import write_sources
 from tests.eval.bench_files import write_longbench
 from tests.eval.fake_engine import FakeEngine
-from tests.eval.ruler_files import write_sources
 
 ROOT = Path(__file__).parents[2]
 REFERENCE = ROOT / "assets" / "reference-model"

@@ -19,9 +19,9 @@ from kvcompress_eval.tasks.ruler import BASE, generate, ruler_task
 from kvcompress_eval.tokenizer import TextTokenizer
 from kvcompress_eval.work import prepare
 
+from benchmarks.ruler_files import write_sources
 from tests import tiny
-from tests.eval.conftest import train_tokenizer
-from tests.eval.ruler_files import write_sources
+from tests.eval.trained_tokenizer import train_tokenizer
 
 SMALL = Suite(
     summary="for tests",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from kvcompress_eval.tasks.longbench import chinese, metrics
@@ -156,7 +157,7 @@ def test_chinese_metrics_with_jieba() -> None:
     assert metrics.rouge_zh("", "我们") == 0.0
 
 
-def test_no_jieba_is_said_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_jieba_is_said_before_any_work(monkeypatch: pytest.MonkeyPatch, forget: Callable[[Any], None]) -> None:
     import builtins
 
     load = builtins.__import__
@@ -166,7 +167,7 @@ def test_no_jieba_is_said_before_any_work(monkeypatch: pytest.MonkeyPatch) -> No
             raise ImportError(name)
         return load(name, *args, **kwargs)  # type: ignore[arg-type]
 
-    chinese._jieba.cache_clear()
+    forget(chinese._jieba)
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ValueError, match=r"longbench_vcsum: .*pip install kvcompress\[longbench\]"):
         chinese.check_jieba("longbench_vcsum")

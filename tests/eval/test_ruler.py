@@ -33,8 +33,8 @@ from kvcompress_eval.tasks.ruler.vt import Vt
 from kvcompress_eval.tasks.ruler.words import WordKeys, word_keys, word_pool
 from kvcompress_eval.tokenizer import TextTokenizer
 
+from benchmarks.ruler_files import write_sources
 from tests.eval import ruler_by_the_letter as letter
-from tests.eval.ruler_files import write_sources
 
 SAMPLES = 3
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from types import ModuleType
@@ -31,7 +32,7 @@ from kvcompress_eval.tasks.ruler.qa import hotpotqa, squad
 from kvcompress_eval.tasks.ruler.sources import more_words
 from kvcompress_eval.tokenizer import TextTokenizer
 
-from tests.eval.ruler_files import write_sources
+from benchmarks.ruler_files import write_sources
 
 
 def test_the_thirteen_tasks_and_their_stand_ins() -> None:
@@ -161,7 +162,7 @@ def test_sentences_end_after_marks() -> None:
 
 
 def test_sentences_of_nltk_are_used_where_its_model_is_installed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forget: Callable[[Any], None]
 ) -> None:
     (tmp_path / "essay.txt").write_text("One. Two.")
     sources = Sources(essay=tmp_path / "essay.txt")
@@ -171,27 +172,24 @@ def test_sentences_of_nltk_are_used_where_its_model_is_installed(
         module.sent_tokenize = sent_tokenize  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "nltk", package)
         monkeypatch.setitem(sys.modules, "nltk.tokenize", module)
-        sentence_splitter.cache_clear()
+        forget(sentence_splitter)
 
     def without_model(text: str) -> list[str]:
         raise LookupError("punkt_tab")
 
-    try:
-        installed(without_model)
-        monkeypatch.setitem(sys.modules, "punkt.data", None)
-        assert sentence_splitter() == ("marks", split_after_marks)
-        assert provenance(sources)["sentences"] == "marks"
-        installed(lambda text: [text])
-        assert sentence_splitter()[0] == "nltk punkt"
-        assert provenance(sources)["sentences"] == "nltk punkt"
-        assert essay(tmp_path / "essay.txt").sentences(2) == ["One. Two."]
-        assert provenance(Sources()) == {}
-    finally:
-        sentence_splitter.cache_clear()
+    installed(without_model)
+    monkeypatch.setitem(sys.modules, "punkt.data", None)
+    assert sentence_splitter() == ("marks", split_after_marks)
+    assert provenance(sources)["sentences"] == "marks"
+    installed(lambda text: [text])
+    assert sentence_splitter()[0] == "nltk punkt"
+    assert provenance(sources)["sentences"] == "nltk punkt"
+    assert essay(tmp_path / "essay.txt").sentences(2) == ["One. Two."]
+    assert provenance(Sources()) == {}
 
 
-def test_the_packaged_parameters_of_nltk_split_where_marks_would_not() -> None:
-    sentence_splitter.cache_clear()
+def test_the_packaged_parameters_of_nltk_split_where_marks_would_not(forget: Callable[[Any], None]) -> None:
+    forget(sentence_splitter)
     name, split = sentence_splitter()
     text = 'Dr. Smith paid $3.50 in the U.S. last year. "Too much?" he asked. See p. 12 of Mr. Hale\'s book.'
     assert name == "nltk punkt"

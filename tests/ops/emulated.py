@@ -11,18 +11,19 @@ import os
 import shutil
 import subprocess
 import tempfile
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
-import torch
 from torch import Tensor
 
 from kvcompress.codec.heads import fragment
-from kvcompress.codec.heads.layout import FRAGMENT, PageLayout
+from kvcompress.codec.heads.layout import FRAGMENT
 from kvcompress.ops import cuda_library, gpu
 from kvcompress.ops.heads import cuda
-from tests.ops.heads.cases import Cache, starts
+from kvcompress.ops.heads.reference import HeadsOp
+from tests.ops.heads.cases import Cache
 
 ROOT = Path(__file__).parents[2]
 COPIES = {"sm_80": 0, "sm_90": 1}
@@ -58,34 +59,22 @@ def count_as_gpu(monkeypatch: pytest.MonkeyPatch, copies: str = "sm_90") -> ctyp
     return found
 
 
-def to_fragment(cache: Cache) -> Cache:
-    """The same cache in fragment order; what was poison still is."""
-    block_size = cache.layout.block_size
-    pages_NHX = fragment.to_fragment(cache.pages_NHX, cache.codec.spec, block_size)
-    layout = PageLayout.of(cache.codec.spec, block_size, FRAGMENT)
-    return Cache(cache.codec, cache.plan, layout, pages_NHX, cache.block_table_RN, cache.seq_lens)
+def to_fragment(cache: Cache, op: HeadsOp) -> Cache:
+    """The same cache as an operation on fragment order reads it; what was poison still is."""
+    assert op.order == FRAGMENT
+    pages_NHX = fragment.to_fragment(cache.pages_NHX, cache.codec.spec, cache.layout.block_size)
+    return replace(cache, op=op, pages_NHX=pages_NHX)
 
 
 def attend(
-    found: ctypes.CDLL, cache: Cache, query_THD: Tensor, query_lens: list[int], splits: int = 1
+    found: ctypes.CDLL,
+    cache: Cache,
+    query_THD: Tensor,
+    query_lens: list[int],
+    splits: int = 1,
+    softmax_scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output and lse of the emulated kernels on a cache in token-major order."""
-    cache = to_fragment(cache)
-    assert cuda.covered(cache.layout, cache.plan)
-    output_THD, lse_TH = torch.full_like(query_THD, torch.nan), torch.full(query_THD.shape[:2], torch.nan)
-    cuda.attend(
-        found,
-        output_THD,
-        query_THD,
-        cache.pages_NHX,
-        cache.layout,
-        cache.plan,
-        cache.block_table_RN,
-        torch.tensor(starts(query_lens), dtype=torch.int32),
-        torch.tensor(cache.seq_lens, dtype=torch.int32),
-        query_THD.shape[2] ** -0.5,
-        lse_TH,
-        max(query_lens),
-        splits,
-    )
-    return output_THD, lse_TH
+    assert cuda.covers(found, cache.codec.spec)
+    cache = to_fragment(cache, cuda.CudaHeads(found, cache.codec))
+    return cache.attend(query_THD, query_lens, softmax_scale, max_query_len=max(query_lens), splits=splits)

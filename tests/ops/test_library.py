@@ -8,14 +8,16 @@ import shutil
 import subprocess
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from kvcompress.ops import interface, library
-from kvcompress.ops.heads.append import append
-from kvcompress.ops.heads.attention import decode_attention
+from kvcompress.ops.heads.attention import bind
+from kvcompress.ops.heads.cpu import CpuHeads
+from kvcompress.ops.heads.reference import HeadsOp
 from tests.ops.heads.cases import bands, exact, random_cache, random_codec, relative_error
 
 
@@ -117,21 +119,9 @@ def test_an_unknown_level_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("without_library")
 def test_attention_without_the_library() -> None:
     codec = random_codec(2, 64, bands((8, 16), (4, 24)), bands((16, 40)))
-    cache = random_cache(codec, [40, 9, 17])
+    cache = replace(random_cache(codec, [40, 9, 17]), op=bind(codec, "cpu"))
     query_THD = torch.randn(5, 8, 64, generator=torch.Generator().manual_seed(1))
-    output_THD, lse_TH = torch.empty_like(query_THD), torch.empty(5, 8)
-    decode_attention(
-        output_THD,
-        query_THD,
-        cache.pages_NHX,
-        cache.layout,
-        cache.plan,
-        cache.block_table_RN,
-        [0, 1, 1, 5],
-        cache.seq_lens,
-        0.125,
-        lse_TH,
-    )
+    output_THD, lse_TH = cache.attend(query_THD, [1, 0, 4])
     expected_THD, expected_TH = exact(cache, query_THD, [0, 1, 1, 5], 0.125)
     assert relative_error(output_THD, expected_THD) < 1e-5
     torch.testing.assert_close(lse_TH.double(), expected_TH, rtol=1e-5, atol=1e-5)
@@ -148,17 +138,16 @@ def test_append_without_the_library() -> None:
     values_THD = 1.5 * torch.randn(40, 2, 64, generator=generator)
     token_T = torch.arange(40)
     slots_T = cache.block_table_RN[0].long()[token_T // 16] * 16 + token_T % 16
-    append(again, cache.layout, cache.plan, keys_THD, values_THD, slots_T)
+    bind(codec, "cpu").append(again, keys_THD, values_THD, slots_T)
     assert torch.equal(again, cache.pages_NHX)
 
 
 @pytest.mark.usefixtures("compiled")
 def test_a_shape_the_kernels_do_not_cover_goes_to_the_reference() -> None:
-    cache = random_cache(random_codec(1, 20, bands((8, 16)), bands((8, 8))), [30])
-    assert not cache.plan.covered(cache.layout, cache.pages_NHX)
+    codec = random_codec(1, 20, bands((8, 16)), bands((8, 8)))
+    cache = replace(random_cache(codec, [30]), op=bind(codec, "cpu"))
+    assert type(cache.op) is HeadsOp
+    assert type(bind(random_codec(1, 24, bands((8, 16)), bands((8, 8))), "cpu")) is CpuHeads
     query_THD = torch.randn(2, 3, 20, generator=torch.Generator().manual_seed(1))
-    output_THD = torch.empty_like(query_THD)
-    decode_attention(
-        output_THD, query_THD, cache.pages_NHX, cache.layout, cache.plan, cache.block_table_RN, [0, 2], [30], 0.2
-    )
+    output_THD, _ = cache.attend(query_THD, [2], 0.2)
     assert relative_error(output_THD, exact(cache, query_THD, [0, 2], 0.2)[0]) < 1e-5

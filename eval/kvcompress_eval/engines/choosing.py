@@ -65,9 +65,9 @@ def _why_not_vllm(configs: Mapping[str, Mapping[str, Any]], dtype: str) -> str |
     if dtype in NOT_IN_VLLM:
         return f"vLLM does not compute in {dtype}"
     try:
-        from vllm import ModelRegistry
+        from kvcompress.serving.vllm.compat import offline
 
-        known = {*ModelRegistry.get_supported_archs(), LATENT_ARCHITECTURE}
+        known = {*offline.architectures(), LATENT_ARCHITECTURE}
     except Exception as error:  # a broken installation raises whatever its parts do
         return f"vLLM cannot be imported ({first_line(error)})"
     for name, config in configs.items():

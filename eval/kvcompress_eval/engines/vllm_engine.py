@@ -58,8 +58,8 @@ class VllmEngine:
         for key, value in ENVIRONMENT.items():
             os.environ.setdefault(key, value)
         try:
-            from vllm import LLM
-        except ImportError as error:
+            from kvcompress.serving.vllm.compat import offline
+        except (ImportError, RuntimeError) as error:
             raise ValueError(f"engine vllm needs vLLM installed, and importing it failed: {error}") from error
         import torch
 
@@ -78,10 +78,10 @@ class VllmEngine:
             "enforce_eager": not torch.cuda.is_available(),
             "max_num_seqs": self.batch_size,
             "disable_log_stats": True,
-            "generation_config": "vllm",  # whose end tokens are read above
             **options,
         }
-        self._llm: Any = LLM(model=str(model), dtype=dtype, max_model_len=max_context, **arguments)
+        self._offline = offline
+        self._llm: Any = offline.start(str(model), dtype=dtype, max_model_len=max_context, **arguments)
         self._requests = 0
 
     def generate(
@@ -93,40 +93,25 @@ class VllmEngine:
         ignore_end: bool = False,
         answered: Callable[[int], None] | None = None,
     ) -> list[Generation]:
-        # The engine is stepped by hand, so that a continuation can be ended by what its text contains.
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
         ends = set() if ignore_end else self._ends
-        params = SamplingParams(
-            temperature=0.0,
-            max_tokens=max_tokens,
-            stop_token_ids=sorted(ends),
-            ignore_eos=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.CUMULATIVE,
-        )
-        engine = self._llm.llm_engine
-        rendered = engine.renderer.render_cmpl([{"prompt_token_ids": list(prompt)} for prompt in prompts])
-        position = {f"eval-{self._requests + index}": index for index in range(len(prompts))}
+        names = [f"eval-{self._requests + index}" for index in range(len(prompts))]
         self._requests += len(prompts)
-        for key, prompt in zip(position, rendered, strict=True):
-            engine.add_request(key, prompt, params)
+        position = {name: index for index, name in enumerate(names)}
         done: list[Generation | None] = [None] * len(prompts)
-        while engine.has_unfinished_requests():
-            for output in engine.step():
-                index = position[output.request_id]
-                if done[index] is not None:
-                    continue
-                tokens = [token for token in output.outputs[0].token_ids if token not in ends]
-                text = self._tokenizer.decode(tokens)
-                found = bool(until and until[index]) and contains_all(text, until[index] if until else ())
-                if output.finished or found:
-                    done[index] = Generation(tuple(tokens), text, output.num_cached_tokens)
-                    if answered is not None:
-                        answered(len(done) - done.count(None))
-                if found and not output.finished:
-                    engine.abort_request([output.request_id])
+        given = dict(zip(names, prompts, strict=True))
+        for answer in self._offline.answers(self._llm, given, max_tokens, sorted(ends)):
+            index = position[answer.request]
+            if done[index] is not None:
+                continue
+            tokens = [token for token in answer.tokens if token not in ends]
+            text = self._tokenizer.decode(tokens)
+            found = bool(until and until[index]) and contains_all(text, until[index] if until else ())
+            if answer.finished or found:
+                done[index] = Generation(tuple(tokens), text, answer.cached_tokens)
+                if answered is not None:
+                    answered(len(done) - done.count(None))
+            if found and not answer.finished:
+                self._offline.abort(self._llm, answer.request)
         assert all(item is not None for item in done), "vLLM dropped a request"
         return [item for item in done if item is not None]
 
@@ -138,25 +123,15 @@ class VllmEngine:
                 "layers of this model share latents, so vLLM scores a prompt with an exact cache and would hide the "
                 "loss; use engine transformers for perplexity and agreement"
             )
-        from vllm import SamplingParams
-
-        params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1, detokenize=False)
-        prompt = {"prompt_token_ids": list(tokens)}
-        entries = self._llm.generate([prompt], params, use_tqdm=False)[0].prompt_logprobs[1:]
-        log_probs = [row[token].logprob for row, token in zip(entries, tokens[1:], strict=True)]
-        top1 = [next(token for token, entry in row.items() if entry.rank == 1) for row in entries]
+        log_probs, top1 = self._offline.prompt_scores(self._llm, tokens)
         return Scores(np.asarray(log_probs, np.float32), np.asarray(top1, np.int64))
 
     def capacity_tokens(self) -> int | None:
-        """Cache blocks times block size, as the engine settled them at start-up."""
-        config = self._llm.llm_engine.vllm_config.cache_config
-        return int(config.num_gpu_blocks) * int(config.block_size)
+        return self._offline.capacity_tokens(self._llm)
 
     def close(self) -> None:
         import gc
 
-        from vllm.distributed import cleanup_dist_env_and_memory
-
         del self._llm
         gc.collect()
-        cleanup_dist_env_and_memory()
+        self._offline.clean_up()

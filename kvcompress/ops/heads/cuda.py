@@ -81,7 +81,7 @@ class CudaHeads(HeadsOp):
         self._append(pages_NHX, keys_THD, values_THD, slots_T, whole_blocks=False)
 
     def compress(self, pages_NHX: Tensor, keys_THD: Tensor, values_THD: Tensor, blocks_N: Tensor) -> None:
-        assert keys_THD.shape[0] == blocks_N.shape[0] * self.layout(pages_NHX).block_size
+        self._filled_block_size(pages_NHX, keys_THD, blocks_N)
         self._append(pages_NHX, keys_THD, values_THD, blocks_N, whole_blocks=True)
 
     def _append(

@@ -53,14 +53,19 @@ class HeadsOp:
             ValueError: there are not as many tokens as the blocks hold; or, not on a GPU, a block lies outside the
                 cache.
         """
+        block_size = self._filled_block_size(pages_NHX, keys_THD, blocks_N)
+        offset_S = torch.arange(block_size, device=blocks_N.device)
+        self.append(pages_NHX, keys_THD, values_THD, (blocks_N.long()[:, None] * block_size + offset_S).flatten())
+
+    def _filled_block_size(self, pages_NHX: Tensor, keys_THD: Tensor, blocks_N: Tensor) -> int:
+        """Tokens of a block, of which there are as many as the blocks hold."""
         block_size = self.layout(pages_NHX).block_size
         tokens = blocks_N.shape[0] * block_size
         if keys_THD.shape[0] != tokens:
             raise ValueError(
                 f"found {keys_THD.shape[0]} tokens for {blocks_N.shape[0]} blocks of {block_size}; expected {tokens}"
             )
-        offset_S = torch.arange(block_size, device=blocks_N.device)
-        self.append(pages_NHX, keys_THD, values_THD, (blocks_N.long()[:, None] * block_size + offset_S).flatten())
+        return block_size
 
     def read(
         self, pages_NHX: Tensor, block_table_N: Tensor, length: int, dtype: torch.dtype = torch.float32

@@ -12,10 +12,9 @@ The import has to come before `from_pretrained`: factored and quantized weights 
 
 from kvcompress import modeling
 from kvcompress.serving.transformers import low_rank
-from kvcompress.serving.transformers.blocks import prepare
-from kvcompress.serving.transformers.cache import CompressedCache, CompressedLayer
+from kvcompress.serving.transformers.cache import CompressedCache, prepare
 
-__all__ = ["CompressedCache", "CompressedLayer", "prepare"]
+__all__ = ["CompressedCache", "prepare"]
 
 low_rank.register()
 modeling.register()

@@ -1,6 +1,6 @@
-"""Caches of the form `blocks` under transformers: complete blocks as bytes, the newest, incomplete block as it is.
+"""Form `blocks` under transformers: complete blocks as bytes, the newest, incomplete block as it is.
 
-What a token is attended as depends on the query's position (`codec.gear`): within one forward call an early query may
+What a token is attended as depends on the query's position (`codec.blocks`): within one forward call an early query may
 see a block exactly and a late one see it compressed. So the layer hands attention both kinds of rows, compressed ones
 first, and an attention function of ours, which `prepare` selects, shows each query its own.
 """
@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from kvcompress.codec.blocks.attention import visible_rows
 from kvcompress.codec.blocks.codec import BlocksCodec
+from kvcompress.serving.transformers.layer import CompressedLayer
 
 ATTENTION = "kvcompress"
 """Name of the attention function among transformers' own."""
@@ -35,23 +35,23 @@ class _Rows:
     block: int
 
 
-class BlockLayer(DynamicLayer):  # type: ignore[misc]
-    """One layer's cache. `keys` and `values` are the open block's, exact; `records` is
+class BlocksLayer(CompressedLayer):
+    """`keys` and `values` are the open block's, exact; `records` is
     `uint8 [batch, blocks, heads, record_bytes]`.
     """
 
+    codec: BlocksCodec
     is_croppable = False
+    prepared = False
 
-    def __init__(self, codec: BlocksCodec) -> None:
-        super().__init__()
-        self.codec = codec
-        self.prepared = False
+    def kept(self) -> list[Tensor]:
+        return [self.keys, self.values, self.records]
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes the layer holds now."""
-        held = (self.keys, self.values, self.records) if self.is_initialized else ()
-        return sum(tensor.nbytes for tensor in held)
+    def prepare(self, model: PreTrainedModel) -> None:
+        """The model keeps working with every other cache: rows that no such layer made go to PyTorch's attention."""
+        if model.config._attn_implementation != ATTENTION:
+            model.set_attn_implementation(ATTENTION)
+        self.prepared = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -134,18 +134,6 @@ class BlockLayer(DynamicLayer):  # type: ignore[misc]
 
     def _each(self, change: Any) -> None:
         self.keys, self.values, self.records = (change(tensor) for tensor in (self.keys, self.values, self.records))
-
-
-def prepare(model: PreTrainedModel, cache: Any) -> None:
-    """Let a model attend a cache with layers of the form `blocks`. Caches of other forms need nothing.
-
-    The model keeps working with every other cache: rows that no such layer made go to PyTorch's own attention.
-    """
-    layers = [layer for layer in cache.layers if isinstance(layer, BlockLayer)]
-    if layers and model.config._attn_implementation != ATTENTION:
-        model.set_attn_implementation(ATTENTION)
-    for layer in layers:
-        layer.prepared = True
 
 
 def attention(

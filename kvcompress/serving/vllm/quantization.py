@@ -3,7 +3,7 @@
 `config.json` says `quantization_config: {"quant_method": "kvcompress", "version": 1, "codec": ..., "weights": ...}`. An
 attention layer with a codec gets the compressed cache, before vLLM sizes its cache. Linear layers that `weights` lists
 are served from their factors; all others keep their ordinary weights, or those of the quantization that the section has
-as `base` (`delegation`).
+as `base` (`compat.delegation`).
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ from kvcompress.checkpoint.reader import QUANT_METHOD
 from kvcompress.codec.nested import cut_spec
 from kvcompress.modeling.low_rank import ranks_of
 from kvcompress.serving.loading import kv_bits, kv_rank, read_spec
-from kvcompress.serving.vllm import compat, weights
-from kvcompress.serving.vllm.delegation import DelegatingConfig
+from kvcompress.serving.vllm import compat
 from kvcompress.serving.vllm.low_rank import LowRankLinearMethod, part_ranks
 from kvcompress.serving.vllm.sentinel import Sentinel
 from kvcompress.serving.vllm.startup import Startup
 
 
 @compat.register_quantization_config(QUANT_METHOD)
-class KVCompressConfig(DelegatingConfig):
+class KVCompressConfig(compat.DelegatingConfig):
     """What config.json says. Made in the front end and sent to the workers, so it holds plain data until they start."""
 
     def __init__(self, section: dict[str, Any]) -> None:
@@ -85,7 +84,7 @@ class KVCompressConfig(DelegatingConfig):
 
     def built(self, model: Any, source: str) -> None:
         """A model of this quantization stands and its weights are about to be read (`compat.extend_loader`)."""
-        weights.require_all(model, self.ranks, source)
+        compat.require_all(model, self.ranks, source)
 
     def report(self) -> None:
         """Tell the operator what the cache takes; for models whose layers all go without a codec."""

@@ -81,7 +81,7 @@ def test_paged_attention_equals_exact_attention_on_the_stored_tokens(k: str, v: 
     k_latent, v_latent = pages.read(memory, layout, codec, blocks[: -(-tokens // 16)], tokens)
     queries = min(tokens, 5)
     query = torch.randn(queries, HEADS, GROUP, HEAD_DIM, generator=generator)
-    found = attention.attend(query, k_latent, v_latent, codec, HEAD_DIM**-0.5)
+    found, _ = attention.attend(query, k_latent, v_latent, codec, HEAD_DIM**-0.5)
     stored = [side.reconstruct(side.encode(x)) for side, x in ((codec.k, keys), (codec.v, values))]
     torch.testing.assert_close(found.double(), exact(query, stored[0], stored[1], HEAD_DIM**-0.5), rtol=1e-4, atol=1e-4)
 
@@ -92,7 +92,7 @@ def test_full_rank_sixteen_bits_equals_plain_attention() -> None:
     keys, values = (torch.randn(200, HEADS, HEAD_DIM, generator=generator) for _ in range(2))
     query = torch.randn(9, HEADS, GROUP, HEAD_DIM, generator=generator)
     latents = [side.decode(side.encode(x)) for side, x in ((codec.k, keys), (codec.v, values))]
-    found = attention.attend(query, latents[0], latents[1], codec, HEAD_DIM**-0.5)
+    found, _ = attention.attend(query, latents[0], latents[1], codec, HEAD_DIM**-0.5)
     torch.testing.assert_close(found.double(), exact(query, keys, values, HEAD_DIM**-0.5), rtol=2e-3, atol=2e-3)
 
 

@@ -11,8 +11,7 @@ from kvcompress.codec.bands import Band, SideSpec
 from kvcompress.codec.heads import fragment, pages
 from kvcompress.codec.heads.layout import FRAGMENT, PageLayout
 from kvcompress.codec.heads.spec import HeadsSpec
-from kvcompress.ops.heads.append import append
-from kvcompress.ops.heads.plan import HeadsPlan
+from kvcompress.ops.heads.attention import bind
 from tests.golden import pages as golden
 from tests.ops.heads.cases import bands, random_codec
 
@@ -78,10 +77,8 @@ def test_golden_bytes_of_the_reference(name: str) -> None:
 @pytest.mark.parametrize("name", golden.SIDES)
 def test_golden_bytes_of_the_cpu_kernels(name: str) -> None:
     stored = golden.read(name)
-    layout = PageLayout.of(stored.codec.spec, golden.BLOCK_SIZE)
-    pages_NHX = torch.zeros(1, golden.HEADS, layout.record_bytes, dtype=torch.uint8)
-    slots_T = torch.arange(golden.BLOCK_SIZE)
-    append(pages_NHX, layout, HeadsPlan.of(stored.codec), stored.keys_THD, stored.values_THD, slots_T)
+    pages_NHX = torch.zeros_like(stored.token_major_HX)[None]
+    bind(stored.codec, "cpu").append(pages_NHX, stored.keys_THD, stored.values_THD, torch.arange(golden.BLOCK_SIZE))
     assert torch.equal(pages_NHX[0], stored.token_major_HX)
 
 

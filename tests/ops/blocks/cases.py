@@ -11,8 +11,8 @@ from torch import Tensor
 
 from kvcompress.codec.blocks.codec import BlocksCodec, BlockSideCodec
 from kvcompress.codec.blocks.spec import BlockSide
-from kvcompress.ops.blocks import attention as blocks
-from kvcompress.ops.blocks.plan import BlocksPlan
+from kvcompress.ops.blocks.attention import bind
+from kvcompress.ops.blocks.reference import BlocksOp
 from tests.ops.heads.cases import POISON, starts
 
 DRAFTS = 3
@@ -52,7 +52,7 @@ def random_codec(heads: int, head_dim: int, specs: tuple[BlockSide, BlockSide], 
 class Batch:
     """Requests in the middle of a step: complete blocks in pages, older open tokens in rings, the step's own beside."""
 
-    plan: BlocksPlan
+    op: BlocksOp
     pages_NHMB: Tensor
     rings_NHXPD: Tensor
     ring_R: list[int]
@@ -75,35 +75,26 @@ class Batch:
         ]
         return torch.cat(tokens)
 
-    def attend(self, query_THD: Tensor, **options: int) -> tuple[Tensor, Tensor]:
-        output_THD, lse_TH = torch.full_like(query_THD, torch.nan), torch.full(query_THD.shape[:2], torch.nan)
-        blocks.attend(
-            output_THD,
-            query_THD,
-            self.newest(0),
-            self.newest(1),
-            self.pages_NHMB,
-            self.rings_NHXPD,
-            self.ring_R,
-            self.plan,
-            self.block_table_RN,
-            self.query_starts,
-            self.seq_lens,
-            query_THD.shape[2] ** -0.5,
-            lse_TH,
-            **options,
-        )
+    def attend(
+        self, query_THD: Tensor, softmax_scale: float | None = None, **options: int | None
+    ) -> tuple[Tensor, Tensor]:
+        output_THD = torch.full_like(query_THD, torch.nan)
+        lse_TH = torch.full(query_THD.shape[:2], torch.nan, device=query_THD.device)
+        rows = (query_THD, self.newest(0), self.newest(1), self.pages_NHMB, self.rings_NHXPD, self.ring_R)
+        batch = (self.block_table_RN, self.query_starts, self.seq_lens)
+        scale = softmax_scale or query_THD.shape[2] ** -0.5
+        self.op.attend(output_THD, *rows, *batch, scale, lse_TH, **options)
         return output_THD, lse_TH
 
     def exact(self, query_THD: Tensor) -> tuple[Tensor, Tensor]:
         """Ordinary attention in float64 on what each query sees: stored blocks by its position, else exact tokens."""
-        spec, outputs, lses = self.plan.spec, [], []
+        spec, outputs, lses = self.op.plan.spec, [], []
         for request, (start, stop) in enumerate(pairwise(self.query_starts)):
             keys, values = self.histories[request]
             number = torch.arange(len(keys) // spec.block)
             per_page = self.pages_NHMB.shape[2]
             page = self.block_table_RN[request].long()[number // per_page]
-            sealed = self.plan.codec.reconstruct(self.pages_NHMB[page, :, number % per_page])
+            sealed = self.op.plan.codec.reconstruct(self.pages_NHMB[page, :, number % per_page])
             stored = [side.double().transpose(1, 2).flatten(0, 1) for side in sealed]
             for index in range(start, stop):
                 position = len(keys) - (stop - index)
@@ -152,7 +143,7 @@ def batch_of(
         rings_NHXPD[ring_R[request], :, :, position % places] = torch.stack([keys[position], values[position]]).permute(
             2, 0, 1, 3
         )
-    return Batch(BlocksPlan(codec), pages_NHMB, rings_NHXPD, ring_R, table_RN, histories, list(query_lens))
+    return Batch(bind(codec, "cpu"), pages_NHMB, rings_NHXPD, ring_R, table_RN, histories, list(query_lens))
 
 
 def random_batch(

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from kvcompress.codec.blocks.spec import BlockSide
-from kvcompress.ops.blocks import attention as blocks
-from kvcompress.ops.blocks.attention import block_attention_op
-from kvcompress.ops.blocks.plan import BlocksPlan
+from kvcompress.ops.blocks.attention import bind
+from kvcompress.ops.blocks.cpu import CpuBlocks
+from kvcompress.ops.blocks.reference import BlocksOp
 from tests.ops.blocks.cases import Batch, batch_of, random_batch, random_codec, sides
 from tests.ops.heads.cases import POISON, relative_error
 
@@ -53,7 +53,7 @@ def test_ragged_batch_of_prefill_and_decode(
 ) -> None:
     block = specs[0].block
     codec = random_codec(2, head_dim, specs)
-    assert BlocksPlan(codec).covered()
+    assert isinstance(bind(codec, "cpu"), CpuBlocks)
     seq_lens = [1, block - 1, block, block + 1, 3 * block - 1, 2 * block, 150, 3 * block + 5]
     query_lens = [1, 1, 1, 1, block + 3, 2 * block, 33, 2]
     batch = random_batch(codec, seq_lens, query_lens)
@@ -87,15 +87,8 @@ def test_results_depend_on_neither_threads_nor_batch(level: str, bits: int) -> N
         torch.set_num_threads(threads)
         results.append(batch.attend(query_THD, split_tokens=128)[0])
     assert all(torch.equal(result, results[0]) for result in results[1:])
-    alone = Batch(
-        batch.plan,
-        batch.pages_NHMB,
-        batch.rings_NHXPD,
-        batch.ring_R[2:],
-        batch.block_table_RN[2:],
-        batch.histories[2:],
-        [1],
-    )
+    alone = replace(batch, ring_R=batch.ring_R[2:], block_table_RN=batch.block_table_RN[2:])
+    alone.histories, alone.query_lens = batch.histories[2:], [1]
     assert torch.equal(alone.attend(query_THD[41:], split_tokens=128)[0], results[0][41:])
 
 
@@ -145,7 +138,7 @@ def test_adversarial_values(level: str, bits: int, case: str) -> None:
     output_THD, _ = batch.attend(query_THD)
     expected_THD, _ = batch.exact(query_THD)
     # Zeros are the mean plus its opposite: the mean is the size of what is added up.
-    size = max(float(expected_THD.norm()), float(batch.plan.v_mean_HD.norm()))
+    size = max(float(expected_THD.norm()), float(batch.op.plan.codec.v.mean_HD.norm()))
     assert float((output_THD.double() - expected_THD).norm()) < bar * size
 
 
@@ -189,20 +182,9 @@ def test_strided_queries_keys_outputs_and_numbers(level: str) -> None:
         assert not found.is_contiguous()
         return found
 
-    blocks.attend(
-        output_THD[:, 2:6],
-        wide_THD[:, :4],
-        wide_THD[:, 4:6],
-        wide_THD[:, 6:],
-        batch.pages_NHMB,
-        batch.rings_NHXPD,
-        column(batch.ring_R),
-        batch.plan,
-        batch.block_table_RN,
-        column(batch.query_starts),
-        column(batch.seq_lens),
-        32**-0.5,
-    )
+    rows = (wide_THD[:, :4], wide_THD[:, 4:6], wide_THD[:, 6:], batch.pages_NHMB, batch.rings_NHXPD)
+    numbers = (column(batch.ring_R), batch.block_table_RN, column(batch.query_starts), column(batch.seq_lens))
+    batch.op.attend(output_THD[:, 2:6], *rows, *numbers, 32**-0.5)
     assert torch.equal(output_THD[:, 2:6], expected_THD)
     assert not output_THD[:, :2].any()
     assert not output_THD[:, 6:].any()
@@ -227,7 +209,7 @@ def test_attention_without_the_library(head_dim: int, specs: tuple[BlockSide, Bl
 )
 def test_a_shape_the_kernels_do_not_cover_goes_to_the_reference(specs: tuple[BlockSide, BlockSide]) -> None:
     codec = random_codec(2, 32, specs)
-    assert not BlocksPlan(codec).covered()
+    assert type(bind(codec, "cpu")) is BlocksOp
     assert_exact(random_batch(codec, [70], [2]), random_query(2, 4, 32))
 
 
@@ -255,36 +237,3 @@ class TestRefusals:
         batch.block_table_RN = batch.block_table_RN[:, :0]
         with pytest.raises(ValueError, match="block table"):
             batch.attend(random_query(1, 2, 32))
-
-
-def arguments(batch: Batch) -> tuple[Any, ...]:
-    tensors, numbers = batch.plan.flatten()
-    lists = (torch.tensor(numbers) for numbers in (batch.query_starts, batch.seq_lens))
-    return (
-        random_query(sum(batch.query_lens), 4, 32),
-        batch.newest(0),
-        batch.newest(1),
-        batch.pages_NHMB.contiguous(),
-        batch.rings_NHXPD.contiguous(),
-        torch.tensor(batch.ring_R),
-        batch.block_table_RN,
-        *lists,
-        tensors,
-        numbers,
-        32**-0.5,
-    )
-
-
-def test_opcheck() -> None:
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
-    batch = random_batch(random_codec(2, 32, sides()), [70, 33], [1, 3])
-    torch.library.opcheck(block_attention_op, arguments(batch), test_utils=checks)
-
-
-def test_op_is_the_function() -> None:
-    batch = random_batch(random_codec(2, 32, sides(v_rank=24)), [70, 33], [1, 3])
-    inputs = arguments(batch)
-    found = torch.ops.kvcompress.block_attention(*inputs)
-    assert BlocksPlan.unflatten(*batch.plan.flatten()).spec == batch.plan.spec
-    for found_part, expected_part in zip(found, batch.attend(inputs[0]), strict=True):
-        assert torch.equal(found_part, expected_part)

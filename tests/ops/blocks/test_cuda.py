@@ -12,11 +12,10 @@ from torch import Tensor
 
 from kvcompress.codec.blocks.spec import BlockSide
 from kvcompress.ops import gpu
-from kvcompress.ops.blocks import attention as blocks
 from kvcompress.ops.blocks import cuda as cuda_blocks
-from kvcompress.ops.blocks import reference as block_reference
-from kvcompress.ops.blocks import store as block_store
-from kvcompress.ops.blocks.plan import BlocksPlan
+from kvcompress.ops.blocks.attention import bind
+from kvcompress.ops.blocks.cuda import CudaBlocks
+from kvcompress.ops.blocks.reference import BlocksOp, newest
 from tests.ops import emulated
 from tests.ops.blocks.cases import Batch, batch_of, random_batch, random_codec
 from tests.ops.blocks.cuda_sides import BAR, SHAPES, cuda_sides, random_query
@@ -32,28 +31,10 @@ def numbers(*rows: list[int]) -> list[Tensor]:
 def attend(
     kernels: ctypes.CDLL, batch: Batch, query_THD: Tensor, splits: int | None = None, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    assert cuda_blocks.covered(batch.plan, batch.pages_NHMB.shape[2])
-    output_THD, lse_TH = torch.full_like(query_THD, torch.nan), torch.full(query_THD.shape[:2], torch.nan)
-    ring_R, starts_R, lengths_R = numbers(batch.ring_R, batch.query_starts, batch.seq_lens)
-    cuda_blocks.attend(
-        kernels,
-        output_THD,
-        query_THD,
-        batch.newest(0),
-        batch.newest(1),
-        batch.pages_NHMB,
-        batch.rings_NHXPD,
-        ring_R,
-        batch.plan,
-        batch.block_table_RN,
-        starts_R,
-        lengths_R,
-        scale or query_THD.shape[2] ** -0.5,
-        lse_TH,
-        max(batch.query_lens),
-        splits,
-    )
-    return output_THD, lse_TH
+    codec = batch.op.plan.codec
+    assert cuda_blocks.covers(codec.spec)
+    batch = replace(batch, op=CudaBlocks(kernels, codec))
+    return batch.attend(query_THD, scale, max_query_len=max(batch.query_lens), splits=splits)
 
 
 def assert_exact(
@@ -161,7 +142,7 @@ def test_adversarial_values(kernels: ctypes.CDLL, bits: int, case: str) -> None:
     output_THD, _ = attend(kernels, batch, query_THD)
     expected_THD, _ = batch.exact(query_THD)
     # Zeros are the mean plus its opposite: the mean is the size of what is added up.
-    size = max(float(expected_THD.norm()), float(batch.plan.v_mean_HD.norm()))
+    size = max(float(expected_THD.norm()), float(batch.op.plan.codec.v.mean_HD.norm()))
     assert float((output_THD.double() - expected_THD).norm()) < 3e-3 * size
 
 
@@ -215,8 +196,8 @@ def test_rows_side_by_side_and_not_aligned(kernels: ctypes.CDLL) -> None:
         output_THD = torch.full((4, 5, 64), torch.nan, dtype=torch.bfloat16)
         ring_R, starts_R, lengths_R = numbers(batch.ring_R, batch.query_starts, batch.seq_lens)
         rows = (wide_THD[:, :4], wide_THD[:, 4:6], wide_THD[:, 6:8], batch.pages_NHMB, batch.rings_NHXPD, ring_R)
-        table = (batch.plan, batch.block_table_RN, starts_R, lengths_R)
-        cuda_blocks.attend(kernels, output_THD[:, :4], *rows, *table, 0.125, None, 3)
+        table = (batch.block_table_RN, starts_R, lengths_R)
+        CudaBlocks(kernels, batch.op.plan.codec).attend(output_THD[:, :4], *rows, *table, 0.125, max_query_len=3)
         assert torch.equal(output_THD[:, :4], expected_THD)
         assert output_THD[:, 4].isnan().all()
 
@@ -230,8 +211,9 @@ def test_keep(kernels: ctypes.CDLL, dtype: torch.dtype) -> None:
     keys_THD, values_THD = torch.randn(2, 230, 4, 16, generator=generator).to(dtype)[:, :, 1:3]
     one, other = (torch.full((9, 3, 2, places, 16), torch.nan, dtype=dtype)[:, 1:] for _ in range(2))
     ring_R, starts_R, lengths_R = numbers([7, 0, 3, 1, 5], starts, lengths)
-    cuda_blocks.keep(kernels, one, ring_R, keys_THD, values_THD, starts_R, lengths_R)
-    block_store.keep(other, ring_R, keys_THD[:223], values_THD[:223], starts_R, lengths_R)
+    codec = random_codec(2, 16, cuda_sides(16, 4))
+    CudaBlocks(kernels, codec).keep(one, ring_R, keys_THD, values_THD, starts_R, lengths_R)
+    BlocksOp(codec).keep(other, ring_R, keys_THD[:223], values_THD[:223], starts_R, lengths_R)
     assert int(one.isfinite().sum()) == 2 * 2 * 16 * sum(min(count, places) for count in counts)
     assert torch.equal(one.nan_to_num(9), other.nan_to_num(9))
 
@@ -254,19 +236,12 @@ def test_what_the_kernels_refuse(kernels: ctypes.CDLL, change: dict[str, Any], p
     k, v = cuda_sides(64, 4)
     if "block" in change:
         k = replace(k, **change)
-    plan = BlocksPlan(random_codec(1, 256, (k, replace(v, **change))))
-    assert not cuda_blocks.covered(plan, per_page)
-    pages_NHMB = torch.zeros(1, 1, per_page, plan.spec.record_bytes, dtype=torch.uint8)
+    codec = random_codec(1, 256, (k, replace(v, **change)))
+    assert cuda_blocks.covers(codec.spec) == (not change)
+    pages_NHMB = torch.zeros(1, 1, per_page, codec.spec.record_bytes, dtype=torch.uint8)
     with pytest.raises(ValueError, match="shape"):
-        cuda_blocks.attend_blocks(
-            kernels,
-            torch.zeros(1, 1, k.rank),
-            pages_NHMB,
-            plan,
-            *numbers([0])[0][None, None],
-            *numbers([0, 1], [1]),
-            1.0,
-            1,
+        CudaBlocks(kernels, codec).attend_blocks(
+            torch.zeros(1, 1, k.rank), pages_NHMB, *numbers([0])[0][None, None], *numbers([0, 1], [1]), 1.0, 1
         )
 
 
@@ -279,31 +254,31 @@ def test_structs_have_the_sizes_the_library_was_built_with(kernels: ctypes.CDLL)
 
 @pytest.fixture
 def on_device(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Tensors on the CPU count as a GPU's; the names of the kernels' functions that are called."""
-    found = emulated.library("sm_90")
-    if found is None:
-        pytest.skip("no C++ compiler to emulate the CUDA kernels with")
+    """Tensors on the CPU count as a GPU's; the names of the kernels that are called."""
+    emulated.count_as_gpu(monkeypatch)
     calls: list[str] = []
-    for name in ("attend", "keep"):
-        function = getattr(cuda_blocks, name)
-        monkeypatch.setattr(cuda_blocks, name, lambda *args, f=function, n=name: (calls.append(n), f(*args))[1])
-
-    def library_for(pages_NHMB: Tensor, plan: BlocksPlan, *rows: Tensor) -> ctypes.CDLL | None:
-        return found if cuda_blocks.covered(plan, pages_NHMB.shape[2]) else None
-
-    monkeypatch.setattr(cuda_blocks, "library_for", library_for)
-    monkeypatch.setattr(cuda_blocks, "keeping_library_for", lambda *rows: found)
+    for name in ("attend_blocks", "keep"):
+        function = getattr(CudaBlocks, name)
+        monkeypatch.setattr(CudaBlocks, name, lambda *args, f=function, n=name: (calls.append(n), f(*args))[1])
     return calls
 
 
+@pytest.mark.usefixtures("on_device")
+def test_who_works_on_a_layer() -> None:
+    """The kernels where they know it, else torch or the CPU's kernels."""
+    assert isinstance(bind(random_codec(1, 64, cuda_sides(64, 4)), "cpu"), CudaBlocks)
+    assert not bind(random_codec(1, 64, cuda_sides(24, 4)), "cpu").on_kernels
+
+
 @pytest.mark.parametrize("query_lens", [[1, 1], [3, 0], [gpu.MOST_QUERIES + 1, 1]])
-def test_the_operation(on_device: list[str], query_lens: list[int]) -> None:
-    """Many queries are a prefill and go to torch, as does what the kernels do not cover."""
-    batch = random_batch(random_codec(2, 64, cuda_sides(64, 4)), [150, 70], query_lens)
+@pytest.mark.parametrize("per_page", [2, 3])
+def test_the_operation(on_device: list[str], query_lens: list[int], per_page: int) -> None:
+    """Many queries are a prefill and go to torch, as do pages that the kernels do not cover."""
+    batch = random_batch(random_codec(2, 64, cuda_sides(64, 4)), [150, 70], query_lens, per_page)
     query_THD = random_query(sum(query_lens), 4, 64)
     output_THD, _ = batch.attend(query_THD)
     assert relative_error(output_THD, batch.exact(query_THD)[0]) < BAR
-    assert on_device == (["attend"] if max(query_lens) <= gpu.MOST_QUERIES else [])
+    assert on_device == (["attend_blocks"] if max(query_lens) <= gpu.MOST_QUERIES and per_page == 2 else [])
 
 
 def test_steps_one_after_the_other(on_device: list[str]) -> None:
@@ -321,13 +296,13 @@ def test_steps_one_after_the_other(on_device: list[str]) -> None:
         step = replace(whole, pages_NHMB=pages_NHMB, rings_NHXPD=rings_NHXPD, histories=seen, query_lens=counts)
         tokens = (step.newest(0), step.newest(1))
         batch = (step.query_starts, step.seq_lens)
-        block_store.seal(pages_NHMB, rings_NHXPD, ring_R, step.plan, *tokens, step.block_table_RN, *batch)
+        step.op.seal(pages_NHMB, rings_NHXPD, ring_R, *tokens, step.block_table_RN, *batch)
         query_THD = random_query(sum(counts), 4, 64)
         output_THD, _ = step.attend(query_THD)
         assert relative_error(output_THD, step.exact(query_THD)[0]) < BAR
-        block_store.keep(rings_NHXPD, ring_R, *tokens, *batch)
+        step.op.keep(rings_NHXPD, ring_R, *tokens, *batch)
     assert on_device.count("keep") == 5
-    assert "attend" in on_device
+    assert "attend_blocks" in on_device
 
 
 def test_nothing_is_read_from_the_device(on_device: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,15 +317,14 @@ def test_nothing_is_read_from_the_device(on_device: list[str], monkeypatch: pyte
     for name in ("tolist", "item", "cpu", "__int__", "__bool__"):
         monkeypatch.setattr(Tensor, name, refuse)
     rows = (output_THD, query_THD, batch.newest(0), batch.newest(1), batch.pages_NHMB, batch.rings_NHXPD, ring_R)
-    table = (batch.plan, batch.block_table_RN, starts_R, lengths_R)
-    blocks.attend(*rows, *table, 0.125, max_query_len=1)
-    assert on_device == ["attend"]
+    batch.op.attend(*rows, batch.block_table_RN, starts_R, lengths_R, 0.125, max_query_len=1)
+    assert on_device == ["attend_blocks"]
 
 
 def test_the_reference_reads_the_ring_by_its_number() -> None:
     rings_NHXPD = torch.randn(3, 2, 2, 67, 8)
     own = torch.randn(4, 2, 8)
-    (keys, values), start = block_reference.newest(rings_NHXPD, torch.tensor([2]), own, own, 70, 64)
+    (keys, values), start = newest(rings_NHXPD, torch.tensor([2]), own, own, 70, 64)
     assert start == 64
     assert torch.equal(keys, torch.cat([rings_NHXPD[2, :, 0, [64, 65]].transpose(0, 1), own]))
     assert torch.equal(values[:2], rings_NHXPD[2, :, 1, [64, 65]].transpose(0, 1))

@@ -12,7 +12,7 @@ from kvcompress.codec.bands import Band, SideSpec
 from kvcompress.codec.heads import pages
 from kvcompress.codec.heads.codec import HeadsCodec, SideCodec
 from kvcompress.codec.heads.layout import PageLayout
-from kvcompress.ops.heads.plan import HeadsPlan
+from kvcompress.ops.heads.reference import HeadsOp
 
 POISON = 0xFF
 """As halves: NaN; as block numbers: -1."""
@@ -37,14 +37,31 @@ def random_codec(heads: int, head_dim: int, k: SideSpec, v: SideSpec, seed: int 
 
 @dataclass
 class Cache:
-    """Requests stored by the reference `codec.pages.append`, in blocks of random numbers."""
+    """Requests stored by the reference `codec.pages.append`, in blocks of random numbers; `op` attends to them."""
 
-    codec: HeadsCodec
-    plan: HeadsPlan
-    layout: PageLayout
+    op: HeadsOp
     pages_NHX: Tensor
     block_table_RN: Tensor
     seq_lens: list[int]
+
+    @property
+    def codec(self) -> HeadsCodec:
+        return self.op.plan.codec
+
+    @property
+    def layout(self) -> PageLayout:
+        return self.op.layout(self.pages_NHX)
+
+    def attend(
+        self, query_THD: Tensor, query_lens: Sequence[int], softmax_scale: float | None = None, **options: int
+    ) -> tuple[Tensor, Tensor]:
+        """Output and lse, of the newest tokens of each request."""
+        output_THD = torch.full_like(query_THD, torch.nan)
+        lse_TH = torch.full(query_THD.shape[:2], torch.nan, device=query_THD.device)
+        scale = softmax_scale or query_THD.shape[2] ** -0.5
+        batch = (self.block_table_RN, starts(query_lens), self.seq_lens)
+        self.op.attend(output_THD, query_THD, self.pages_NHX, *batch, scale, lse_TH, **options)
+        return output_THD, lse_TH
 
 
 def fill(
@@ -66,7 +83,7 @@ def fill(
         token_T = torch.arange(lengths[request])
         slots_T = block_table_RN[request].long()[token_T // block_size] * block_size + token_T % block_size
         pages.append(pages_NHX, layout, codec, keys[request], values[request], slots_T)
-    return Cache(codec, HeadsPlan.of(codec), layout, pages_NHX, block_table_RN, lengths)
+    return Cache(HeadsOp(codec), pages_NHX, block_table_RN, lengths)
 
 
 def random_cache(codec: HeadsCodec, lengths: Sequence[int], block_size: int = 16, seed: int = 0) -> Cache:

@@ -10,8 +10,7 @@ from kvcompress.codec.bands import SideSpec
 from kvcompress.codec.heads import pages
 from kvcompress.codec.heads.codec import HeadsCodec, SideCodec
 from kvcompress.codec.heads.layout import PageLayout
-from kvcompress.ops.heads.append import append
-from kvcompress.ops.heads.plan import HeadsPlan
+from kvcompress.ops.heads.attention import bind
 from tests.ops.heads.cases import POISON, bands, random_codec
 
 SPECS = [
@@ -39,7 +38,7 @@ def both(codec: HeadsCodec, keys_THD: Tensor, values_THD: Tensor, slots_T: Tenso
     for _ in range(2):
         wide_NHX = torch.full((9, codec.spec.num_kv_heads + 1, layout.record_bytes), POISON, dtype=torch.uint8)
         written.append(wide_NHX[:, :-1])
-    append(written[0], layout, HeadsPlan.of(codec), keys_THD, values_THD, slots_T)
+    bind(codec, "cpu").append(written[0], keys_THD, values_THD, slots_T)
     pages.append(written[1], layout, codec, keys_THD, values_THD, slots_T)
     return written[0], written[1]
 

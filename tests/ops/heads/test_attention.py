@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from kvcompress.codec.bands import SideSpec
-from kvcompress.ops.heads.attention import decode_attention
+from kvcompress.ops.heads.attention import bind
+from kvcompress.ops.heads.cpu import CpuHeads
 from tests.ops.heads.cases import Cache, bands, exact, fill, random_cache, random_codec, relative_error, starts
 
 BAR = 1e-5
@@ -37,22 +40,10 @@ SIDES = [
 
 
 def attend(cache: Cache, query_THD: Tensor, query_lens: list[int], **options: int) -> tuple[Tensor, Tensor]:
-    output_THD = torch.full_like(query_THD, torch.nan)
-    lse_TH = torch.full(query_THD.shape[:2], torch.nan)
-    decode_attention(
-        output_THD,
-        query_THD,
-        cache.pages_NHX,
-        cache.layout,
-        cache.plan,
-        cache.block_table_RN,
-        starts(query_lens),
-        cache.seq_lens,
-        query_THD.shape[2] ** -0.5,
-        lse_TH,
-        **options,
-    )
-    return output_THD, lse_TH
+    """By the CPU's kernels."""
+    op = bind(cache.codec, "cpu")
+    assert isinstance(op, CpuHeads)
+    return replace(cache, op=op).attend(query_THD, query_lens, **options)
 
 
 def random_query(tokens: int, heads: int, head_dim: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -102,17 +93,8 @@ def test_strided_queries_and_outputs(level: str) -> None:
     wide_THD[1:5, ::2] = query_THD
     expected_THD, _ = attend(cache, query_THD, [1, 3])
     output_THD = torch.zeros(4, 9, 64)
-    decode_attention(
-        output_THD[:, 2:6],
-        wide_THD[1:5, ::2],
-        cache.pages_NHX,
-        cache.layout,
-        cache.plan,
-        cache.block_table_RN,
-        torch.tensor([0, 1, 4]),
-        torch.tensor(cache.seq_lens),
-        0.125,
-    )
+    batch = (cache.block_table_RN, torch.tensor([0, 1, 4]), torch.tensor(cache.seq_lens))
+    bind(cache.codec, "cpu").attend(output_THD[:, 2:6], wide_THD[1:5, ::2], cache.pages_NHX, *batch, 0.125)
     assert torch.equal(output_THD[:, 2:6], expected_THD)
     assert not output_THD[:, :2].any()
     assert not output_THD[:, 6:].any()
@@ -128,9 +110,7 @@ def test_results_depend_on_neither_threads_nor_batch(level: str, side: SideSpec)
         torch.set_num_threads(threads)
         results.append(attend(cache, query_THD, query_lens, split_tokens=128)[0])
     assert all(torch.equal(result, results[0]) for result in results[1:])
-    alone = Cache(
-        cache.codec, cache.plan, cache.layout, cache.pages_NHX, cache.block_table_RN[1:2], cache.seq_lens[1:2]
-    )
+    alone = replace(cache, block_table_RN=cache.block_table_RN[1:2], seq_lens=cache.seq_lens[1:2])
     last_THD = attend(alone, query_THD[40:41], [1], split_tokens=128)[0]
     torch.testing.assert_close(last_THD, results[0][40:41], rtol=1e-6, atol=1e-6)
 

@@ -14,7 +14,7 @@ from kvcompress.codec.heads.layout import FRAGMENT, PageLayout
 from kvcompress.codec.heads.spec import HeadsSpec
 from kvcompress.ops import cuda_library, gpu
 from kvcompress.ops.heads import cuda
-from kvcompress.ops.heads.plan import HeadsPlan
+from kvcompress.ops.heads.cuda import CudaHeads
 from tests.golden import pages as golden
 from tests.ops import emulated
 from tests.ops.heads.cases import POISON, Cache, bands, exact, fill, random_cache, random_codec, relative_error, starts
@@ -125,22 +125,7 @@ def test_queries_beyond_the_range_of_a_half(kernels: ctypes.CDLL, scale: float) 
     side = bands((4, 64), outliers=1)
     cache = random_cache(random_codec(1, 64, side, side), [100], 64)
     query_THD = scale * random_query(1, 4, 64)
-    output_THD, lse_TH = (torch.zeros(1, 4, 64), torch.zeros(1, 4))
-    found = emulated.to_fragment(cache)
-    cuda.attend(
-        kernels,
-        output_THD,
-        query_THD,
-        found.pages_NHX,
-        found.layout,
-        found.plan,
-        found.block_table_RN,
-        torch.tensor([0, 1], dtype=torch.int32),
-        torch.tensor([100], dtype=torch.int32),
-        0.125 / scale,
-        lse_TH,
-        1,
-    )
+    output_THD, _ = emulated.attend(kernels, cache, query_THD, [1], softmax_scale=0.125 / scale)
     expected_THD, _ = exact(cache, query_THD, [0, 1], 0.125 / scale)
     assert relative_error(output_THD, expected_THD) < bar(side)
 
@@ -181,16 +166,14 @@ def test_damaged_channel_numbers_are_ignored(kernels: ctypes.CDLL) -> None:
 def test_golden_bytes(kernels: ctypes.CDLL, name: str, whole: bool) -> None:
     """Tokens stored one by one in any order, or as a block, over memory that held something else."""
     stored = golden.read(name)
-    layout = PageLayout.of(stored.codec.spec, golden.BLOCK_SIZE, FRAGMENT)
-    pages_NHX = torch.full((3, golden.HEADS, layout.record_bytes), POISON, dtype=torch.uint8)
-    plan = HeadsPlan.of(stored.codec)
+    pages_NHX = torch.full((3, *stored.fragment_HX.shape), POISON, dtype=torch.uint8)
+    op = CudaHeads(kernels, stored.codec)
     if whole:
-        tokens = (stored.keys_THD, stored.values_THD)
-        cuda.append(kernels, pages_NHX, layout, plan, *tokens, blocks_N=torch.tensor([1]))
+        op.compress(pages_NHX, stored.keys_THD, stored.values_THD, torch.tensor([1]))
     else:
         for chosen in torch.randperm(golden.BLOCK_SIZE, generator=torch.Generator().manual_seed(1)).split(25):
             tokens = (stored.keys_THD[chosen], stored.values_THD[chosen])
-            cuda.append(kernels, pages_NHX, layout, plan, *tokens, slots_T=chosen + golden.BLOCK_SIZE)
+            op.append(pages_NHX, *tokens, chosen + golden.BLOCK_SIZE)
     assert torch.equal(pages_NHX[1], stored.fragment_HX)
     assert bool((pages_NHX[::2] == POISON).all())
 
@@ -215,11 +198,11 @@ def test_appended_bytes_with_a_projection(
     codec = random_codec(2, head_dim, spec, spec)
     slots_T = torch.randperm(384, generator=generator)[:40]
     slots_T[3], slots_T[7] = -1, 384  # padding; outside the cache
-    layouts = PageLayout.of(codec.spec, 128), PageLayout.of(codec.spec, 128, FRAGMENT)
-    plain_NHX, found_NHX = (torch.zeros(3, 2, layouts[0].record_bytes, dtype=torch.uint8) for _ in range(2))
+    layout = PageLayout.of(codec.spec, 128)
+    plain_NHX, found_NHX = (torch.zeros(3, 2, layout.record_bytes, dtype=torch.uint8) for _ in range(2))
     inside = slots_T < 384
-    pages.append(plain_NHX, layouts[0], codec, keys_THD[inside], values_THD[inside], slots_T[inside])
-    cuda.append(kernels, found_NHX, layouts[1], HeadsPlan.of(codec), keys_THD, values_THD, slots_T)
+    pages.append(plain_NHX, layout, codec, keys_THD[inside], values_THD[inside], slots_T[inside])
+    CudaHeads(kernels, codec).append(found_NHX, keys_THD, values_THD, slots_T)
     expected_NHX = fragment.to_fragment(plain_NHX, codec.spec, 128)
     # Sums in another order move a latent across a rounding boundary now and then.
     assert float((found_NHX != expected_NHX).float().mean()) < (
@@ -238,10 +221,10 @@ def test_adversarial_tokens(kernels: ctypes.CDLL, spec: SideSpec, case: str) -> 
         x_THD *= 1e6 if case == "huge" else 1e-7
     else:
         x_THD[3] = torch.nan if case == "nan" else torch.inf
-    layouts = PageLayout.of(codec.spec, 64), PageLayout.of(codec.spec, 64, FRAGMENT)
-    plain_NHX, found_NHX = (torch.zeros(1, 2, layouts[0].record_bytes, dtype=torch.uint8) for _ in range(2))
-    pages.append(plain_NHX, layouts[0], codec, x_THD, x_THD, torch.arange(16))
-    cuda.append(kernels, found_NHX, layouts[1], HeadsPlan.of(codec), x_THD, x_THD, torch.arange(16))
+    layout = PageLayout.of(codec.spec, 64)
+    plain_NHX, found_NHX = (torch.zeros(1, 2, layout.record_bytes, dtype=torch.uint8) for _ in range(2))
+    pages.append(plain_NHX, layout, codec, x_THD, x_THD, torch.arange(16))
+    CudaHeads(kernels, codec).append(found_NHX, x_THD, x_THD, torch.arange(16))
     found_NHX = fragment.to_token_major(found_NHX, codec.spec, 64)
     assert float((found_NHX != plain_NHX).float().mean()) < 1e-3
 
@@ -254,9 +237,9 @@ def test_gather(kernels: ctypes.CDLL, dtype: torch.dtype) -> None:
         (256, bands((16, 256)), bands((8, 40), (4, 136), (2, 80), outliers=2)),
     ]
     for head_dim, k, v in sides:
-        cache = emulated.to_fragment(random_cache(random_codec(2, head_dim, k, v), [200], 128))
-        arguments = (cache.layout, cache.plan, cache.block_table_RN[0], 200, dtype)
-        found = cuda.gather(kernels, cache.pages_NHX, *arguments)
+        codec = random_codec(2, head_dim, k, v)
+        cache = emulated.to_fragment(random_cache(codec, [200], 128), CudaHeads(kernels, codec))
+        found = cache.op.read(cache.pages_NHX, cache.block_table_RN[0], 200, dtype)
         expected = pages.read(cache.pages_NHX, cache.layout, cache.codec, cache.block_table_RN[0, :2].long(), 200)
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(one, other.to(dtype), rtol=1e-6 if dtype == torch.float32 else 1e-2, atol=1e-6)
@@ -265,11 +248,11 @@ def test_gather(kernels: ctypes.CDLL, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("spec", [bands((16, 256)), bands((8, 40), (4, 136), (2, 80), outliers=1)])
 def test_wide_heads_stored_one_by_one_or_as_blocks_are_the_same(kernels: ctypes.CDLL, spec: SideSpec) -> None:
     codec = random_codec(1, 256, spec, spec)
-    layout, plan = PageLayout.of(codec.spec, 64, FRAGMENT), HeadsPlan.of(codec)
+    op, layout = CudaHeads(kernels, codec), PageLayout.of(codec.spec, 64, FRAGMENT)
     tokens = torch.randn(2, 64, 1, 256, generator=torch.Generator().manual_seed(5)).unbind()
     one_NHX, other_NHX = (torch.zeros(2, 1, layout.record_bytes, dtype=torch.uint8) for _ in range(2))
-    cuda.append(kernels, one_NHX, layout, plan, *tokens, slots_T=torch.arange(64, 128))
-    cuda.append(kernels, other_NHX, layout, plan, *tokens, blocks_N=torch.tensor([1]))
+    op.append(one_NHX, *tokens, torch.arange(64, 128))
+    op.compress(other_NHX, *tokens, torch.tensor([1]))
     assert torch.equal(one_NHX, other_NHX)
     assert not one_NHX[0].any()
 
@@ -287,13 +270,17 @@ def test_wide_heads_need_shared_memory(
             assert found == (head_dim == 128 or bits not in outside), (head_dim, bits)
 
 
-def test_what_the_kernels_refuse(kernels: ctypes.CDLL) -> None:
-    cache = random_cache(random_codec(1, 64, bands((4, 64)), bands((4, 64))), [64], 192)
-    assert not cuda.covered(emulated.to_fragment(cache).layout, cache.plan)
-    tokens = torch.zeros(64, 1, 64)
-    layout = emulated.to_fragment(cache).layout
+def test_what_the_kernels_refuse(kernels: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages of three chunks; in Python, and once more where it would do harm."""
+    codec = random_codec(1, 64, bands((4, 64)), bands((4, 64)))
+    pages_NHX = random_cache(codec, [64], 192).pages_NHX
+    op, tokens = CudaHeads(kernels, codec), torch.zeros(192, 1, 64)
+    assert not cuda.covers_blocks(192)
+    with pytest.raises(AssertionError, match="192"):
+        op.layout(pages_NHX)
+    monkeypatch.setattr(cuda, "covers_blocks", lambda block_size: True)
     with pytest.raises(ValueError, match="shape"):
-        cuda.append(kernels, cache.pages_NHX, layout, cache.plan, tokens, tokens, blocks_N=torch.tensor([0]))
+        op.compress(pages_NHX, tokens, tokens, torch.tensor([0]))
 
 
 def test_structs_have_the_sizes_the_library_was_built_with(kernels: ctypes.CDLL) -> None:

@@ -10,19 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvcompress.codec.heads.layout import FRAGMENT, PageLayout
+from kvcompress.codec.heads.layout import FRAGMENT, TOKEN_MAJOR, PageLayout
 from kvcompress.ops import cuda_library, gpu
-from kvcompress.ops.heads import cuda, prefill, reference
-from kvcompress.ops.heads.append import append
-from kvcompress.ops.heads.attention import decode_attention
-from kvcompress.ops.heads.compress import compress_pages, compress_pages_op
-from kvcompress.ops.heads.gather import gather_decode, gather_decode_op
-from kvcompress.ops.heads.plan import HeadsPlan
+from kvcompress.ops.heads import prefill
+from kvcompress.ops.heads.attention import bind, order
+from kvcompress.ops.heads.cuda import CudaHeads
+from kvcompress.ops.heads.reference import HeadsOp
 from tests.ops import emulated
 from tests.ops.heads.cases import Cache, bands, exact, random_cache, random_codec, relative_error, starts
 from tests.ops.heads.cuda_sides import bar
 
-CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
 K_SIDE, V_SIDE = bands((8, 16), (4, 48), outliers=1), bands((4, 40))
 
 
@@ -35,12 +32,31 @@ def a_cache() -> Cache:
     return random_cache(random_codec(2, 64, K_SIDE, V_SIDE), [100, 70], 64)
 
 
-def attend(cache: Cache, query_lens: list[int]) -> tuple[Tensor, Tensor]:
-    query_THD = torch.randn(sum(query_lens), 4, 64, generator=torch.Generator().manual_seed(4))
+def in_fragments(cache: Cache) -> Cache:
+    return emulated.to_fragment(cache, bind(cache.codec, "cpu"))
+
+
+def random_query(query_lens: list[int]) -> Tensor:
+    return torch.randn(sum(query_lens), 4, 64, generator=torch.Generator().manual_seed(4))
+
+
+def attend(cache: Cache, query_THD: Tensor, query_lens: list[int]) -> Tensor:
+    """Output alone: nobody asks for the log of sums in a prompt."""
     output_THD = torch.full_like(query_THD, torch.nan)
     batch = (cache.block_table_RN, starts(query_lens), cache.seq_lens)
-    decode_attention(output_THD, query_THD, cache.pages_NHX, cache.layout, cache.plan, *batch, 0.125)
-    return output_THD, query_THD
+    cache.op.attend(output_THD, query_THD, cache.pages_NHX, *batch, 0.125)
+    return output_THD
+
+
+@pytest.mark.usefixtures("on_device")
+def test_who_works_on_a_layer() -> None:
+    """The kernels where they know it, on pages in their order; else torch, or the CPU's kernels, token by token."""
+    assert isinstance(bind(random_codec(1, 64, K_SIDE, V_SIDE), "cpu"), CudaHeads)
+    for side in (bands((32, 64)), bands((8, 264))):
+        codec = random_codec(1, 64 if side.rank == 64 else 264, side, side)
+        assert order(codec.spec, torch.device("cpu")) == TOKEN_MAJOR
+        op = bind(codec, "cpu")
+        assert (op.on_kernels, op.order) == (False, TOKEN_MAJOR)
 
 
 @pytest.mark.usefixtures("on_device")
@@ -48,14 +64,14 @@ def attend(cache: Cache, query_lens: list[int]) -> tuple[Tensor, Tensor]:
 def test_attention(query_lens: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Many queries are a prefill and go to torch, on latents that a kernel gathered."""
     calls: list[str] = []
-    for name in ("attend", "gather"):
-        function = getattr(cuda, name)
-        monkeypatch.setattr(cuda, name, lambda *args, f=function, n=name: (calls.append(n), f(*args))[1])
-    cache = a_cache()
-    output_THD, query_THD = attend(emulated.to_fragment(cache), query_lens)
+    for name in ("attend_latents", "read"):
+        function = getattr(CudaHeads, name)
+        monkeypatch.setattr(CudaHeads, name, lambda *args, f=function, n=name: (calls.append(n), f(*args))[1])
+    cache, query_THD = a_cache(), random_query(query_lens)
+    output_THD = attend(in_fragments(cache), query_THD, query_lens)
     expected_THD, _ = exact(cache, query_THD, starts(query_lens), 0.125)
     assert relative_error(output_THD, expected_THD) < bar(K_SIDE)
-    assert set(calls) == ({"gather"} if max(query_lens) > gpu.MOST_QUERIES else {"attend"})
+    assert set(calls) == ({"read"} if max(query_lens) > gpu.MOST_QUERIES else {"attend_latents"})
 
 
 @pytest.mark.usefixtures("on_device")
@@ -66,13 +82,11 @@ def test_prompts_in_half_precision(
 ) -> None:
     """Torch attends keys and values that were decoded in one step or several, of requests with a past or without."""
     monkeypatch.setattr(prefill, "STEP_TOKENS", step)
-    monkeypatch.setattr(reference, "decode_attention", lambda *args: pytest.fail("in float32"))
+    monkeypatch.setattr(HeadsOp, "attend", lambda *args: pytest.fail("in float32"))
     cache = random_cache(random_codec(2, 64, K_SIDE, V_SIDE), [300, 70, 70, 64], block_size)
-    fragments, query_lens = emulated.to_fragment(cache), [100, 70, 0, 1]
-    query_THD = torch.randn(sum(query_lens), 4, 64, generator=torch.Generator().manual_seed(4)).to(dtype)
-    output_THD = torch.full_like(query_THD, torch.nan)
-    layer = (fragments.pages_NHX, fragments.layout, fragments.plan, fragments.block_table_RN)
-    decode_attention(output_THD, query_THD, *layer, starts(query_lens), cache.seq_lens, 0.125)
+    query_lens = [100, 70, 0, 1]
+    query_THD = random_query(query_lens).to(dtype)
+    output_THD = attend(in_fragments(cache), query_THD, query_lens)
     expected_THD, _ = exact(cache, query_THD, starts(query_lens), 0.125)
     # Keys, values and probabilities are rounded to 8 or 11 bits.
     assert relative_error(output_THD, expected_THD) < (8e-3 if dtype == torch.bfloat16 else 1e-3)
@@ -80,63 +94,58 @@ def test_prompts_in_half_precision(
 
 @pytest.mark.usefixtures("on_device")
 def test_tokens_stored_one_by_one_or_as_blocks_are_the_same() -> None:
-    codec = random_codec(2, 64, K_SIDE, V_SIDE)
-    layout, plan = PageLayout.of(codec.spec, 64, FRAGMENT), HeadsPlan.of(codec)
+    op = bind(random_codec(2, 64, K_SIDE, V_SIDE), "cpu")
     keys_THD, values_THD = torch.randn(2, 128, 2, 64, generator=torch.Generator().manual_seed(5))
-    one_NHX, other_NHX = (torch.zeros(4, 2, layout.record_bytes, dtype=torch.uint8) for _ in range(2))
+    one_NHX, other_NHX = (empty_pages(op, 4) for _ in range(2))
     slots_T = torch.cat([torch.arange(192, 256), torch.arange(64)])
-    append(one_NHX, layout, plan, keys_THD, values_THD, slots_T.int())
-    compress_pages(other_NHX, layout, plan, keys_THD, values_THD, torch.tensor([3, 0]))
+    op.append(one_NHX, keys_THD, values_THD, slots_T.int())
+    op.compress(other_NHX, keys_THD, values_THD, torch.tensor([3, 0]))
     assert torch.equal(one_NHX, other_NHX)
+
+
+def empty_pages(op: HeadsOp, blocks: int) -> Tensor:
+    layout = PageLayout.of(op.plan.spec, 64, op.order)
+    return torch.zeros(blocks, layout.num_kv_heads, layout.record_bytes, dtype=torch.uint8)
 
 
 @pytest.mark.usefixtures("on_device")
 def test_gather() -> None:
     cache = a_cache()
-    fragments = emulated.to_fragment(cache)
-    arguments = (cache.plan, cache.block_table_RN[0], 100)
-    found = gather_decode(fragments.pages_NHX, fragments.layout, *arguments)
-    # Token-major pages are not the CUDA kernels': this goes to torch.
-    expected = gather_decode(cache.pages_NHX, cache.layout, *arguments)
+    fragments = in_fragments(cache)
+    assert isinstance(fragments.op, CudaHeads)
+    found = fragments.op.read(fragments.pages_NHX, cache.block_table_RN[0], 100)
+    expected = cache.op.read(cache.pages_NHX, cache.block_table_RN[0], 100)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("order", ["token_major", FRAGMENT])
+@pytest.mark.parametrize("order", [TOKEN_MAJOR, FRAGMENT])
 def test_operations_on_a_cpu(order: str) -> None:
     """The same with pages in either order, without a GPU: the CPU's kernels, or torch."""
     codec = random_codec(2, 64, K_SIDE, V_SIDE)
-    layout, plan = PageLayout.of(codec.spec, 64, order), HeadsPlan.of(codec)
+    op = bind(codec, "cpu") if order == TOKEN_MAJOR else HeadsOp(codec, FRAGMENT)
+    assert op.order == order
     keys_THD, values_THD = torch.randn(2, 128, 2, 64, generator=torch.Generator().manual_seed(5))
-    pages_NHX = torch.zeros(4, 2, layout.record_bytes, dtype=torch.uint8)
-    compress_pages(pages_NHX, layout, plan, keys_THD, values_THD, torch.tensor([3, 0]))
-    k_THR, v_THR = gather_decode(pages_NHX, layout, plan, torch.tensor([3, 0]), 100, torch.bfloat16)
+    pages_NHX = empty_pages(op, 4)
+    op.compress(pages_NHX, keys_THD, values_THD, torch.tensor([3, 0]))
+    k_THR, v_THR = op.read(pages_NHX, torch.tensor([3, 0]), 100, torch.bfloat16)
     assert k_THR.dtype == torch.bfloat16
     for side, stored, latent_THR in ((codec.k, keys_THD, k_THR), (codec.v, values_THD, v_THR)):
         expected_THR = side.decode(side.encode(stored[:100]))
         assert relative_error(latent_THR.float(), expected_THR.double()) < 5e-3
-    table_RN = torch.tensor([[3, 0]], dtype=torch.int32)
-    cache = Cache(codec, plan, layout, pages_NHX, table_RN, [100])
-    output_THD, query_THD = attend(cache, [2])
+    cache = Cache(op, pages_NHX, torch.tensor([[3, 0]], dtype=torch.int32), [100])
+    query_THD = random_query([2])
+    output_THD = attend(cache, query_THD, [2])
     assert relative_error(output_THD, exact(cache, query_THD, [0, 2], 0.125)[0]) < 1e-5
 
 
-def test_tokens_that_do_not_fill_the_blocks_are_refused() -> None:
-    codec = random_codec(1, 64, K_SIDE, V_SIDE)
-    layout, plan = PageLayout.of(codec.spec, 64), HeadsPlan.of(codec)
-    pages_NHX = torch.zeros(2, 1, layout.record_bytes, dtype=torch.uint8)
+@pytest.mark.parametrize("device", ["cpu", "on_device"])
+def test_tokens_that_do_not_fill_the_blocks_are_refused(request: pytest.FixtureRequest, device: str) -> None:
+    if device == "on_device":
+        request.getfixturevalue(device)
+    op, tokens = bind(random_codec(1, 64, K_SIDE, V_SIDE), "cpu"), torch.zeros(100, 1, 64)
     with pytest.raises(ValueError, match="found 100 tokens for 2 blocks of 64; expected 128"):
-        compress_pages(pages_NHX, layout, plan, torch.zeros(100, 1, 64), torch.zeros(100, 1, 64), torch.arange(2))
-
-
-@pytest.mark.parametrize("order", ["token_major", FRAGMENT])
-def test_opcheck(order: str) -> None:
-    cache = a_cache() if order == "token_major" else emulated.to_fragment(a_cache())
-    pages_NHX, described = cache.pages_NHX.contiguous(), (*cache.plan.flatten(), 64, order)
-    tokens_THD = torch.randn(64, 2, 64, generator=torch.Generator().manual_seed(5))
-    arguments = (pages_NHX, tokens_THD, tokens_THD, torch.tensor([1]), *described)
-    torch.library.opcheck(compress_pages_op, arguments, test_utils=CHECKS)
-    torch.library.opcheck(gather_decode_op, (pages_NHX, cache.block_table_RN[0], 70, *described), test_utils=CHECKS)
+        op.compress(empty_pages(op, 2), tokens, tokens, torch.arange(2))
 
 
 @pytest.fixture

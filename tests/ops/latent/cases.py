@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvcompress.ops.latent import attention as latent
-from kvcompress.ops.latent import reference as latent_reference
+from kvcompress.codec.latent.codec import LatentCodec
+from kvcompress.codec.latent.spec import LatentSpec
+from kvcompress.ops.latent.attention import bind
+from kvcompress.ops.latent.reference import LatentOp
 from tests.ops.heads.cases import starts
 
 # Channels, rank and heads for every instance of csrc/cuda/latent/api.cu, with two queries: 32 rows, 16 rows, more
@@ -28,6 +30,12 @@ SHAPES = [
 def bar(dtype: torch.dtype) -> float:
     """Relative error of the output: its own rounding and that of the weights, each to half a last place at most."""
     return torch.finfo(dtype).eps * 0.6
+
+
+def bind_pages(pages_NSC: Tensor) -> LatentOp:
+    """Operations on such pages; of the rank they know nothing."""
+    codec = LatentCodec(LatentSpec(pages_NSC.shape[2], pages_NSC.shape[2], pages_NSC.element_size()))
+    return bind(codec, pages_NSC.device, pages_NSC.dtype)
 
 
 class Cache:
@@ -50,7 +58,12 @@ class Cache:
             token_T = torch.arange(lengths[request])
             slots_T = self.block_table_RN[request].long()[token_T // block_size] * block_size + token_T % block_size
             self.keys.append(torch.randn(lengths[request], channels, generator=self.generator).to(dtype))
-            latent_reference.append(self.pages_NSC, self.keys[-1], slots_T)
+            LatentOp().append(self.pages_NSC, self.keys[-1], slots_T)
+
+    @property
+    def op(self) -> LatentOp:
+        """Whom `bind` chooses for these pages."""
+        return bind_pages(self.pages_NSC)
 
     def query(self, tokens: int, heads: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(tokens, heads, self.pages_NSC.shape[2], generator=self.generator).to(dtype)
@@ -58,7 +71,7 @@ class Cache:
     def attend(self, query_THC: Tensor, query_lens: list[int], rank: int, **options: int) -> Tensor:
         output_THR = torch.full((*query_THC.shape[:2], rank), torch.nan, dtype=query_THC.dtype)
         arguments = (self.pages_NSC, self.block_table_RN, starts(query_lens), self.seq_lens, 0.1)
-        latent.attend(output_THR, query_THC, *arguments, **options)
+        self.op.attend(output_THR, query_THC, *arguments, **options)
         return output_THR
 
     def exact(self, query_THC: Tensor, query_lens: list[int], rank: int) -> Tensor:

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from kvcompress.ops import library
-from kvcompress.ops.latent import attention as latent
-from kvcompress.ops.latent import reference as latent_reference
-from kvcompress.ops.latent.attention import append_op, attend_op
+from kvcompress.ops.graph import latent_append, latent_attend
+from kvcompress.ops.interface import MAX_LATENT_CHANNELS
+from kvcompress.ops.latent.cpu import CpuLatent
+from kvcompress.ops.latent.reference import LatentOp
 from tests.ops.heads.cases import relative_error
 from tests.ops.latent.cases import Cache
 
@@ -55,7 +56,7 @@ def test_strided_queries_and_outputs(level: str) -> None:
     wide_THC[1:5, :12:2, :40] = query_THC
     output_THR = torch.zeros(4, 9, 30)
     arguments = (cache.pages_NSC, cache.block_table_RN, torch.tensor([0, 1, 4]), torch.tensor(cache.seq_lens), 0.1)
-    latent.attend(output_THR[:, 2:8, 1:25], wide_THC[1:5, :12:2, :40], *arguments)
+    cache.op.attend(output_THR[:, 2:8, 1:25], wide_THC[1:5, :12:2, :40], *arguments)
     assert torch.equal(output_THR[:, 2:8, 1:25], cache.attend(query_THC, [1, 3], 24))
     assert not output_THR[:, :2].any()
     assert not output_THR[..., 25:].any()
@@ -73,7 +74,7 @@ def test_adversarial_values(level: str, case: str) -> None:
     else:
         keys_LC[:], query_THC[1] = 0, 0
     token_T = torch.arange(180)
-    latent.append(cache.pages_NSC, keys_LC, cache.block_table_RN[0].long()[token_T // 16] * 16 + token_T % 16)
+    cache.op.append(cache.pages_NSC, keys_LC, cache.block_table_RN[0].long()[token_T // 16] * 16 + token_T % 16)
     found_THR, expected_THR = cache.attend(query_THC, [3], 24), cache.exact(query_THC, [3], 24)
     # Scores in the thousands carry float32's error into the exponent.
     assert float((found_THR - expected_THR).norm()) <= 1e-3 * float(expected_THR.norm())
@@ -96,8 +97,9 @@ def test_append_writes_what_torch_does(level: str, pages: torch.dtype, keys: tor
     key_TC = torch.randn(6, 37, generator=cache.generator).to(keys)
     slots_T = torch.tensor([5, -1, 20, -1, 17, 63], dtype=torch.int32)
     written, expected = cache.pages_NSC.clone(), cache.pages_NSC.clone()
-    latent.append(written, key_TC, slots_T)
-    latent_reference.append(expected, key_TC, slots_T)
+    assert isinstance(cache.op, CpuLatent)
+    cache.op.append(written, key_TC, slots_T)
+    LatentOp().append(expected, key_TC, slots_T)
     torch.testing.assert_close(written, expected, rtol=0, atol=0, equal_nan=True)
 
 
@@ -109,7 +111,7 @@ class TestRefusals:
         with pytest.raises(ValueError, match="outside the cache"):
             cache.attend(cache.query(1, 2), [1], 16)
         with pytest.raises(ValueError, match="outside the cache"):
-            latent.append(cache.pages_NSC, torch.zeros(1, 24), torch.tensor([10_000]))
+            cache.op.append(cache.pages_NSC, torch.zeros(1, 24), torch.tensor([10_000]))
 
     def test_more_queries_than_tokens(self) -> None:
         cache = Cache([40], 24, torch.float32)
@@ -131,7 +133,24 @@ def test_opcheck() -> None:
     lengths_R, starts_R = torch.tensor([40, 17], dtype=torch.int32), torch.tensor([0, 1, 3], dtype=torch.int32)
     pages_NSC = cache.pages_NSC.contiguous()
     arguments = (query_THC, pages_NSC, cache.block_table_RN, starts_R, lengths_R, 16, 0.1)
-    torch.library.opcheck(attend_op, arguments, test_utils=CHECKS)
-    assert torch.equal(torch.ops.kvcompress.latent_attention(*arguments), cache.attend(query_THC, [1, 2], 16))
+    torch.library.opcheck(latent_attend, arguments, test_utils=CHECKS)
+    assert torch.equal(torch.ops.kvcompress.latent_attend(*arguments), cache.attend(query_THC, [1, 2], 16))
     finite_NSC = pages_NSC.nan_to_num()
-    torch.library.opcheck(append_op, (finite_NSC, query_THC[:, 0], torch.tensor([3, -1, 20])), test_utils=CHECKS)
+    stored = (query_THC[:, 0], torch.tensor([3, -1, 20]))
+    torch.library.opcheck(latent_append, (finite_NSC, *stored, 16), test_utils=CHECKS)
+    expected_NSC = finite_NSC.clone()
+    cache.op.append(expected_NSC, *stored)
+    torch.ops.kvcompress.latent_append(finite_NSC, *stored, 16)
+    assert torch.equal(finite_NSC, expected_NSC)
+
+
+@pytest.mark.usefixtures("compiled")
+def test_whom_the_cpu_has_attend() -> None:
+    """Kernels, but not of more channels or other numbers than they know."""
+    for channels, dtype, expected in (
+        (MAX_LATENT_CHANNELS, torch.float32, CpuLatent),
+        (37, torch.bfloat16, CpuLatent),
+        (MAX_LATENT_CHANNELS + 1, torch.float32, LatentOp),
+        (64, torch.float64, LatentOp),
+    ):
+        assert type(Cache([3], channels, dtype).op) is expected

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from kvcompress.ops.latent import cuda as cuda_latent
-from kvcompress.ops.latent import reference as latent_reference
+from kvcompress.ops.latent.cuda import CudaLatent
+from kvcompress.ops.latent.reference import LatentOp
 from tests.ops import emulated
 from tests.ops.heads.cases import relative_error, starts
 from tests.ops.latent.cases import SHAPES, Cache, bar
@@ -18,14 +19,19 @@ from tests.ops.latent.cases import SHAPES, Cache, bar
 DTYPES = [torch.bfloat16, torch.float16]
 
 
+def bound(kernels: ctypes.CDLL) -> CudaLatent:
+    return CudaLatent(kernels, torch.device("cpu"))
+
+
 def attend(
     kernels: ctypes.CDLL, cache: Cache, query_THC: Tensor, query_lens: Sequence[int], rank: int, splits: int = 1
 ) -> Tensor:
     output_THR = torch.full((*query_THC.shape[:2], rank), torch.nan, dtype=query_THC.dtype)
-    assert cuda_latent.covers_attention(kernels, output_THR, query_THC, cache.pages_NSC)
+    assert cuda_latent.covers(kernels, cache.pages_NSC.shape[2], cache.pages_NSC.dtype)
     numbers = (torch.tensor(rows, dtype=torch.int32) for rows in (starts(query_lens), cache.seq_lens))
     batch = (cache.pages_NSC, cache.block_table_RN, *numbers)
-    cuda_latent.attend(kernels, output_THR, query_THC, *batch, 0.1, max(query_lens), splits)
+    op = bound(kernels)
+    op.attend(output_THR, query_THC, *batch, 0.1, max_query_len=max(query_lens), splits=splits)
     return output_THR
 
 
@@ -33,7 +39,7 @@ def store(kernels: ctypes.CDLL, cache: Cache, keys_LC: Tensor) -> None:
     """Other tokens for the first request."""
     token_T = torch.arange(keys_LC.shape[0])
     slots_T = cache.block_table_RN[0].long()[token_T // 16] * 16 + token_T % 16
-    cuda_latent.append(kernels, cache.pages_NSC, keys_LC, slots_T)
+    bound(kernels).append(cache.pages_NSC, keys_LC, slots_T)
 
 
 def assert_exact(
@@ -135,10 +141,11 @@ def test_strided_queries_and_outputs(kernels: ctypes.CDLL) -> None:
     wide_THC, output_THR = torch.zeros(6, 13, 50).half(), torch.zeros(6, 9, 31).half()
     wide_THC[1:5, :12:2, :48] = query_THC
     chosen = output_THR[:, 2:8, 1:25]
-    numbers = (torch.tensor(rows, dtype=torch.int32) for rows in ([0, 1, 4], cache.seq_lens))
+    numbers = [torch.tensor(rows, dtype=torch.int32) for rows in ([0, 1, 4], cache.seq_lens)]
     batch = (cache.pages_NSC, cache.block_table_RN, *numbers)
     for splits in (1, 2):
-        cuda_latent.attend(kernels, chosen, wide_THC[1:, :12:2, :48], *batch, 0.1, 3, splits)
+        query = wide_THC[1:, :12:2, :48]
+        bound(kernels).attend(chosen, query, *batch, 0.1, max_query_len=3, splits=splits)
         assert torch.equal(chosen[:4], attend(kernels, cache, query_THC, [1, 3], 24, splits))
         chosen[:4] = 0
         assert not output_THR.any()
@@ -152,8 +159,8 @@ def test_append_writes_what_torch_does(kernels: ctypes.CDLL, channels: int, dtyp
     outside = cache.pages_NSC.shape[0] * 16
     slots_T = torch.tensor([5, -1, outside, 20, 17, outside - 1], dtype=torch.int32)
     written, expected = cache.pages_NSC.clone(), cache.pages_NSC.clone()
-    cuda_latent.append(kernels, written, key_TC, slots_T)
-    latent_reference.append(expected, key_TC[slots_T < outside], slots_T[slots_T < outside])
+    bound(kernels).append(written, key_TC, slots_T)
+    LatentOp().append(expected, key_TC[slots_T < outside], slots_T[slots_T < outside])
     torch.testing.assert_close(written, expected, rtol=0, atol=0, equal_nan=True)
 
 
@@ -174,32 +181,44 @@ def test_most_channels(kernels: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, ki
 
 
 def test_what_the_kernels_do_not_cover(kernels: ctypes.CDLL) -> None:
+    """The kernels themselves refuse it."""
     most = cuda_latent.most_channels(kernels)
     assert most == 2272
 
-    def covers(channels: int = 64, pages: torch.dtype = torch.bfloat16, query: torch.dtype = torch.bfloat16) -> bool:
-        query_THC, output_THR = (torch.zeros(1, 2, number, dtype=query) for number in (channels, 16))
-        pages_NSC = torch.zeros(1, 16, channels, dtype=pages)
-        found = cuda_latent.covers_attention(kernels, output_THR, query_THC, pages_NSC)
-        if not found and pages == query:
+    def covers(channels: int = 64, dtype: torch.dtype = torch.bfloat16) -> bool:
+        found = cuda_latent.covers(kernels, channels, dtype)
+        if not found:
+            query_THC, output_THR = (torch.zeros(1, 2, number, dtype=dtype) for number in (channels, 16))
             numbers = (torch.zeros(1, 1, dtype=torch.int32), torch.tensor([0, 1]).int(), torch.tensor([1]).int())
+            pages_NSC = torch.zeros(1, 16, channels, dtype=dtype)
             with pytest.raises(ValueError, match="shape"):
-                cuda_latent.attend(kernels, output_THR, query_THC, pages_NSC, *numbers, 0.1, 1)
+                bound(kernels).attend(output_THR, query_THC, pages_NSC, *numbers, 0.1, max_query_len=1)
         return found
 
     assert covers()
+    assert covers(dtype=torch.float16)
     assert covers(most)
     assert not covers(most + 16)
     assert not covers(56)
-    assert not covers(pages=torch.float32, query=torch.float32)
-    assert not covers(query=torch.float32)
-    assert not covers(pages=torch.float16)
-    plain, uneven = torch.zeros(2, 16, 64).half(), torch.zeros(2, 16, 68).half()[..., :64]
-    query_THC = torch.zeros(1, 2, 64).half()
-    assert cuda_latent.covers_attention(kernels, query_THC, query_THC, plain)
-    assert not cuda_latent.covers_attention(kernels, query_THC, query_THC, uneven)
-    assert not cuda_latent.covers_attention(kernels, query_THC, query_THC, plain.flatten()[4:1028].view(1, 16, 64))
-    assert not cuda_latent.covers_attention(kernels, query_THC, torch.zeros(1, 2, 65).half()[..., :64], plain)
+    assert not covers(dtype=torch.float32)
+
+
+def test_pages_that_are_not_aligned_are_refused(kernels: ctypes.CDLL) -> None:
+    numbers = (torch.zeros(1, 1, dtype=torch.int32), torch.tensor([0, 1]).int(), torch.tensor([1]).int())
+    query_THC, plain_NSC = torch.zeros(1, 2, 64).half(), torch.zeros(2, 16, 64).half()
+    for pages_NSC in (torch.zeros(2, 16, 68).half()[..., :64], plain_NSC.flatten()[4:1028].view(1, 16, 64)):
+        with pytest.raises(AssertionError):
+            bound(kernels).attend(query_THC, query_THC, pages_NSC, *numbers, 0.1, max_query_len=1)
+
+
+def test_queries_that_are_not_aligned_are_brought_together(kernels: ctypes.CDLL) -> None:
+    cache = Cache([70, 33], 64, torch.float16)
+    query_THC = cache.query(3, 2, torch.float16)
+    uneven_THC = torch.zeros(3, 2, 65).half()[..., :64].copy_(query_THC)
+    odd_THC = torch.zeros(385).half()[1:].view(3, 2, 64).copy_(query_THC)
+    expected_THR = assert_exact(kernels, cache, query_THC, [1, 2], 40)
+    for other_THC in (uneven_THC, odd_THC):
+        assert torch.equal(attend(kernels, cache, other_THC, [1, 2], 40), expected_THR)
 
 
 def test_splits_fill_the_device() -> None:

@@ -14,8 +14,9 @@ from kvcompress.codec.rope import Rope
 from kvcompress.codec.shared.codec import SharedCodec, SharedSide
 from kvcompress.codec.shared.pages import SharedLayout
 from kvcompress.codec.shared.spec import SharedSpec
-from kvcompress.ops.shared import attention as shared
-from kvcompress.ops.shared.plan import SharedPlan
+from kvcompress.ops.rows import int32_rows
+from kvcompress.ops.shared.attention import bind
+from kvcompress.ops.shared.batch import Batch
 from tests.ops.heads.cases import POISON, bands, starts
 
 HALVES_BAR = 1e-3
@@ -43,7 +44,6 @@ class Group:
     """One layer's view of a step: the group's pages with everything unused poisoned, and the step's own tokens."""
 
     codec: SharedCodec
-    plan: SharedPlan
     k_records: list[Tensor]
     v_records: list[Tensor]
     k_tables: list[Tensor]
@@ -60,24 +60,24 @@ class Group:
 
     def attend(self, **options: int) -> Tensor:
         output_THD = torch.full_like(self.query_THD, torch.nan)
-        shared.attend(output_THD, *self.arguments(), **{"expand_queries": 10**6, **options})
+        op = bind(self.codec, self.query_THD.device)
+        op.attend(output_THD, *self.arguments(), **{"expand_queries": 10**6, **options})
         return output_THD
 
-    def arguments(self) -> tuple:
-        return (
-            self.query_THD, self.keys_THD, self.values_THD, self.plan, self.k_records, self.v_records, self.k_tables,
-            self.v_tables, starts(self.query_lens), self.seq_lens, self.stored_lens, self.exact_rows, 0.2,
-        )  # fmt: skip
+    def arguments(self) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor], Batch, float]:
+        """What attention is given beside its output; the step's numbers are the host's."""
+        numbers = (int32_rows(each) for each in (starts(self.query_lens), self.seq_lens, self.stored_lens))
+        batch = Batch(self.k_tables, self.v_tables, *numbers, int32_rows(self.exact_rows))
+        return self.query_THD, self.keys_THD, self.values_THD, self.k_records, self.v_records, batch, 0.2
 
     def to(self, device: str) -> Group:
         """The same with everything that attention is given on a device."""
-        codec = self.codec.to(device)
         moved = {
             name: [tensor.to(device) for tensor in getattr(self, name)]
             for name in ("k_records", "v_records", "k_tables", "v_tables")
         }
         tensors = {name: getattr(self, name).to(device) for name in ("keys_THD", "values_THD", "query_THD")}
-        return replace(self, codec=codec, plan=SharedPlan.of(codec), **moved, **tensors)
+        return replace(self, codec=self.codec.to(device), **moved, **tensors)
 
     def exact(self) -> Tensor:
         outputs, heads = [], self.codec.spec.num_kv_heads
@@ -165,7 +165,6 @@ def a_group(
     query_THD = torch.randn(total, query_heads, head_dim, generator=generator).to(dtype)
     return Group(
         codec,
-        SharedPlan.of(codec),
         [layouts[layer].k.view(caches[layer]) for layer in k_layers],
         [layouts[layer].v.view(caches[layer]) for layer in range(layers)],
         [tables[layer] for layer in k_layers],

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from kvcompress.codec.bands import SideSpec
 from kvcompress.codec.record import Record
 from kvcompress.ops import library
-from kvcompress.ops.shared import attention as shared
-from kvcompress.ops.shared import reference as shared_reference
-from kvcompress.ops.shared.attention import attend_op, store_op
-from kvcompress.ops.sides import spec_numbers
+from kvcompress.ops.graph import flatten, shared_attend, shared_store
+from kvcompress.ops.shared.attention import bind
+from kvcompress.ops.shared.batch import Batch
+from kvcompress.ops.shared.cpu import CpuShared
+from kvcompress.ops.shared.reference import SharedOp
 from tests.ops.heads.cases import POISON, bands, relative_error
 from tests.ops.shared.cases import Group, a_group
 
@@ -23,7 +26,7 @@ INTEGER_BAR = 3e-4
 
 
 def bar_of(group: Group, level: str) -> float:
-    return INTEGER_BAR if level == "avx512vnni" and group.plan.frequency_F is not None else BAR
+    return INTEGER_BAR if level == "avx512vnni" and group.codec.rope is not None else BAR
 
 
 SIDES = [
@@ -96,13 +99,13 @@ def test_requests_of_many_queries_go_to_torch_and_the_others_do_not(
 ) -> None:
     group = a_group(bands((8, 24)), bands((8, 40)), LENGTHS, QUERIES)
     seen = []
-    attend = shared_reference.attend
+    attend = SharedOp.attend
 
-    def spy(*arguments: object) -> None:
-        seen.append(arguments[10])
-        attend(*arguments)  # type: ignore[arg-type]
+    def spy(op: SharedOp, *arguments: Any) -> None:
+        seen.extend(each.seq_lens.tolist() for each in arguments if isinstance(each, Batch))
+        attend(op, *arguments)
 
-    monkeypatch.setattr(shared_reference, "attend", spy)
+    monkeypatch.setattr(SharedOp, "attend", spy)
     found_THD = group.attend(expand_queries=3)
     assert seen == [[131], [40]]
     assert relative_error(found_THD, group.exact()) < bar_of(group, level)
@@ -147,8 +150,11 @@ def test_records_are_those_of_torch(level: str, spec: SideSpec) -> None:
     slots_T = torch.randperm(96, generator=generator)[:50]
     slots_T[7] = -1
     written, expected = torch.full((2, 6, 3, 16, spec.bytes_per_token), POISON, dtype=torch.uint8)
-    shared.store(written, spec, latent_THR, weight_HR, slots_T)
-    shared_reference.store(expected, spec, latent_THR, weight_HR, slots_T)
+    codec = a_group(*SIDES[0], [20], [1]).codec
+    op = bind(codec, "cpu")
+    assert isinstance(op, CpuShared)
+    op.store(written, spec, latent_THR, weight_HR, slots_T)
+    SharedOp(codec).store(expected, spec, latent_THR, weight_HR, slots_T)
     # The gain's sums add up in another order; a tie between two candidates may fall the other way.
     assert float((written != expected).float().mean()) < (2e-3 if spec.has_gain else 1e-9)
 
@@ -159,9 +165,9 @@ def test_blocks_outside_the_cache_are_refused() -> None:
     group.v_tables[2][0, 3] = 10_000
     with pytest.raises(ValueError, match="outside the cache"):
         group.attend()
-    records = torch.zeros(2, 1, 16, 10, dtype=torch.uint8)
+    records, op = torch.zeros(2, 1, 16, 10, dtype=torch.uint8), bind(group.codec, "cpu")
     with pytest.raises(ValueError, match="outside the cache"):
-        shared.store(records, bands((8, 8)), torch.zeros(1, 1, 8), torch.ones(1, 8), torch.tensor([32]))
+        op.store(records, bands((8, 8)), torch.zeros(1, 1, 8), torch.ones(1, 8), torch.tensor([32]))
 
 
 @pytest.mark.usefixtures("without_library")
@@ -175,15 +181,34 @@ def test_without_the_library(share: str) -> None:
 @pytest.mark.parametrize("share", ["kv", "v"])
 def test_opcheck(share: str) -> None:
     group = a_group(bands((8, 8), (4, 16)), bands((4, 16)), [40, 17], [1, 2], share)
-    query, keys, values, plan, *rest = group.arguments()
-    records = [[tensor.contiguous() for tensor in found] for found in rest[:2]]
-    numbers = [torch.tensor(found, dtype=torch.int32) for found in rest[4:7]]
-    arguments = (query, keys, values, *records, *rest[2:4], *numbers, rest[7], *plan.flatten(), rest[8])
-    torch.library.opcheck(attend_op, arguments, test_utils=CHECKS)
-    assert torch.equal(torch.ops.kvcompress.shared_attention(*arguments), group.attend())
-    spec = bands((8, 8))
-    stored = (torch.zeros(2, 1, 16, 10, dtype=torch.uint8), torch.randn(2, 1, 8), torch.ones(1, 8))
-    torch.library.opcheck(store_op, (*stored, torch.tensor([3, -1]), spec_numbers(spec)), test_utils=CHECKS)
+    *rows, k_records, v_records, batch, scale = group.arguments()
+    records = [[tensor.contiguous() for tensor in found] for found in (k_records, v_records)]
+    numbers = (batch.query_starts, batch.seq_lens, batch.stored_lens, batch.exact_rows)
+    arguments = (*rows, *records, batch.k_tables, batch.v_tables, *numbers, scale, *flatten(group.codec))
+    torch.library.opcheck(shared_attend, arguments, test_utils=CHECKS)
+    assert torch.equal(torch.ops.kvcompress.shared_attend(*arguments), group.attend())
+    for side, place in (("k", records[0][0]), ("v", records[1][0])):
+        latent_THR = torch.randn(2, place.shape[1], getattr(group.codec, side).spec.rank)
+        stored = (latent_THR, torch.ones_like(latent_THR[0]), torch.tensor([3, -1]))
+        torch.library.opcheck(shared_store, (place, side, *stored, *flatten(group.codec)), test_utils=CHECKS)
+        expected = place.clone()
+        bind(group.codec, "cpu").store(expected, getattr(group.codec.spec, side), *stored)
+        torch.ops.kvcompress.shared_store(place, side, *stored, *flatten(group.codec))
+        assert torch.equal(place, expected)
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("share", ["kv", "v"])
+def test_whom_the_cpu_has_attend(share: str) -> None:
+    """Kernels, but not of heads that fill no vector, nor of more channels or other codes than they know."""
+    k, v = SIDES[0]
+    assert type(bind(a_group(k, v, [20], [1], share).codec, "cpu")) is CpuShared
+    assert type(bind(a_group(k, v, [20], [1], share, head_dim=36).codec, "cpu")) is SharedOp
+    assert (
+        type(bind(a_group(k, bands((8, 1400)), [20], [1], share, heads=11, head_dim=128, query_heads=11).codec, "cpu"))
+        is SharedOp
+    )
+    assert type(bind(a_group(k, bands((8, 16), outliers=1), [20], [1], share).codec, "cpu")) is SharedOp
 
 
 def test_encoded_records_hold_a_token_each() -> None:

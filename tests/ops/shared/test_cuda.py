@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from kvcompress.codec.bands import SideSpec
-from kvcompress.ops import gpu
-from kvcompress.ops.rows import int32_rows
-from kvcompress.ops.shared import attention as shared
+from kvcompress.ops import gpu, library
 from kvcompress.ops.shared import cuda as cuda_shared
 from kvcompress.ops.shared import interface as cuda_shared_interface
-from kvcompress.ops.shared import reference as shared_reference
+from kvcompress.ops.shared.attention import bind
+from kvcompress.ops.shared.batch import Batch
+from kvcompress.ops.shared.cpu import CpuShared
+from kvcompress.ops.shared.cuda import CudaShared
+from kvcompress.ops.shared.reference import SharedOp
 from tests.ops import emulated
 from tests.ops.heads.cases import POISON, bands, relative_error
 from tests.ops.shared.cases import CUDA_SIDES, HALVES_BAR, Group, a_group
@@ -31,12 +33,10 @@ def kernels() -> ctypes.CDLL:
 
 
 def attend(kernels: ctypes.CDLL, group: Group, splits: tuple[int, int] = (1, 1), **options: int) -> Tensor:
-    assert cuda_shared.covered(group.plan)
+    assert cuda_shared.covers(group.codec)
     output_THD = torch.full_like(group.query_THD, torch.nan)
-    query, keys, values, plan, *rest = group.arguments()
-    numbers = (int32_rows(each) for each in rest[4:8])
-    arguments = (query, keys, values, plan, *rest[:4], *numbers, rest[8], max(group.query_lens))
-    cuda_shared.attend(kernels, output_THD, *arguments, splits, **options)
+    op = CudaShared(kernels, group.codec)
+    op.attend_few(output_THD, *group.arguments(), max(group.query_lens), splits, **options)
     return output_THD
 
 
@@ -194,21 +194,22 @@ def test_records_are_those_of_torch(kernels: ctypes.CDLL, spec: SideSpec) -> Non
     slots_T = torch.randperm(96, generator=generator)[:50]
     slots_T[7] = -1
     written, expected = torch.full((2, 6, 3, 16, spec.bytes_per_token), POISON, dtype=torch.uint8)
-    shared_reference.store(expected, spec, latent_THR, weight_HR, slots_T)
+    codec = a_group(*CUDA_SIDES[0], [20], [1]).codec
+    SharedOp(codec).store(expected, spec, latent_THR, weight_HR, slots_T)
     slots_T[7] = 96  # outside the cache
-    cuda_shared.store(kernels, written, spec, latent_THR, weight_HR, slots_T)
+    CudaShared(kernels, codec).store(written, spec, latent_THR, weight_HR, slots_T)
     # Sums in another order move a gain across a rounding boundary now and then.
     assert float((written != expected).float().mean()) < (5e-3 if spec.has_gain else 1e-9)
 
 
 @pytest.fixture
-def on_device(kernels: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def on_device(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Tensors on the CPU count as a GPU's; the calls that the kernels got."""
+    emulated.count_as_gpu(monkeypatch)
     calls: list[str] = []
-    for name in ("attend", "store"):
-        function = getattr(cuda_shared, name)
-        monkeypatch.setattr(cuda_shared, name, lambda *args, f=function, n=name: (calls.append(n), f(*args)))
-    monkeypatch.setattr(cuda_shared, "library_for", lambda *_: kernels)
+    for name in ("attend_few", "store"):
+        function = getattr(CudaShared, name)
+        monkeypatch.setattr(CudaShared, name, lambda *args, f=function, n=name: (calls.append(n), f(*args)))
     return calls
 
 
@@ -216,42 +217,60 @@ def on_device(kernels: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> list[str
 def test_attention_on_a_gpu(on_device: list[str], monkeypatch: pytest.MonkeyPatch, share: str) -> None:
     """Requests of many queries are a prefill and go to torch, where the host knows which they are."""
     seen = []
-    attend = shared_reference.attend
-    monkeypatch.setattr(shared_reference, "attend", lambda *args: (seen.append(args[10]), attend(*args)))
+    attend = SharedOp.attend
+
+    def spy(op: SharedOp, *arguments: Any) -> None:
+        seen.extend(each.seq_lens.tolist() for each in arguments if isinstance(each, Batch))
+        attend(op, *arguments)
+
+    monkeypatch.setattr(SharedOp, "attend", spy)
     many = gpu.MOST_QUERIES + 1
     group = a_group(*CUDA_SIDES[3], [100, 40, many + 9, 30], [1, 3, many, 2], share)
     assert relative_error(group.attend(), group.exact()) < HALVES_BAR
-    assert (on_device, seen) == (["attend"] * 2, [[many + 9]])
+    assert (on_device, seen) == (["attend_few"] * 2, [[many + 9]])
     group = a_group(*CUDA_SIDES[3], [100, 40], [1, 3], share)
-    query, keys, values, plan, *rest = group.arguments()
-    numbers = (int32_rows(each) for each in rest[4:8])
-    output_THD = torch.full_like(query, torch.nan)
-    shared.attend(output_THD, query, keys, values, plan, *rest[:4], *numbers, rest[8], max_query_len=3)
-    assert relative_error(output_THD, group.exact()) < HALVES_BAR
+    assert relative_error(group.attend(max_query_len=3), group.exact()) < HALVES_BAR
     assert (len(on_device), len(seen)) == (3, 1)
 
 
 def test_storing_on_a_gpu(on_device: list[str]) -> None:
-    records = torch.zeros(2, 1, 16, 10, dtype=torch.uint8)
-    shared.store(records, bands((8, 8)), torch.ones(1, 1, 8), torch.ones(1, 8), torch.tensor([17]))
+    records, op = torch.zeros(2, 1, 16, 10, dtype=torch.uint8), bind(a_group(*CUDA_SIDES[0], [20], [1]).codec, "cpu")
+    op.store(records, bands((8, 8)), torch.ones(1, 1, 8), torch.ones(1, 8), torch.tensor([17]))
     assert on_device == ["store"]
     assert bool(records[1, 0, 1].all())
 
 
-def test_what_the_kernels_cover() -> None:
-    """Nothing on a CPU; on a GPU not floats of 32 bits, odd heads or records that are not aligned."""
-    group = a_group(*CUDA_SIDES[0], [20], [1])
-    assert cuda_shared.library_for(group.k_records, [group.plan.k_spec]) is None
-    assert cuda_shared.covered(group.plan)
-    assert not cuda_shared.covered(a_group(bands((32, 8)), bands((32, 16)), [20], [1]).plan)
-    assert not cuda_shared.covered(replace(group.plan, v_spec=bands((8, 1032))))
-    assert not cuda_shared.covered(a_group(*CUDA_SIDES[0], [20], [1], head_dim=320).plan)
+def test_whom_a_gpu_has_attend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels, but none of floats of 32 bits, wide records or wide heads."""
+    codec = a_group(*CUDA_SIDES[0], [20], [1]).codec
+    assert not isinstance(bind(codec, "cpu"), CudaShared)
+    emulated.count_as_gpu(monkeypatch)
+    monkeypatch.setattr(library, "load", lambda: None)
+    assert type(bind(codec, "cpu")) is CudaShared
+    k, v = CUDA_SIDES[0]
+    for other_k, other_v, heads, head_dim in (
+        (bands((32, 8)), bands((32, 16)), 2, 32),
+        (k, bands((8, 1032)), 9, 128),
+        (k, bands((8, 24), outliers=1), 2, 32),
+        (k, v, 2, 320),
+    ):
+        other = a_group(other_k, other_v, [20], [1], heads=heads, head_dim=head_dim, query_heads=heads).codec
+        assert not cuda_shared.covers(other)
+        assert type(bind(other, "cpu")) is SharedOp
+    monkeypatch.undo()
+    assert type(bind(codec, "cpu")) is (SharedOp if library.load() is None else CpuShared)
 
 
-def test_records_that_are_not_aligned_are_refused(kernels: ctypes.CDLL) -> None:
+def test_records_that_are_not_aligned_are_refused(kernels: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here, and by the kernels themselves."""
     records = torch.zeros(200, dtype=torch.uint8)[8:168].view(1, 1, 16, 10)
+    stored = (records, bands((8, 8)), torch.ones(1, 1, 8), torch.ones(1, 8), torch.tensor([0]))
+    op = CudaShared(kernels, a_group(*CUDA_SIDES[0], [20], [1]).codec)
+    with pytest.raises(AssertionError):
+        op.store(*stored)
+    monkeypatch.setattr(cuda_shared, "_aligned", lambda records_NHSX: True)
     with pytest.raises(ValueError, match="shape"):
-        cuda_shared.store(kernels, records, bands((8, 8)), torch.ones(1, 1, 8), torch.ones(1, 8), torch.tensor([0]))
+        op.store(*stored)
 
 
 def test_structs_have_the_sizes_the_library_was_built_with(kernels: ctypes.CDLL) -> None:

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from kvcompress.codec.blocks.codec import BlocksCodec
 from kvcompress.codec.spec import CodecSpec
-from kvcompress.ops import library
-from kvcompress.ops.heads import reference
+from kvcompress.ops import call, library
 from tests import require
 from tests.codec.blocks.cases import BLOCK, HEAD_DIM, HEADS, by_the_rule, codec
 
@@ -131,7 +130,7 @@ def test_prefix_hit_reads_pages_and_not_what_is_left_in_a_ring(engine: Engine) -
 
 
 def test_long_prompt_in_chunks_of_queries(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference, "SCORE_BYTES", 16384)
+    monkeypatch.setattr(call, "SCORE_BYTES", 16384)
     engine.check({0: 150}, {0: 33, 1: 3})
 
 

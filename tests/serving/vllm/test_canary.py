@@ -18,6 +18,7 @@ from kvcompress.codec import canary as stated
 from kvcompress.codec.heads.codec import HeadsCodec, SideCodec
 from kvcompress.codec.rope import Rope
 from kvcompress.ops import library
+from kvcompress.ops.shared.call import SharedCall
 from kvcompress.serving.vllm import canary, canary_paths
 from kvcompress.serving.vllm.canary_reference import Inputs
 from kvcompress.serving.vllm.served import Served
@@ -197,10 +198,9 @@ def test_one_layer_of_a_group_that_reads_the_wrong_pages_is_named() -> None:
     op = members[1].layer.impl.op
     stock = op.attend
 
-    def attend(*arguments: Any, **options: Any) -> None:
-        *rows, batch, scale = arguments
-        flipped = [table_RN.flip(1) for table_RN in batch.v_tables]
-        stock(*rows, replace(batch, k_tables=flipped, v_tables=flipped), scale, **options)
+    def attend(call: SharedCall) -> None:
+        flipped = [table_RN.flip(1) for table_RN in call.v_tables]
+        stock(replace(call, k_tables=flipped, v_tables=flipped))
 
     op.attend = attend
     with pytest.raises(ValueError, match=r"layer 1 \(layers.1.attn\), (decode|prefix hit|chunked prefill): "):

@@ -11,8 +11,7 @@ from torch import Tensor
 from kvcompress.codec.bands import Band, SideSpec
 from kvcompress.codec.heads import attention
 from kvcompress.codec.heads.codec import HeadsCodec, SideCodec
-from kvcompress.ops import library
-from kvcompress.ops.heads import reference
+from kvcompress.ops import call, library
 from tests import require
 
 require.need("vllm")
@@ -147,7 +146,7 @@ def test_torch_attends_a_long_prompt_in_chunks_of_queries(codec: HeadsCodec, mon
         largest = max(largest, query.shape[0] * HEADS * k_latent.shape[0] * 4)
         return attend(query, k_latent, *rest)
 
-    monkeypatch.setattr(reference, "SCORE_BYTES", 8192)
+    monkeypatch.setattr(call, "SCORE_BYTES", 8192)
     monkeypatch.setattr(attention, "attend", watched)
     check(Engine(codec), [{0: 100}, {0: 50, 1: 3}], 2e-5)
     assert 4096 < largest <= 8192

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import require
@@ -20,6 +21,7 @@ require.need("vllm")
 from kvcompress.codec.bands import SideSpec
 from kvcompress.codec.heads.spec import HeadsSpec
 from kvcompress.ops import gpu
+from kvcompress.ops.call import Call
 from kvcompress.ops.heads import cuda, prefill
 from kvcompress.serving.vllm import canary, compat, heads
 from kvcompress.serving.vllm import sentinel as sentinels
@@ -163,11 +165,11 @@ def test_a_captured_step_is_right_for_other_batches(
     launched: list[tuple[Any, ...]] = []
     attend_latents = cuda.CudaHeads.attend_latents
 
-    def watched(op: Any, absorbed_THR: Any, pages: Any, *numbers: Any) -> Any:
-        launched.append(
-            (absorbed_THR.shape, *(x.data_ptr() if isinstance(x, torch.Tensor) else x for x in (pages, *numbers)))
-        )
-        return attend_latents(op, absorbed_THR, pages, *numbers)
+    def watched(op: Any, call: Call, absorbed_THR: Tensor, pages_NHX: Tensor, *splits: Any) -> Any:
+        numbers = (pages_NHX, call.block_table_RN, call.query_starts, call.seq_lens)
+        places = [each.data_ptr() for each in numbers if isinstance(each, Tensor)]
+        launched.append((absorbed_THR.shape, *places, call.softmax_scale, call.max_query_len, *splits))
+        return attend_latents(op, call, absorbed_THR, pages_NHX, *splits)
 
     monkeypatch.setattr(cuda.CudaHeads, "attend_latents", watched)
     running = engine()

@@ -16,6 +16,7 @@ from kvcompress.codec.latent.codec import LatentCodec
 from kvcompress.codec.latent.spec import LatentSpec
 from kvcompress.codec.spec import CodecSpec
 from kvcompress.ops import gpu
+from kvcompress.ops.call import Call
 from kvcompress.ops.latent import cuda as cuda_latent
 from kvcompress.ops.latent.reference import LatentOp
 from kvcompress.serving.vllm import compat, latent
@@ -99,15 +100,8 @@ class Runner:
             step = self.builder.describe(compat.Batch.of(batch))
             self.impl.forward(None, query_THC, key_T1C, key_T1C, self.cache, step, output_THR)
         expected_THR = torch.zeros(total, HEADS, RANK)
-        LatentOp().attend(
-            expected_THR,
-            query_THC.float(),
-            self.cache[:, 0].float(),
-            self.tables,
-            starts.tolist(),
-            lengths.tolist(),
-            CHANNELS**-0.5,
-        )
+        numbers = (self.tables, starts.tolist(), lengths.tolist(), CHANNELS**-0.5)
+        LatentOp().attend(Call(expected_THR, query_THC.float(), *numbers), self.cache[:, 0].float())
         assert relative_error(output_THR[:total].float(), expected_THR.double()) < 4e-3
         assert bool(self.cache[0].isnan().all()), "padding was stored"
 

@@ -9,10 +9,13 @@ run the end-to-end tests.
     engine       an engine's options, and running its model
     layers       attention layers: what they are, and what is put in their place
     attention    the base classes of a form's attention
-    weights      linear layers, quantization methods and how weights are loaded
+    linear       linear layers
+    delegation   the base model's own quantization
+    complete     whether a checkpoint has filled a model
     hooks        where vLLM asks us, and where we make it ask
     llama        the model class that ours extends; not imported here, because it is slow
     offline      an engine in this process, for evaluations; not imported here either
+    peer         vLLM's own attention on a CPU, for benchmarks; likewise
 """
 
 from __future__ import annotations
@@ -32,12 +35,14 @@ from vllm.model_executor.layers.linear import (
     UnquantizedLinearMethod,
 )
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.kv_cache_interface import CircularBufferSpec, FullAttentionSpec
 
 from kvcompress.serving.vllm.compat.attention import Backend, Batch, Implementation, MetadataBuilder
+from kvcompress.serving.vllm.compat.complete import require_all
+from kvcompress.serving.vllm.compat.delegation import DelegatingConfig
 from kvcompress.serving.vllm.compat.engine import (
     Engine,
     capacity_tokens,
@@ -60,65 +65,11 @@ from kvcompress.serving.vllm.compat.layers import (
     is_attention,
     layer_metadata,
 )
-from kvcompress.serving.vllm.compat.weights import (
-    SET_ON_CONFIGS,
+from kvcompress.serving.vllm.compat.linear import (
     layer_parallel,
     output_rank,
-    quantization_of,
     set_weight_loader,
 )
-
-__all__ = [
-    "QUANTIZATION_METHODS",
-    "SET_ON_CONFIGS",
-    "SUPPORTED_VLLM",
-    "Attention",
-    "AttentionLayerBase",
-    "Backend",
-    "BaseKVCacheMethod",
-    "Batch",
-    "CircularBufferSpec",
-    "ColumnParallelLinear",
-    "Engine",
-    "FullAttentionSpec",
-    "Implementation",
-    "Layer",
-    "LinearBase",
-    "LinearMethodBase",
-    "MetadataBuilder",
-    "QuantizationConfig",
-    "QuantizeMethodBase",
-    "ReplicatedLinear",
-    "RowParallelLinear",
-    "UnquantizedLinearMethod",
-    "add_cache_layer",
-    "answered_by",
-    "attach",
-    "attention_layers",
-    "block_size_of",
-    "capacity_tokens",
-    "check_version",
-    "current_engine",
-    "extend_loader",
-    "extend_worker",
-    "extract_layer_index",
-    "full_attention",
-    "is_attention",
-    "is_first_rank_of_machine",
-    "layer_metadata",
-    "layer_parallel",
-    "logger",
-    "output_rank",
-    "quantization_of",
-    "register_model",
-    "register_quantization_config",
-    "run_model",
-    "running",
-    "set_weight_loader",
-    "tensor_parallel",
-    "vllm_version",
-    "worker_names",
-]
 
 logger = init_logger("vllm.kvcompress")
 """A child of vLLM's own logger: an operator sees our lines among the engine's."""

@@ -185,15 +185,6 @@ class _Answering:
         return getattr(self._stock, name)
 
     def forward(
-        self,
-        layer: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        kv_cache: Tensor,
-        attn_metadata: Any,
-        output: Tensor,
-        output_scale: Tensor | None = None,
-        output_block_scale: Tensor | None = None,
+        self, layer: Any, query: Tensor, key: Tensor, value: Tensor, cache: Any, metadata: Any, output: Tensor, **_: Any
     ) -> Tensor:
         return output.copy_(self._answer(self._layer, query, key, value))

@@ -12,7 +12,7 @@ from tests import require
 
 require.need("vllm")
 
-from kvcompress.serving.vllm import weights
+from kvcompress.serving.vllm.compat import complete
 
 MERGED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"], "o_proj": ["o_proj"]}
 
@@ -34,7 +34,7 @@ class Model(nn.Module):
 
 def test_a_whole_checkpoint_loads_and_may_be_updated_in_parts_later() -> None:
     model = Model()
-    weights.require_all(model, (), "model-4x")
+    complete.require_all(model, (), "model-4x")
     assert model.load_weights((name, torch.ones(1)) for name in ("embed_tokens.weight", "norm.weight"))
     assert model.load_weights((name, torch.ones(1)) for name in ("norm.weight",)) == {"norm.weight"}
 
@@ -42,7 +42,7 @@ def test_a_whole_checkpoint_loads_and_may_be_updated_in_parts_later() -> None:
 @pytest.mark.parametrize("missing", ["embed_tokens.weight", "norm.weight"])
 def test_a_parameter_that_is_not_there_is_named(missing: str) -> None:
     model = Model()
-    weights.require_all(model, (), "model-4x")
+    complete.require_all(model, (), "model-4x")
     with pytest.raises(ValueError, match=f"^model-4x lacks {missing}.* uninitialised memory"):
         model.load_weights((name, torch.ones(1)) for name in ("embed_tokens.weight", "norm.weight") if name != missing)
 
@@ -51,9 +51,9 @@ def test_every_part_of_a_merged_layer_is_needed() -> None:
     layer = "model.layers.0."
     whole = {f"{layer}self_attn.{part}_proj.{kind}" for part in "qkv" for kind in ("weight", "bias")}
     whole |= {f"{layer}mlp.{part}_proj.weight" for part in ("gate", "up")} | {f"{layer}self_attn.o_proj.weight"}
-    assert weights.missing_parts(whole, MERGED, ()) == []
+    assert complete.missing_parts(whole, MERGED, ()) == []
     for name in whole - {f"{layer}self_attn.o_proj.weight"}:
-        assert weights.missing_parts(whole - {name}, MERGED, ()) == [name]
+        assert complete.missing_parts(whole - {name}, MERGED, ()) == [name]
     factored = f"{layer}self_attn.k_proj"
     rest = whole - {f"{factored}.weight"}
-    assert weights.missing_parts(rest | {f"{factored}.down_weight"}, MERGED, (factored,)) == []
+    assert complete.missing_parts(rest | {f"{factored}.down_weight"}, MERGED, (factored,)) == []

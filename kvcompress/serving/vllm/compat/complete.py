@@ -11,8 +11,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
-
-from kvcompress.serving.vllm import compat
+from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 
 _WHOLE = ("weight", "bias")
 """Endings of tensors that every part of a merged layer has if one of them does."""
@@ -87,7 +86,7 @@ def _filled_otherwise(
     A parameter that has two names, as tied embeddings have, is loaded under one of them.
     """
     method = getattr(module, "quant_method", None)
-    if isinstance(method, compat.BaseKVCacheMethod) or getattr(method, "uses_meta_device", False):
+    if isinstance(method, BaseKVCacheMethod) or getattr(method, "uses_meta_device", False):
         return True
     if name.endswith(".input_scale_ub"):
         return True

@@ -6,16 +6,23 @@ itself would have made for the base model; without one, nothing is quantized.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from vllm.model_executor.layers.quantization import get_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.platforms import current_platform
 
-from kvcompress.checkpoint.quantized import check_section
-from kvcompress.serving.vllm import compat
+from kvcompress.checkpoint.quantized import check_section, method_of
+from kvcompress.serving.vllm.compat.version import vllm_version
+
+_SET_ON_CONFIGS = ("packed_modules_mapping", "use_deep_gemm")
+"""What vLLM sets on a model's quantization config once it is made, for the config's own use."""
 
 
-class DelegatingConfig(compat.QuantizationConfig):  # type: ignore[misc]
+class DelegatingConfig(QuantizationConfig):  # type: ignore[misc]
     """The hooks of a quantization config that `base` answers, where there is one."""
 
     def __init__(self, section: Mapping[str, Any] | None) -> None:
@@ -28,7 +35,7 @@ class DelegatingConfig(compat.QuantizationConfig):  # type: ignore[misc]
         self.base: Any = None
         if section is not None:
             check_section(section)
-            self.base = compat.quantization_of(section)
+            self.base = quantization_of(section)
             self._ignore_unexpected_suffixes = self.base._ignore_unexpected_suffixes
 
     def __getattr__(self, name: str) -> Any:
@@ -38,11 +45,11 @@ class DelegatingConfig(compat.QuantizationConfig):  # type: ignore[misc]
             raise AttributeError(f"{type(self).__name__} has no attribute {name}")
         return getattr(base, name)
 
-    def base_method(self, layer: torch.nn.Module, prefix: str) -> compat.QuantizeMethodBase | None:
+    def base_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """The base config's treatment of a layer; None leaves it to vLLM."""
         if self.base is None:
             return None
-        for name in compat.SET_ON_CONFIGS:
+        for name in _SET_ON_CONFIGS:
             if name in vars(self):
                 setattr(self.base, name, vars(self)[name])
         return self.base.get_quant_method(layer, prefix)
@@ -70,3 +77,21 @@ class DelegatingConfig(compat.QuantizationConfig):  # type: ignore[misc]
     def maybe_update_config(self, *arguments: Any, **options: Any) -> None:
         if self.base is not None:
             self.base.maybe_update_config(*arguments, **options)
+
+
+def quantization_of(section: Mapping[str, Any]) -> QuantizationConfig:
+    """The config that vLLM makes for a model with this quantization_config.
+
+    Raises:
+        ValueError: vLLM has no such method, or not for this platform, or not with these settings.
+    """
+    name = method_of(section)
+    try:
+        current_platform.verify_quantization(name)
+        # vLLM changes what it is given, and expects its own spelling of the name.
+        return get_quantization_config(name).from_config({**copy.deepcopy(dict(section)), "quant_method": name})
+    except (AssertionError, NotImplementedError, ValueError) as error:
+        reason = str(error) or "it does not know this combination of settings"
+        raise ValueError(
+            f"vLLM {vllm_version} does not serve the base model's own quantization ({name}): {reason}"
+        ) from error
