@@ -212,7 +212,7 @@ def _refuse(before: Outline, geometry: ModelGeometry) -> None:
             f"{family.architecture} normalises queries and keys before RoPE (q_norm, k_norm): keys are not linear in "
             "the input, and heads cannot be merged; transmla converts Llama, Mistral and Qwen2 models"
         )
-    if not family.linear_attention:
+    if not family.like_llama:
         raise ValueError(
             f"{family.architecture} is no Llama but for its sizes, which converted checkpoints are; transmla converts "
             "Llama, Mistral and Qwen2 models"
