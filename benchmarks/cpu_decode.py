@@ -39,6 +39,7 @@ from kvcompress.codec.heads.layout import PageLayout
 from kvcompress.ops import library
 from kvcompress.ops.blocks.attention import bind as bind_blocks
 from kvcompress.ops.blocks.reference import BlocksOp
+from kvcompress.ops.call import Call
 from kvcompress.ops.heads.attention import bind
 from kvcompress.ops.heads.reference import HeadsOp
 
@@ -222,7 +223,7 @@ def compressed_step(bits: int, context: int, batch: int, copies: int, query_THD:
     output_THD = torch.empty_like(query_THD)
 
     def step(copy: int) -> None:
-        op.attend(output_THD, query_THD, caches[copy], table_RN, starts_R, lengths_R, HEAD_DIM**-0.5)
+        op.attend(Call(output_THD, query_THD, table_RN, starts_R, lengths_R, HEAD_DIM**-0.5), caches[copy])
 
     return step
 
@@ -272,8 +273,8 @@ def block_steps(
 
     def step_of(op: BlocksOp) -> Callable[[int], None]:
         def step(copy: int) -> None:
-            inputs = (output_THD, query_THD, newest_THD, newest_THD, caches[copy], rings_NHXPD, rings)
-            op.attend(*inputs, table_RN, starts, lengths, HEAD_DIM**-0.5)
+            call = Call(output_THD, query_THD, table_RN, starts, lengths, HEAD_DIM**-0.5)
+            op.attend(call, newest_THD, newest_THD, caches[copy], rings_NHXPD, rings)
 
         return step
 

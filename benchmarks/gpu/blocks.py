@@ -17,6 +17,7 @@ from kvcompress.codec.blocks.spec import BlockSide
 from kvcompress.codec.heads.layout import CHUNK_TOKENS
 from kvcompress.ops.blocks.attention import bind
 from kvcompress.ops.blocks.cuda import CudaBlocks
+from kvcompress.ops.call import Call
 from tests.ops.blocks.cases import Batch, random_batch, random_codec
 from tests.ops.blocks.cuda_sides import BAR, SHAPES, cuda_sides, random_query
 from tests.ops.heads.cases import relative_error
@@ -87,14 +88,14 @@ def stored() -> None:
         at = [done + count for done, count in zip(at, counts, strict=True)]
         seen = [(keys[:n], values[:n]) for (keys, values), n in zip(device.histories, at, strict=True)]
         step = replace(device, histories=seen, query_lens=counts)
-        tokens, batch = (step.newest(0), step.newest(1)), (step.query_starts, step.seq_lens)
         written = (device.pages_NHMB, device.rings_NHXPD, ring_R)
-        step.op.seal(*written, *tokens, step.block_table_RN, *batch)
-        found = step.attend(random_query(sum(counts), 8, 128).to(DEVICE))
-        step.op.keep(*written[1:], *tokens, *batch)
+        call, *found = step.call(random_query(sum(counts), 8, 128).to(DEVICE))
+        step.op.seal(call, *step.tokens, *written)
+        step.op.attend(call, *step.tokens, *written)
+        step.op.keep(call, *step.tokens, *written[1:])
         exact = replace(host, pages_NHMB=device.pages_NHMB.cpu(), query_lens=counts)
         exact.histories = [(keys.cpu(), values.cpu()) for keys, values in seen]
-        close(exact, found, random_query(sum(counts), 8, 128))
+        close(exact, (found[0], found[1]), random_query(sum(counts), 8, 128))
 
 
 def graph(longest: int) -> None:
@@ -111,8 +112,8 @@ def graph(longest: int) -> None:
     starts_R, lengths_R = (torch.tensor(n, dtype=torch.int32, device=DEVICE) for n in ([0, 1, 2], host.seq_lens))
 
     def step() -> None:
-        caches = (device.pages_NHMB, device.rings_NHXPD, ring_R, table_RN)
-        device.op.attend(output_THD, query, *rows, *caches, starts_R, lengths_R, 128**-0.5, lse_TH, max_query_len=1)
+        call = Call(output_THD, query, table_RN, starts_R, lengths_R, 128**-0.5, lse_TH, 1)
+        device.op.attend(call, *rows, device.pages_NHMB, device.rings_NHXPD, ring_R)
 
     replay = capture(step, DEVICE)
     # Where a block ends, only the step's own token and complete blocks count: rings hold what the longest left.
@@ -162,6 +163,12 @@ class Cache:
         shape = (batch, KV_HEADS, 2, PLACES, HEAD_DIM)
         self.rings_NHXPD = torch.randn(shape, dtype=torch.bfloat16, device=DEVICE)
 
+    def call(self, batch: int) -> Call:
+        """One query of each request."""
+        query_THD = torch.randn(batch, HEADS, HEAD_DIM, dtype=torch.bfloat16, device=DEVICE)
+        numbers = (self.table_RN, self.starts_R, self.lengths_R)
+        return Call(torch.empty_like(query_THD), query_THD, *numbers, HEAD_DIM**-0.5, max_query_len=1)
+
     def _filled(self, count: int) -> Tensor:
         spec, some = self.op.plan.spec, 256
         records = torch.randint(0, 256, (some, spec.record_bytes), dtype=torch.uint8, device=DEVICE)
@@ -192,25 +199,22 @@ def codec_of(specs: tuple[BlockSide, BlockSide]) -> BlocksCodec:
 def kernel_step(cache: Cache, batch: int) -> Step:
     """The part of a decode step that grows with the context."""
     absorbed_THR = torch.randn(batch, HEADS, cache.op.plan.spec.k.rank, device=DEVICE)
-    numbers = (cache.table_RN, cache.starts_R, cache.lengths_R)
+    call = cache.call(batch)
 
     def step(copy: int) -> None:
-        cache.op.attend_blocks(absorbed_THR, cache.pages[copy], *numbers, HEAD_DIM**-0.5, 1)
+        cache.op.attend_blocks(call, absorbed_THR, cache.pages[copy])
 
     return step
 
 
 def whole_step(cache: Cache, batch: int) -> Step:
     """Everything from queries to outputs, and keeping the step's tokens; no block is complete in it."""
-    query_THD = torch.randn(batch, HEADS, HEAD_DIM, dtype=torch.bfloat16, device=DEVICE)
-    output_THD = torch.empty_like(query_THD)
+    call = cache.call(batch)
     own = torch.randn(2, batch, KV_HEADS, HEAD_DIM, dtype=torch.bfloat16, device=DEVICE).unbind()
-    numbers = (cache.starts_R, cache.lengths_R)
 
     def step(copy: int) -> None:
-        caches = (cache.pages[copy], cache.rings_NHXPD, cache.ring_R, cache.table_RN)
-        cache.op.attend(output_THD, query_THD, *own, *caches, *numbers, HEAD_DIM**-0.5, max_query_len=1)
-        cache.op.keep(cache.rings_NHXPD, cache.ring_R, *own, *numbers)
+        cache.op.attend(call, *own, cache.pages[copy], cache.rings_NHXPD, cache.ring_R)
+        cache.op.keep(call, *own, cache.rings_NHXPD, cache.ring_R)
 
     return step
 
@@ -226,13 +230,13 @@ def measure(instance: str, context: int, batch: int) -> dict[str, Any]:
 def seal_microseconds(cache: Cache, batch: int, repeats: int = 5) -> float:
     """Of one layer, when a token completes a block of every request, by the clock between events."""
     own = torch.randn(2, batch, KV_HEADS, HEAD_DIM, dtype=torch.bfloat16, device=DEVICE).unbind()
-    starts, lengths = list(range(batch + 1)), [CHUNK_TOKENS] * batch
+    call = cache.call(batch)
+    call.query_starts, call.seq_lens = list(range(batch + 1)), [CHUNK_TOKENS] * batch
     times = []
     for _ in range(repeats + 1):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        written = (cache.pages[0], cache.rings_NHXPD, cache.ring_R)
-        cache.op.seal(*written, *own, cache.table_RN, starts, lengths)
+        cache.op.seal(call, *own, cache.pages[0], cache.rings_NHXPD, cache.ring_R)
         end.record()
         torch.cuda.synchronize()
         times.append(1000 * begin.elapsed_time(end))

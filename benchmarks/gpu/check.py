@@ -19,6 +19,7 @@ from benchmarks.gpu.graphs import capture
 from kvcompress.codec.bands import SideSpec
 from kvcompress.codec.heads import fragment
 from kvcompress.codec.heads.layout import FRAGMENT
+from kvcompress.ops.call import Call
 from kvcompress.ops.heads import prefill
 from kvcompress.ops.heads.attention import bind
 from kvcompress.ops.heads.reference import HeadsOp
@@ -142,7 +143,7 @@ def graph(k: SideSpec, v: SideSpec, small: bool) -> None:
 
     def step() -> None:
         batch = (table_RN, starts_R, lengths_R)
-        cache.op.attend(output_THD, query_THD, cache.pages_NHX, *batch, head_dim**-0.5, lse_TH, max_query_len=1)
+        cache.op.attend(Call(output_THD, query_THD, *batch, head_dim**-0.5, lse_TH, 1), cache.pages_NHX)
 
     replay = capture(step, DEVICE)
     for lengths, order in (([longest, longest], [0, 1]), ([1, 200], [1, 0]), ([64, longest - 1], [0, 1])):

@@ -10,6 +10,7 @@ import torch
 
 from benchmarks.gpu import check
 from benchmarks.gpu.graphs import capture
+from kvcompress.ops.call import Call
 from tests.ops.heads.cases import bands, exact, random_cache, random_codec, relative_error, starts
 from tests.ops.heads.cuda_sides import MIXED_K, MIXED_V
 
@@ -31,8 +32,7 @@ def decoding(small: bool) -> None:
 
     def step() -> None:
         op.append(pages_NHX, key_THD, value_THD, slots_T)
-        batch = (table_RN, starts_R, lengths_R)
-        op.attend(output_THD, query_THD, pages_NHX, *batch, 0.125, lse_TH, max_query_len=1)
+        op.attend(Call(output_THD, query_THD, table_RN, starts_R, lengths_R, 0.125, lse_TH, 1), pages_NHX)
 
     replay = capture(step, check.DEVICE)
     assert torch.equal(pages_NHX, stored_NHX), "tokens without a slot were stored"
@@ -68,7 +68,7 @@ def prompt(dtype: torch.dtype, small: bool) -> None:
     output_THD = torch.full_like(query_THD, torch.nan)
     batch = (cache.block_table_RN, starts(query_lens), cache.seq_lens)
     with no_waits():
-        cache.op.attend(output_THD, query_THD, cache.pages_NHX, *batch, scale)
+        cache.op.attend(Call(output_THD, query_THD, *batch, scale), cache.pages_NHX)
     expected_THD, _ = exact(check.on_host(cache), query_THD.cpu(), starts(query_lens), scale)
     error = relative_error(output_THD.cpu(), expected_THD)
     assert error < (8e-3 if dtype == torch.bfloat16 else 1e-3), f"relative error {error:.2e}"

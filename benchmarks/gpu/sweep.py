@@ -14,6 +14,7 @@ from benchmarks.gpu.timing import microseconds
 from kvcompress.codec.bands import Band, SideSpec
 from kvcompress.codec.heads.codec import HeadsCodec, SideCodec
 from kvcompress.codec.heads.layout import CHUNK_TOKENS, FRAGMENT, PageLayout
+from kvcompress.ops.call import Call
 from kvcompress.ops.heads.attention import bind
 from kvcompress.ops.heads.cuda import CudaHeads
 
@@ -68,6 +69,12 @@ class Cache:
         self.starts_R = torch.arange(batch + 1, dtype=torch.int32, device=DEVICE)
         self.lengths_R = torch.full((batch,), context, dtype=torch.int32, device=DEVICE)
 
+    def call(self, batch: int) -> Call:
+        """One query of each request."""
+        query_THD = torch.randn(batch, HEADS, HEAD_DIM, dtype=torch.bfloat16, device=DEVICE)
+        numbers = (self.table_RN, self.starts_R, self.lengths_R)
+        return Call(torch.empty_like(query_THD), query_THD, *numbers, HEAD_DIM**-0.5, max_query_len=1)
+
     def _filled(self, blocks: int) -> Tensor:
         layout = PageLayout.of(self.spec, BLOCK_SIZE, FRAGMENT)
         pages_NHX = torch.randint(0, 256, (blocks, KV_HEADS, layout.record_bytes), dtype=torch.uint8, device=DEVICE)
@@ -87,22 +94,20 @@ class Cache:
 def kernel_step(cache: Cache, batch: int) -> Step:
     """The part of a decode step that grows with the context."""
     absorbed_THR = torch.randn(batch, HEADS, cache.spec.k.rank, device=DEVICE)
-    numbers = (cache.table_RN, cache.starts_R, cache.lengths_R)
+    call = cache.call(batch)
 
     def step(copy: int) -> None:
-        cache.op.attend_latents(absorbed_THR, cache.pages[copy], *numbers, HEAD_DIM**-0.5, 1)
+        cache.op.attend_latents(call, absorbed_THR, cache.pages[copy])
 
     return step
 
 
 def whole_step(cache: Cache, batch: int) -> Step:
     """Everything from queries to outputs."""
-    query_THD = torch.randn(batch, HEADS, HEAD_DIM, dtype=torch.bfloat16, device=DEVICE)
-    output_THD = torch.empty_like(query_THD)
-    numbers = (cache.table_RN, cache.starts_R, cache.lengths_R)
+    call = cache.call(batch)
 
     def step(copy: int) -> None:
-        cache.op.attend(output_THD, query_THD, cache.pages[copy], *numbers, HEAD_DIM**-0.5, max_query_len=1)
+        cache.op.attend(call, cache.pages[copy])
 
     return step
 

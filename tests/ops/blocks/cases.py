@@ -13,6 +13,7 @@ from kvcompress.codec.blocks.codec import BlocksCodec, BlockSideCodec
 from kvcompress.codec.blocks.spec import BlockSide
 from kvcompress.ops.blocks.attention import bind
 from kvcompress.ops.blocks.reference import BlocksOp
+from kvcompress.ops.call import Call
 from tests.ops.heads.cases import POISON, starts
 
 DRAFTS = 3
@@ -75,15 +76,34 @@ class Batch:
         ]
         return torch.cat(tokens)
 
-    def attend(
-        self, query_THD: Tensor, softmax_scale: float | None = None, **options: int | None
-    ) -> tuple[Tensor, Tensor]:
+    @property
+    def tokens(self) -> tuple[Tensor, Tensor]:
+        """The step's own keys and values."""
+        return self.newest(0), self.newest(1)
+
+    @property
+    def caches(self) -> tuple[Tensor, Tensor, list[int]]:
+        return self.pages_NHMB, self.rings_NHXPD, self.ring_R
+
+    def call(
+        self, query_THD: Tensor, softmax_scale: float | None = None, max_query_len: int | None = None
+    ) -> tuple[Call, Tensor, Tensor]:
+        """What attention is asked, and where it writes output and lse."""
         output_THD = torch.full_like(query_THD, torch.nan)
         lse_TH = torch.full(query_THD.shape[:2], torch.nan, device=query_THD.device)
-        rows = (query_THD, self.newest(0), self.newest(1), self.pages_NHMB, self.rings_NHXPD, self.ring_R)
         batch = (self.block_table_RN, self.query_starts, self.seq_lens)
         scale = softmax_scale or query_THD.shape[2] ** -0.5
-        self.op.attend(output_THD, *rows, *batch, scale, lse_TH, **options)
+        return Call(output_THD, query_THD, *batch, scale, lse_TH, max_query_len), output_THD, lse_TH
+
+    def attend(
+        self,
+        query_THD: Tensor,
+        softmax_scale: float | None = None,
+        max_query_len: int | None = None,
+        **options: int | None,
+    ) -> tuple[Tensor, Tensor]:
+        call, output_THD, lse_TH = self.call(query_THD, softmax_scale, max_query_len)
+        self.op.attend(call, *self.tokens, *self.caches, **options)
         return output_THD, lse_TH
 
     def exact(self, query_THD: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from kvcompress.codec.blocks.spec import BlockSide
 from kvcompress.ops.blocks.attention import bind
 from kvcompress.ops.blocks.cpu import CpuBlocks
 from kvcompress.ops.blocks.reference import BlocksOp
+from kvcompress.ops.call import Call
 from tests.ops.blocks.cases import Batch, batch_of, random_batch, random_codec, sides
 from tests.ops.heads.cases import POISON, relative_error
 
@@ -39,8 +40,14 @@ def random_query(tokens: int, heads: int, head_dim: int, dtype: torch.dtype = to
     return torch.randn(tokens, heads, head_dim, generator=torch.Generator().manual_seed(9)).to(dtype)
 
 
-def assert_exact(batch: Batch, query_THD: Tensor, bar: float = BAR, **options: int) -> None:
-    output_THD, lse_TH = batch.attend(query_THD, **options)
+def attend(batch: Batch, query_THD: Tensor, split_tokens: int) -> tuple[Tensor, Tensor]:
+    assert isinstance(batch.op, CpuBlocks)
+    batch.op.split_tokens = split_tokens
+    return batch.attend(query_THD)
+
+
+def assert_exact(batch: Batch, query_THD: Tensor, bar: float = BAR) -> None:
+    output_THD, lse_TH = batch.attend(query_THD)
     expected_THD, expected_TH = batch.exact(query_THD)
     assert relative_error(output_THD, expected_THD) < bar
     torch.testing.assert_close(lse_TH.double(), expected_TH, rtol=2e-5, atol=2e-5)
@@ -85,19 +92,19 @@ def test_results_depend_on_neither_threads_nor_batch(level: str, bits: int) -> N
     results = []
     for threads in (1, 2, 3, 8):
         torch.set_num_threads(threads)
-        results.append(batch.attend(query_THD, split_tokens=128)[0])
+        results.append(attend(batch, query_THD, 128)[0])
     assert all(torch.equal(result, results[0]) for result in results[1:])
     alone = replace(batch, ring_R=batch.ring_R[2:], block_table_RN=batch.block_table_RN[2:])
     alone.histories, alone.query_lens = batch.histories[2:], [1]
-    assert torch.equal(alone.attend(query_THD[41:], split_tokens=128)[0], results[0][41:])
+    assert torch.equal(attend(alone, query_THD[41:], 128)[0], results[0][41:])
 
 
 @pytest.mark.parametrize("split_tokens", [1, 100, 128])
 def test_splits_agree(level: str, split_tokens: int) -> None:
     batch = random_batch(random_codec(2, 64, sides(64)), [513, 64, 65, 31], [2, 1, 1, 5])
     query_THD = random_query(9, 8, 64)
-    whole_THD, whole_TH = batch.attend(query_THD, split_tokens=4096)
-    split_THD, split_TH = batch.attend(query_THD, split_tokens=split_tokens)
+    whole_THD, whole_TH = attend(batch, query_THD, 4096)
+    split_THD, split_TH = attend(batch, query_THD, split_tokens)
     assert relative_error(split_THD, whole_THD.double()) < 2e-6
     torch.testing.assert_close(split_TH, whole_TH, rtol=1e-6, atol=1e-6)
 
@@ -182,9 +189,10 @@ def test_strided_queries_keys_outputs_and_numbers(level: str) -> None:
         assert not found.is_contiguous()
         return found
 
-    rows = (wide_THD[:, :4], wide_THD[:, 4:6], wide_THD[:, 6:], batch.pages_NHMB, batch.rings_NHXPD)
-    numbers = (column(batch.ring_R), batch.block_table_RN, column(batch.query_starts), column(batch.seq_lens))
-    batch.op.attend(output_THD[:, 2:6], *rows, *numbers, 32**-0.5)
+    numbers = (batch.block_table_RN, column(batch.query_starts), column(batch.seq_lens))
+    call = Call(output_THD[:, 2:6], wide_THD[:, :4], *numbers, 32**-0.5)
+    caches = (batch.pages_NHMB, batch.rings_NHXPD, column(batch.ring_R))
+    batch.op.attend(call, wide_THD[:, 4:6], wide_THD[:, 6:], *caches)
     assert torch.equal(output_THD[:, 2:6], expected_THD)
     assert not output_THD[:, :2].any()
     assert not output_THD[:, 6:].any()

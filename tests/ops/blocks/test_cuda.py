@@ -16,6 +16,7 @@ from kvcompress.ops.blocks import cuda as cuda_blocks
 from kvcompress.ops.blocks.attention import bind
 from kvcompress.ops.blocks.cuda import CudaBlocks
 from kvcompress.ops.blocks.reference import BlocksOp, newest
+from kvcompress.ops.call import Call
 from tests.ops import emulated
 from tests.ops.blocks.cases import Batch, batch_of, random_batch, random_codec
 from tests.ops.blocks.cuda_sides import BAR, SHAPES, cuda_sides, random_query
@@ -195,9 +196,10 @@ def test_rows_side_by_side_and_not_aligned(kernels: ctypes.CDLL) -> None:
         wide_THD = flat[offset:].view(4, 9, 64).copy_(torch.cat([query_THD, batch.newest(0), batch.newest(1), one], 1))
         output_THD = torch.full((4, 5, 64), torch.nan, dtype=torch.bfloat16)
         ring_R, starts_R, lengths_R = numbers(batch.ring_R, batch.query_starts, batch.seq_lens)
-        rows = (wide_THD[:, :4], wide_THD[:, 4:6], wide_THD[:, 6:8], batch.pages_NHMB, batch.rings_NHXPD, ring_R)
         table = (batch.block_table_RN, starts_R, lengths_R)
-        CudaBlocks(kernels, batch.op.plan.codec).attend(output_THD[:, :4], *rows, *table, 0.125, max_query_len=3)
+        call = Call(output_THD[:, :4], wide_THD[:, :4], *table, 0.125, max_query_len=3)
+        rows = (wide_THD[:, 4:6], wide_THD[:, 6:8], batch.pages_NHMB, batch.rings_NHXPD, ring_R)
+        CudaBlocks(kernels, batch.op.plan.codec).attend(call, *rows)
         assert torch.equal(output_THD[:, :4], expected_THD)
         assert output_THD[:, 4].isnan().all()
 
@@ -212,8 +214,9 @@ def test_keep(kernels: ctypes.CDLL, dtype: torch.dtype) -> None:
     one, other = (torch.full((9, 3, 2, places, 16), torch.nan, dtype=dtype)[:, 1:] for _ in range(2))
     ring_R, starts_R, lengths_R = numbers([7, 0, 3, 1, 5], starts, lengths)
     codec = random_codec(2, 16, cuda_sides(16, 4))
-    CudaBlocks(kernels, codec).keep(one, ring_R, keys_THD, values_THD, starts_R, lengths_R)
-    BlocksOp(codec).keep(other, ring_R, keys_THD[:223], values_THD[:223], starts_R, lengths_R)
+    call = Call(keys_THD, keys_THD, torch.empty(5, 0, dtype=torch.int32), starts_R, lengths_R, 1.0)
+    CudaBlocks(kernels, codec).keep(call, keys_THD, values_THD, one, ring_R)
+    BlocksOp(codec).keep(call, keys_THD[:223], values_THD[:223], other, ring_R)
     assert int(one.isfinite().sum()) == 2 * 2 * 16 * sum(min(count, places) for count in counts)
     assert torch.equal(one.nan_to_num(9), other.nan_to_num(9))
 
@@ -239,10 +242,9 @@ def test_what_the_kernels_refuse(kernels: ctypes.CDLL, change: dict[str, Any], p
     codec = random_codec(1, 256, (k, replace(v, **change)))
     assert cuda_blocks.covers(codec.spec) == (not change)
     pages_NHMB = torch.zeros(1, 1, per_page, codec.spec.record_bytes, dtype=torch.uint8)
+    call = Call(torch.zeros(1, 1, 256), torch.zeros(1, 1, 256), numbers([0])[0][None], *numbers([0, 1], [1]), 1.0)
     with pytest.raises(ValueError, match="shape"):
-        CudaBlocks(kernels, codec).attend_blocks(
-            torch.zeros(1, 1, k.rank), pages_NHMB, *numbers([0])[0][None, None], *numbers([0, 1], [1]), 1.0, 1
-        )
+        CudaBlocks(kernels, codec).attend_blocks(call, torch.zeros(1, 1, k.rank), pages_NHMB)
 
 
 def test_structs_have_the_sizes_the_library_was_built_with(kernels: ctypes.CDLL) -> None:
@@ -294,13 +296,12 @@ def test_steps_one_after_the_other(on_device: list[str]) -> None:
         at = [done + count for done, count in zip(at, counts, strict=True)]
         seen = [(keys[:n], values[:n]) for (keys, values), n in zip(histories, at, strict=True)]
         step = replace(whole, pages_NHMB=pages_NHMB, rings_NHXPD=rings_NHXPD, histories=seen, query_lens=counts)
-        tokens = (step.newest(0), step.newest(1))
-        batch = (step.query_starts, step.seq_lens)
-        step.op.seal(pages_NHMB, rings_NHXPD, ring_R, *tokens, step.block_table_RN, *batch)
         query_THD = random_query(sum(counts), 4, 64)
-        output_THD, _ = step.attend(query_THD)
+        call, output_THD, _ = step.call(query_THD)
+        step.op.seal(call, *step.tokens, pages_NHMB, rings_NHXPD, ring_R)
+        step.op.attend(call, *step.tokens, pages_NHMB, rings_NHXPD, ring_R)
         assert relative_error(output_THD, step.exact(query_THD)[0]) < BAR
-        step.op.keep(rings_NHXPD, ring_R, *tokens, *batch)
+        step.op.keep(call, *step.tokens, rings_NHXPD, ring_R)
     assert on_device.count("keep") == 5
     assert "attend_blocks" in on_device
 
@@ -316,8 +317,8 @@ def test_nothing_is_read_from_the_device(on_device: list[str], monkeypatch: pyte
 
     for name in ("tolist", "item", "cpu", "__int__", "__bool__"):
         monkeypatch.setattr(Tensor, name, refuse)
-    rows = (output_THD, query_THD, batch.newest(0), batch.newest(1), batch.pages_NHMB, batch.rings_NHXPD, ring_R)
-    batch.op.attend(*rows, batch.block_table_RN, starts_R, lengths_R, 0.125, max_query_len=1)
+    call = Call(output_THD, query_THD, batch.block_table_RN, starts_R, lengths_R, 0.125, max_query_len=1)
+    batch.op.attend(call, *batch.tokens, batch.pages_NHMB, batch.rings_NHXPD, ring_R)
     assert on_device == ["attend_blocks"]
 
 

@@ -12,6 +12,7 @@ from kvcompress.codec.bands import Band, SideSpec
 from kvcompress.codec.heads import pages
 from kvcompress.codec.heads.codec import HeadsCodec, SideCodec
 from kvcompress.codec.heads.layout import PageLayout
+from kvcompress.ops.call import Call
 from kvcompress.ops.heads.reference import HeadsOp
 
 POISON = 0xFF
@@ -53,14 +54,19 @@ class Cache:
         return self.op.layout(self.pages_NHX)
 
     def attend(
-        self, query_THD: Tensor, query_lens: Sequence[int], softmax_scale: float | None = None, **options: int
+        self,
+        query_THD: Tensor,
+        query_lens: Sequence[int],
+        softmax_scale: float | None = None,
+        max_query_len: int | None = None,
+        **options: int,
     ) -> tuple[Tensor, Tensor]:
         """Output and lse, of the newest tokens of each request."""
         output_THD = torch.full_like(query_THD, torch.nan)
         lse_TH = torch.full(query_THD.shape[:2], torch.nan, device=query_THD.device)
         scale = softmax_scale or query_THD.shape[2] ** -0.5
         batch = (self.block_table_RN, starts(query_lens), self.seq_lens)
-        self.op.attend(output_THD, query_THD, self.pages_NHX, *batch, scale, lse_TH, **options)
+        self.op.attend(Call(output_THD, query_THD, *batch, scale, lse_TH, max_query_len), self.pages_NHX, **options)
         return output_THD, lse_TH
 
 

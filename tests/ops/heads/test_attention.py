@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvcompress.codec.bands import SideSpec
+from kvcompress.ops.call import Call
 from kvcompress.ops.heads.attention import bind
 from kvcompress.ops.heads.cpu import CpuHeads
 from tests.ops.heads.cases import Cache, bands, exact, fill, random_cache, random_codec, relative_error, starts
@@ -39,19 +40,22 @@ SIDES = [
 ]
 
 
-def attend(cache: Cache, query_THD: Tensor, query_lens: list[int], **options: int) -> tuple[Tensor, Tensor]:
+def attend(
+    cache: Cache, query_THD: Tensor, query_lens: list[int], split_tokens: int = CpuHeads.split_tokens
+) -> tuple[Tensor, Tensor]:
     """By the CPU's kernels."""
     op = bind(cache.codec, "cpu")
     assert isinstance(op, CpuHeads)
-    return replace(cache, op=op).attend(query_THD, query_lens, **options)
+    op.split_tokens = split_tokens
+    return replace(cache, op=op).attend(query_THD, query_lens)
 
 
 def random_query(tokens: int, heads: int, head_dim: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(tokens, heads, head_dim, generator=torch.Generator().manual_seed(9)).to(dtype)
 
 
-def assert_exact(cache: Cache, query_THD: Tensor, query_lens: list[int], bar: float = BAR, **options: int) -> None:
-    output_THD, lse_TH = attend(cache, query_THD, query_lens, **options)
+def assert_exact(cache: Cache, query_THD: Tensor, query_lens: list[int], bar: float = BAR) -> None:
+    output_THD, lse_TH = attend(cache, query_THD, query_lens)
     expected_THD, expected_TH = exact(cache, query_THD, starts(query_lens), query_THD.shape[2] ** -0.5)
     assert relative_error(output_THD, expected_THD) < bar
     torch.testing.assert_close(lse_TH.double(), expected_TH, rtol=1e-5, atol=1e-5)
@@ -94,7 +98,8 @@ def test_strided_queries_and_outputs(level: str) -> None:
     expected_THD, _ = attend(cache, query_THD, [1, 3])
     output_THD = torch.zeros(4, 9, 64)
     batch = (cache.block_table_RN, torch.tensor([0, 1, 4]), torch.tensor(cache.seq_lens))
-    bind(cache.codec, "cpu").attend(output_THD[:, 2:6], wide_THD[1:5, ::2], cache.pages_NHX, *batch, 0.125)
+    call = Call(output_THD[:, 2:6], wide_THD[1:5, ::2], *batch, 0.125)
+    bind(cache.codec, "cpu").attend(call, cache.pages_NHX)
     assert torch.equal(output_THD[:, 2:6], expected_THD)
     assert not output_THD[:, :2].any()
     assert not output_THD[:, 6:].any()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvcompress.codec.heads.layout import FRAGMENT, TOKEN_MAJOR, PageLayout
 from kvcompress.ops import cuda_library, gpu
+from kvcompress.ops.call import Call
 from kvcompress.ops.heads import prefill
 from kvcompress.ops.heads.attention import bind, order
 from kvcompress.ops.heads.cuda import CudaHeads
@@ -44,7 +45,7 @@ def attend(cache: Cache, query_THD: Tensor, query_lens: list[int]) -> Tensor:
     """Output alone: nobody asks for the log of sums in a prompt."""
     output_THD = torch.full_like(query_THD, torch.nan)
     batch = (cache.block_table_RN, starts(query_lens), cache.seq_lens)
-    cache.op.attend(output_THD, query_THD, cache.pages_NHX, *batch, 0.125)
+    cache.op.attend(Call(output_THD, query_THD, *batch, 0.125), cache.pages_NHX)
     return output_THD
 
 
