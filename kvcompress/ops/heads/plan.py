@@ -22,17 +22,20 @@ class HeadsPlan:
     spec: HeadsSpec = field(init=False)
     k_decode_HDR: Tensor = field(init=False, repr=False)
     """decode_HRD transposed: absorbing a query adds up its rows."""
+    token_bytes: int = field(init=False)
+    """Of one head."""
     _layouts: dict[tuple[int, str], PageLayout] = field(init=False, repr=False, default_factory=dict)
     _pages: dict[PageLayout, interface.Pages] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "codec", self.codec.to(self.codec.k.mean_HD.device))
         object.__setattr__(self, "spec", self.codec.spec)
+        object.__setattr__(self, "token_bytes", self.spec.k.bytes_per_token + self.spec.v.bytes_per_token)
         object.__setattr__(self, "k_decode_HDR", self.codec.k.decode_HRD.mT.contiguous())
 
     def layout(self, pages_NHX: Tensor, order: str) -> PageLayout:
         """Of pages `uint8 [num_blocks, num_kv_heads, record_bytes]`: their size says how many tokens they hold."""
-        block_size = pages_NHX.shape[2] // (self.spec.k.bytes_per_token + self.spec.v.bytes_per_token)
+        block_size = pages_NHX.shape[2] // self.token_bytes
         if (block_size, order) not in self._layouts:
             self._layouts[block_size, order] = PageLayout.of(self.spec, block_size, order)
         return self._layouts[block_size, order]

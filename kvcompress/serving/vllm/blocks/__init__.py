@@ -90,7 +90,7 @@ class BlocksImpl(compat.Implementation):
     def use_codec(self, codec: BlocksCodec, device: torch.device, longest: int) -> None:
         """Bind the codec of this rank's KV heads to the layer's device, for requests of up to `longest` tokens."""
         assert (codec.spec.num_kv_heads, codec.spec.head_dim) == (self.num_kv_heads, self.head_size)
-        self.op, self._longest = bind(codec, device), longest
+        self.op, self._longest, self._record_bytes = bind(codec, device), longest, codec.spec.record_bytes
 
     def run(self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, step: Step, output: Tensor) -> None:
         """Compress the blocks that this step completes, attend, then keep the step's newest tokens."""
@@ -111,7 +111,7 @@ class BlocksImpl(compat.Implementation):
 
     def _pages(self, kv_cache: Tensor) -> Tensor:
         """`[pages, KV heads, blocks per page, record_bytes]`."""
-        pages_NHMB: Tensor = kv_cache.flatten(2).unflatten(2, (-1, self.op.plan.spec.record_bytes))
+        pages_NHMB: Tensor = kv_cache.flatten(2).unflatten(2, (-1, self._record_bytes))
         return pages_NHMB
 
 
