@@ -35,17 +35,15 @@ class Halves(ModelBasis[HalvesConfig]):
     def profiles(self, config: HalvesConfig, geometry: ModelGeometry, layers: Sequence[int]) -> Sequence[Profile]:
         return []
 
-    def fit_model(self, config: HalvesConfig, context: Context) -> dict[int, LayerBases]:
+    def fit_model(self, config: HalvesConfig, context: Context, profiles: Sequence[Profile]) -> dict[int, LayerBases]:
         return {}
 
     def own_specs(self, config: HalvesConfig, geometry: ModelGeometry, layers: Sequence[int]) -> Sequence[Any]:
         return [HalvesSpec(geometry.num_kv_heads, geometry.head_dim)] * len(layers)
 
-    def own_codecs(self, config: HalvesConfig, context: Context) -> Sequence[CacheCodec]:
+    def own_codecs(self, config: HalvesConfig, context: Context, specs: Sequence[Any]) -> Sequence[CacheCodec]:
         import torch
 
         from tests.toy_form.codec.halves.codec import HalvesCodec
 
-        layers = context.compressed_layers
-        specs = self.own_specs(config, context.geometry, layers)
         return [HalvesCodec(spec, torch.tensor([config.unit])) for spec in specs]
