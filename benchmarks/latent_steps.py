@@ -19,10 +19,11 @@ from kvcompress.codec.rope import Rope
 from kvcompress.codec.shared.codec import SharedCodec, SharedSide
 from kvcompress.codec.shared.pages import SharedLayout
 from kvcompress.codec.shared.spec import SharedSpec
+from kvcompress.ops.call import Call
 from kvcompress.ops.latent.attention import bind as bind_latent
 from kvcompress.ops.latent.reference import LatentOp
 from kvcompress.ops.shared.attention import bind as bind_shared
-from kvcompress.ops.shared.batch import Batch
+from kvcompress.ops.shared.call import SharedCall
 from kvcompress.ops.shared.reference import SharedOp
 
 Step = Callable[[int], None]
@@ -45,11 +46,11 @@ def mla_steps(heads: int, context: int, table_RN: Tensor, block_size: int, copie
     key_TC = torch.randn(batch, channels, dtype=torch.bfloat16)
     slots_T = table_RN[:, -1].long() * block_size
     starts_R, lengths_R = torch.arange(batch + 1, dtype=torch.int32), torch.full((batch,), context, dtype=torch.int32)
-    scale = channels**-0.5
+    call = Call(output_THR, query_THC, table_RN, starts_R, lengths_R, channels**-0.5)
     op = bind_latent(LatentCodec(LatentSpec(channels, MLA_RANK, pages_NSC.element_size())), "cpu", pages_NSC.dtype)
 
     def attend(op: LatentOp) -> Step:
-        return lambda copy: op.attend(output_THR, query_THC, caches[copy], table_RN, starts_R, lengths_R, scale)
+        return lambda copy: op.attend(call, caches[copy])
 
     def append(copy: int) -> None:
         op.append(caches[copy], key_TC, slots_T)
@@ -81,8 +82,8 @@ def shared_steps(
                 weight_HR = torch.ones(place.records, side.spec.rank)
                 op.store(place.view(page_NX), side.spec, latent_THR, weight_HR, slots_T)
     caches = [pages_WNX] + [pages_WNX.clone() for _ in range(copies - 1)]
-    output_THD = torch.empty_like(query_THD)
-    keys_THD, values_THD = torch.randn(2, batch, kv_heads, query_THD.shape[2], dtype=query_THD.dtype)
+    own_2THD = torch.randn(2, batch, kv_heads, query_THD.shape[2], dtype=query_THD.dtype)
+    rows = (torch.empty_like(query_THD), query_THD, *own_2THD)
     row_T = torch.arange(batch + 1, dtype=torch.int32)
     lengths_R = torch.full((batch,), context, dtype=torch.int32)
     numbers = (row_T, lengths_R, lengths_R - 1, row_T[:-1])
@@ -92,8 +93,8 @@ def shared_steps(
         def step(copy: int) -> None:
             k_pages = caches[copy] if share == "kv" else caches[copy][:1]
             records = [layout.k.view(page) for page in k_pages], [layout.v.view(page) for page in caches[copy]]
-            step_batch = Batch([table_RN] * len(k_pages), [table_RN] * XKV_GROUP, *numbers)
-            op.attend(output_THD, query_THD, keys_THD, values_THD, *records, step_batch, scale)
+            tables = [table_RN] * len(k_pages), [table_RN] * XKV_GROUP
+            op.attend(SharedCall(*rows, *records, *tables, *numbers, scale))
 
         return step
 

@@ -14,8 +14,9 @@ from benchmarks.gpu.graphs import capture
 from benchmarks.gpu.sweep import BLOCK_SIZE, COLD_BYTES, Step
 from benchmarks.gpu.timing import microseconds
 from kvcompress.ops import gpu
+from kvcompress.ops.call import Call
 from kvcompress.ops.latent.cuda import CudaLatent
-from tests.ops.heads.cases import relative_error, starts
+from tests.ops.heads.cases import relative_error
 from tests.ops.latent.cases import SHAPES, Cache, bar, bind_pages
 
 CHANNELS, RANK = 576, 512
@@ -50,10 +51,9 @@ def on_kernels(cache: Cache) -> CudaLatent:
 
 
 def attend(cache: Cache, query_THC: Tensor, query_lens: list[int], rank: int) -> Tensor:
-    output_THR = torch.full((*query_THC.shape[:2], rank), torch.nan, dtype=query_THC.dtype, device=DEVICE)
-    batch = (cache.pages_NSC, cache.block_table_RN, starts(query_lens), cache.seq_lens)
-    on_kernels(cache).attend(output_THR, query_THC, *batch, 0.1)
-    return output_THR
+    call = cache.call(query_THC, query_lens, rank)
+    on_kernels(cache).attend(call, cache.pages_NSC)
+    return call.output_THD
 
 
 def close(cache: Cache, found_THR: Tensor, query_THC: Tensor, query_lens: list[int]) -> None:
@@ -85,10 +85,10 @@ def graph(longest: int) -> None:
     starts_R = torch.tensor([0, 1, 2], dtype=torch.int32, device=DEVICE)
     lengths_R = torch.tensor(cache.seq_lens, dtype=torch.int32, device=DEVICE)
 
-    op = on_kernels(cache)
+    op, call = on_kernels(cache), Call(output_THR, query_THC, table_RN, starts_R, lengths_R, 0.1, max_query_len=1)
 
     def step() -> None:
-        op.attend(output_THR, query_THC, cache.pages_NSC, table_RN, starts_R, lengths_R, 0.1, max_query_len=1)
+        op.attend(call, cache.pages_NSC)
 
     replay = capture(step, DEVICE)
     keys = cache.keys
@@ -108,11 +108,9 @@ def repeated(longest: int) -> None:
     first, second = attend(cache, query_THC, [1, 1], 512), attend(cache, query_THC, [1, 1], 512)
     assert torch.equal(first, second)
     for splits in (1, 2, 7, 100):
-        output_THR = torch.full_like(first, torch.nan)
-        numbers = [torch.tensor(rows, dtype=torch.int32, device=DEVICE) for rows in ([0, 1, 2], cache.seq_lens)]
-        batch = (cache.pages_NSC, cache.block_table_RN, *numbers)
-        on_kernels(cache).attend(output_THR, query_THC, *batch, 0.1, max_query_len=1, splits=splits)
-        assert relative_error(output_THR.cpu(), first.cpu().double()) < bar(first.dtype), f"{splits} splits"
+        call = cache.call(query_THC, [1, 1], 512)
+        on_kernels(cache).attend(call, cache.pages_NSC, splits)
+        assert relative_error(call.output_THD.cpu(), first.cpu().double()) < bar(first.dtype), f"{splits} splits"
 
 
 def stored() -> None:
@@ -142,11 +140,11 @@ def measure(heads: int, context: int, batch: int) -> list[dict[str, Any]]:
     output_THR = torch.empty(batch, heads, RANK, dtype=torch.bfloat16, device=DEVICE)
     slots_T = torch.randperm(shape[0] * BLOCK_SIZE, device=DEVICE)[:batch]
 
+    call = Call(output_THR, query_THC, table_RN, starts_R, lengths_R, CHANNELS**-0.5, max_query_len=1)
     op = bind_pages(pages[0])
 
     def own(copy: int) -> None:
-        numbers = (table_RN, starts_R, lengths_R)
-        op.attend(output_THR, query_THC, pages[copy], *numbers, CHANNELS**-0.5, max_query_len=1)
+        op.attend(call, pages[copy])
 
     def store(copy: int) -> None:
         op.append(pages[copy], query_THC[:, 0], slots_T)

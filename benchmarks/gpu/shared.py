@@ -19,7 +19,7 @@ from kvcompress.codec.shared.codec import SharedCodec, SharedSide
 from kvcompress.codec.shared.pages import SharedLayout
 from kvcompress.codec.shared.spec import SharedSpec
 from kvcompress.ops.shared.attention import bind
-from kvcompress.ops.shared.batch import Batch
+from kvcompress.ops.shared.call import SharedCall
 from kvcompress.ops.shared.cuda import CudaShared
 from kvcompress.ops.shared.reference import SharedOp
 from tests.ops.heads.cases import POISON, bands, relative_error
@@ -60,10 +60,9 @@ def on_kernels(codec: SharedCodec) -> CudaShared:
 
 def attend(group: Group, splits: tuple[int, int] | None = None) -> Tensor:
     """With numbers on the device."""
-    *tensors, batch, scale = group.arguments()
-    output_THD = torch.full_like(group.query_THD, torch.nan)
-    on_kernels(group.codec).attend_few(output_THD, *tensors, batch.on(DEVICE), scale, max(group.query_lens), splits)
-    return output_THD
+    call = group.call(max(group.query_lens)).on(DEVICE)
+    on_kernels(group.codec).attend_few(call, splits)
+    return call.output_THD
 
 
 def close(group: Group, found_THD: Tensor) -> None:
@@ -78,9 +77,9 @@ def attention(k: SideSpec, v: SideSpec, share: str, small: bool) -> None:
     lengths = [1, 64, 200, 90] if small else [1, 63, 64, 65, 1000, 4111]
     queries = [1, 1, 3, 70] if small else [1, 1, 1, 3, 70, 2]
     group = a_group(k, v, lengths, queries, share, LAYERS, *shape).to(DEVICE)
-    output_THD = torch.full_like(group.query_THD, torch.nan)
-    on_kernels(group.codec).attend(output_THD, *group.arguments())
-    close(group, output_THD)
+    call = group.call()
+    on_kernels(group.codec).attend(call)
+    close(group, call.output_THD)
 
 
 def repeated(share: str) -> None:
@@ -96,24 +95,23 @@ def graph(share: str, small: bool) -> None:
     """Capture once, replay with other lengths."""
     longest = 300 if small else 3000
     group = a_group(*CUDA_SIDES[3], [longest, longest], [1, 1], share).to(DEVICE)
-    *tensors, host_batch, scale = group.arguments()
-    batch, output_THD, op = host_batch.on(DEVICE), torch.empty_like(group.query_THD), on_kernels(group.codec)
+    op, call = on_kernels(group.codec), group.call(1).on(DEVICE)
 
     def step() -> None:
-        op.attend(output_THD, *tensors, batch, scale, max_query_len=1)
+        op.attend(call)
 
     replay = capture(step, DEVICE)
     # Keys of the layer's own are attended as stored, so a request's newest token is where it was: the length stays.
     for lengths in ([longest, longest], [2, 200], [64, longest - 1]) if share == "kv" else ([longest, longest],):
-        batch.seq_lens.copy_(torch.tensor(lengths))
-        batch.stored_lens.copy_(torch.tensor(lengths) - 1)
-        output_THD.fill_(torch.nan)
+        call.seq_lens.copy_(torch.tensor(lengths))
+        call.stored_lens.copy_(torch.tensor(lengths) - 1)
+        call.output_THD.fill_(torch.nan)
         replay()
         decoded = [
             tuple(torch.cat([side[: length - 1], side[-1:]]) for side in sides)
             for length, sides in zip(lengths, group.decoded, strict=True)
         ]
-        close(replace(group, seq_lens=lengths, decoded=decoded), output_THD)
+        close(replace(group, seq_lens=lengths, decoded=decoded), call.output_THD)
 
 
 def stored() -> None:
@@ -166,7 +164,7 @@ def measure(instance: str, context: int, batch: int) -> dict[str, Any]:
     tables = [torch.randperm(blocks, device=DEVICE).to(torch.int32).view(batch, -1) for _ in range(LAYERS)]
     starts_R = torch.arange(batch + 1, dtype=torch.int32, device=DEVICE)
     lengths_R = torch.full((batch,), context, dtype=torch.int32, device=DEVICE)
-    numbers = Batch(tables, tables, starts_R, lengths_R, lengths_R - 1, starts_R[:-1])
+    numbers = (tables, tables, starts_R, lengths_R, lengths_R - 1, starts_R[:-1])
     query_THD = torch.randn(batch, HEADS, HEAD_DIM, dtype=torch.bfloat16, device=DEVICE)
     own_THD = torch.randn(batch, KV_HEADS, HEAD_DIM, dtype=torch.bfloat16, device=DEVICE)
     output_THD = torch.empty_like(query_THD)
@@ -175,7 +173,7 @@ def measure(instance: str, context: int, batch: int) -> dict[str, Any]:
 
     def step(copy: int) -> None:
         records = [[part.view(each) for each in pages[copy]] for part in (layout.k, layout.v)]
-        op.attend(output_THD, query_THD, own_THD, own_THD, *records, numbers, HEAD_DIM**-0.5, max_query_len=1)
+        op.attend(SharedCall(output_THD, query_THD, own_THD, own_THD, *records, *numbers, HEAD_DIM**-0.5, 1))
 
     def store(copy: int) -> None:
         records = layout.k.view(pages[copy][0])

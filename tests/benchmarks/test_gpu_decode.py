@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from benchmarks import gpu_decode
 from benchmarks.gpu import blocks, check, latents, profile, shared, sweep
 from kvcompress.ops.blocks.cuda import CudaBlocks
+from kvcompress.ops.call import Call
 from kvcompress.ops.heads.cuda import CudaHeads
 from kvcompress.ops.latent.cuda import CudaLatent
+from kvcompress.ops.shared.call import SharedCall
 from kvcompress.ops.shared.cuda import CudaShared
 from tests.ops import emulated
 
@@ -88,9 +89,9 @@ def test_steps_of_the_sweep(monkeypatch: pytest.MonkeyPatch, instance: str) -> N
 def test_checks_of_latents_fail_on_wrong_results(monkeypatch: pytest.MonkeyPatch) -> None:
     right = CudaLatent.attend
 
-    def wrong(op: CudaLatent, output_THR: Tensor, *args: Any, **options: Any) -> None:
-        right(op, output_THR, *args, **options)
-        output_THR *= 1.02
+    def wrong(op: CudaLatent, call: Call, *args: Any) -> None:
+        right(op, call, *args)
+        call.output_THD *= 1.02
 
     monkeypatch.setattr(CudaLatent, "attend", wrong)
     monkeypatch.setattr(check, "checks", latents.checks)
@@ -119,9 +120,9 @@ def test_measuring_latents(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 def test_checks_of_shared_latents_fail_on_wrong_results(monkeypatch: pytest.MonkeyPatch) -> None:
     right = CudaShared.attend_few
 
-    def wrong(op: CudaShared, output_THD: Tensor, *args: Any) -> None:
-        right(op, output_THD, *args)
-        output_THD *= 1.02
+    def wrong(op: CudaShared, call: SharedCall, *args: Any) -> None:
+        right(op, call, *args)
+        call.output_THD *= 1.02
 
     monkeypatch.setattr(CudaShared, "attend_few", wrong)
     every = shared.checks

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvcompress.codec.latent.codec import LatentCodec
 from kvcompress.codec.latent.spec import LatentSpec
+from kvcompress.ops.call import Call
 from kvcompress.ops.latent.attention import bind
 from kvcompress.ops.latent.reference import LatentOp
 from tests.ops.heads.cases import starts
@@ -68,11 +69,20 @@ class Cache:
     def query(self, tokens: int, heads: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(tokens, heads, self.pages_NSC.shape[2], generator=self.generator).to(dtype)
 
-    def attend(self, query_THC: Tensor, query_lens: list[int], rank: int, **options: int) -> Tensor:
-        output_THR = torch.full((*query_THC.shape[:2], rank), torch.nan, dtype=query_THC.dtype)
-        arguments = (self.pages_NSC, self.block_table_RN, starts(query_lens), self.seq_lens, 0.1)
-        self.op.attend(output_THR, query_THC, *arguments, **options)
-        return output_THR
+    def attend(self, query_THC: Tensor, query_lens: list[int], rank: int, **settings: int) -> Tensor:
+        """By whom `bind` chooses; settings are attributes of it."""
+        op, call = self.op, self.call(query_THC, query_lens, rank)
+        for name, number in settings.items():
+            assert hasattr(op, name)
+            setattr(op, name, number)
+        op.attend(call, self.pages_NSC)
+        return call.output_THD
+
+    def call(self, query_THC: Tensor, query_lens: Sequence[int], rank: int) -> Call:
+        """With numbers as kernels read them, on the host."""
+        output_THR = query_THC.new_full((*query_THC.shape[:2], rank), torch.nan)
+        numbers = (torch.tensor(rows, dtype=torch.int32) for rows in (starts(query_lens), self.seq_lens))
+        return Call(output_THR, query_THC, self.block_table_RN, *numbers, 0.1)
 
     def exact(self, query_THC: Tensor, query_lens: list[int], rank: int) -> Tensor:
         outputs, first = [], 0

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kvcompress.ops import library
+from kvcompress.ops.call import Call
 from kvcompress.ops.graph import latent_append, latent_attend
 from kvcompress.ops.interface import MAX_LATENT_CHANNELS
 from kvcompress.ops.latent.cpu import CpuLatent
@@ -55,8 +56,9 @@ def test_strided_queries_and_outputs(level: str) -> None:
     wide_THC = torch.zeros(6, 13, 50)
     wide_THC[1:5, :12:2, :40] = query_THC
     output_THR = torch.zeros(4, 9, 30)
-    arguments = (cache.pages_NSC, cache.block_table_RN, torch.tensor([0, 1, 4]), torch.tensor(cache.seq_lens), 0.1)
-    cache.op.attend(output_THR[:, 2:8, 1:25], wide_THC[1:5, :12:2, :40], *arguments)
+    numbers = (torch.tensor([0, 1, 4]), torch.tensor(cache.seq_lens))
+    call = Call(output_THR[:, 2:8, 1:25], wide_THC[1:5, :12:2, :40], cache.block_table_RN, *numbers, 0.1)
+    cache.op.attend(call, cache.pages_NSC)
     assert torch.equal(output_THR[:, 2:8, 1:25], cache.attend(query_THC, [1, 3], 24))
     assert not output_THR[:, :2].any()
     assert not output_THR[..., 25:].any()

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvcompress.ops.call import Call
 from kvcompress.ops.latent import cuda as cuda_latent
 from kvcompress.ops.latent.cuda import CudaLatent
 from kvcompress.ops.latent.reference import LatentOp
 from tests.ops import emulated
-from tests.ops.heads.cases import relative_error, starts
+from tests.ops.heads.cases import relative_error
 from tests.ops.latent.cases import SHAPES, Cache, bar
 
 DTYPES = [torch.bfloat16, torch.float16]
@@ -26,13 +27,10 @@ def bound(kernels: ctypes.CDLL) -> CudaLatent:
 def attend(
     kernels: ctypes.CDLL, cache: Cache, query_THC: Tensor, query_lens: Sequence[int], rank: int, splits: int = 1
 ) -> Tensor:
-    output_THR = torch.full((*query_THC.shape[:2], rank), torch.nan, dtype=query_THC.dtype)
     assert cuda_latent.covers(kernels, cache.pages_NSC.shape[2], cache.pages_NSC.dtype)
-    numbers = (torch.tensor(rows, dtype=torch.int32) for rows in (starts(query_lens), cache.seq_lens))
-    batch = (cache.pages_NSC, cache.block_table_RN, *numbers)
-    op = bound(kernels)
-    op.attend(output_THR, query_THC, *batch, 0.1, max_query_len=max(query_lens), splits=splits)
-    return output_THR
+    call = cache.call(query_THC, query_lens, rank)
+    bound(kernels).attend(call, cache.pages_NSC, splits)
+    return call.output_THD
 
 
 def store(kernels: ctypes.CDLL, cache: Cache, keys_LC: Tensor) -> None:
@@ -142,10 +140,9 @@ def test_strided_queries_and_outputs(kernels: ctypes.CDLL) -> None:
     wide_THC[1:5, :12:2, :48] = query_THC
     chosen = output_THR[:, 2:8, 1:25]
     numbers = [torch.tensor(rows, dtype=torch.int32) for rows in ([0, 1, 4], cache.seq_lens)]
-    batch = (cache.pages_NSC, cache.block_table_RN, *numbers)
+    call = Call(chosen, wide_THC[1:, :12:2, :48], cache.block_table_RN, *numbers, 0.1, max_query_len=3)
     for splits in (1, 2):
-        query = wide_THC[1:, :12:2, :48]
-        bound(kernels).attend(chosen, query, *batch, 0.1, max_query_len=3, splits=splits)
+        bound(kernels).attend(call, cache.pages_NSC, splits)
         assert torch.equal(chosen[:4], attend(kernels, cache, query_THC, [1, 3], 24, splits))
         chosen[:4] = 0
         assert not output_THR.any()
@@ -192,7 +189,7 @@ def test_what_the_kernels_do_not_cover(kernels: ctypes.CDLL) -> None:
             numbers = (torch.zeros(1, 1, dtype=torch.int32), torch.tensor([0, 1]).int(), torch.tensor([1]).int())
             pages_NSC = torch.zeros(1, 16, channels, dtype=dtype)
             with pytest.raises(ValueError, match="shape"):
-                bound(kernels).attend(output_THR, query_THC, pages_NSC, *numbers, 0.1, max_query_len=1)
+                bound(kernels).attend(Call(output_THR, query_THC, *numbers, 0.1), pages_NSC)
         return found
 
     assert covers()
@@ -208,7 +205,7 @@ def test_pages_that_are_not_aligned_are_refused(kernels: ctypes.CDLL) -> None:
     query_THC, plain_NSC = torch.zeros(1, 2, 64).half(), torch.zeros(2, 16, 64).half()
     for pages_NSC in (torch.zeros(2, 16, 68).half()[..., :64], plain_NSC.flatten()[4:1028].view(1, 16, 64)):
         with pytest.raises(AssertionError):
-            bound(kernels).attend(query_THC, query_THC, pages_NSC, *numbers, 0.1, max_query_len=1)
+            bound(kernels).attend(Call(query_THC, query_THC, *numbers, 0.1), pages_NSC)
 
 
 def test_queries_that_are_not_aligned_are_brought_together(kernels: ctypes.CDLL) -> None:

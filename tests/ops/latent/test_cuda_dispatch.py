@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kvcompress.ops.call import Call
 from kvcompress.ops.graph import latent_append, latent_attend
 from kvcompress.ops.latent.cuda import CudaLatent
 from tests.ops import emulated
@@ -21,8 +22,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     found_calls: list[str] = []
     for name in ("attend", "append"):
         function = getattr(CudaLatent, name)
-        count = lambda *args, f=function, n=name, **kwargs: (found_calls.append(n), f(*args, **kwargs))[1]  # noqa: E731
-        monkeypatch.setattr(CudaLatent, name, count)
+        monkeypatch.setattr(CudaLatent, name, lambda *args, f=function, n=name: (found_calls.append(n), f(*args)))
     return found_calls
 
 
@@ -33,7 +33,7 @@ def test_attention(calls: list[str], as_tensors: bool) -> None:
     found_THR = torch.full((4, 3, 40), torch.nan, dtype=torch.bfloat16)
     numbers: list[list[int]] = [[0, 1, 4], cache.seq_lens]
     batch = [torch.tensor(rows) for rows in numbers] if as_tensors else numbers
-    cache.op.attend(found_THR, query_THC, cache.pages_NSC, cache.block_table_RN.long(), *batch, 0.1)
+    cache.op.attend(Call(found_THR, query_THC, cache.block_table_RN.long(), *batch, 0.1), cache.pages_NSC)
     assert relative_error(found_THR, cache.exact(query_THC, [1, 3], 40)) < bar(torch.bfloat16)
     assert calls == ["attend"]
 

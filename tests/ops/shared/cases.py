@@ -16,7 +16,8 @@ from kvcompress.codec.shared.pages import SharedLayout
 from kvcompress.codec.shared.spec import SharedSpec
 from kvcompress.ops.rows import int32_rows
 from kvcompress.ops.shared.attention import bind
-from kvcompress.ops.shared.batch import Batch
+from kvcompress.ops.shared.call import SharedCall
+from kvcompress.ops.shared.cpu import CpuShared
 from tests.ops.heads.cases import POISON, bands, starts
 
 HALVES_BAR = 1e-3
@@ -58,17 +59,33 @@ class Group:
     decoded: list[tuple[Tensor, Tensor]]
     """Keys and values of each request as attention is to see them, float64."""
 
-    def attend(self, **options: int) -> Tensor:
-        output_THD = torch.full_like(self.query_THD, torch.nan)
-        op = bind(self.codec, self.query_THD.device)
-        op.attend(output_THD, *self.arguments(), **{"expand_queries": 10**6, **options})
-        return output_THD
+    def attend(self, max_query_len: int | None = None, **settings: int) -> Tensor:
+        """By whom `bind` chooses, prompts by the CPU's kernels too; settings are attributes of those."""
+        op, call = bind(self.codec, self.query_THD.device), self.call(max_query_len)
+        if isinstance(op, CpuShared):
+            settings = {"expand_queries": 10**6, **settings}
+        for name, number in settings.items():
+            assert hasattr(op, name)
+            setattr(op, name, number)
+        op.attend(call)
+        return call.output_THD
 
-    def arguments(self) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor], Batch, float]:
-        """What attention is given beside its output; the step's numbers are the host's."""
-        numbers = (int32_rows(each) for each in (starts(self.query_lens), self.seq_lens, self.stored_lens))
-        batch = Batch(self.k_tables, self.v_tables, *numbers, int32_rows(self.exact_rows))
-        return self.query_THD, self.keys_THD, self.values_THD, self.k_records, self.v_records, batch, 0.2
+    def call(self, max_query_len: int | None = None) -> SharedCall:
+        """The step's numbers are the host's."""
+        numbers = (starts(self.query_lens), self.seq_lens, self.stored_lens, self.exact_rows)
+        return SharedCall(
+            torch.full_like(self.query_THD, torch.nan),
+            self.query_THD,
+            self.keys_THD,
+            self.values_THD,
+            self.k_records,
+            self.v_records,
+            self.k_tables,
+            self.v_tables,
+            *(int32_rows(each) for each in numbers),
+            0.2,
+            max_query_len,
+        )
 
     def to(self, device: str) -> Group:
         """The same with everything that attention is given on a device."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
@@ -12,7 +10,7 @@ from kvcompress.codec.record import Record
 from kvcompress.ops import library
 from kvcompress.ops.graph import flatten, shared_attend, shared_store
 from kvcompress.ops.shared.attention import bind
-from kvcompress.ops.shared.batch import Batch
+from kvcompress.ops.shared.call import SharedCall
 from kvcompress.ops.shared.cpu import CpuShared
 from kvcompress.ops.shared.reference import SharedOp
 from tests.ops.heads.cases import POISON, bands, relative_error
@@ -101,9 +99,9 @@ def test_requests_of_many_queries_go_to_torch_and_the_others_do_not(
     seen = []
     attend = SharedOp.attend
 
-    def spy(op: SharedOp, *arguments: Any) -> None:
-        seen.extend(each.seq_lens.tolist() for each in arguments if isinstance(each, Batch))
-        attend(op, *arguments)
+    def spy(op: SharedOp, call: SharedCall) -> None:
+        seen.append(call.seq_lens.tolist())
+        attend(op, call)
 
     monkeypatch.setattr(SharedOp, "attend", spy)
     found_THD = group.attend(expand_queries=3)
@@ -181,10 +179,11 @@ def test_without_the_library(share: str) -> None:
 @pytest.mark.parametrize("share", ["kv", "v"])
 def test_opcheck(share: str) -> None:
     group = a_group(bands((8, 8), (4, 16)), bands((4, 16)), [40, 17], [1, 2], share)
-    *rows, k_records, v_records, batch, scale = group.arguments()
-    records = [[tensor.contiguous() for tensor in found] for found in (k_records, v_records)]
-    numbers = (batch.query_starts, batch.seq_lens, batch.stored_lens, batch.exact_rows)
-    arguments = (*rows, *records, batch.k_tables, batch.v_tables, *numbers, scale, *flatten(group.codec))
+    call = group.call()
+    rows, tables = (call.query_THD, call.keys_THD, call.values_THD), (call.k_tables, call.v_tables)
+    records = [[tensor.contiguous() for tensor in found] for found in (call.k_records, call.v_records)]
+    numbers = (call.query_starts, call.seq_lens, call.stored_lens, call.exact_rows, call.softmax_scale)
+    arguments = (*rows, *records, *tables, *numbers, *flatten(group.codec))
     torch.library.opcheck(shared_attend, arguments, test_utils=CHECKS)
     assert torch.equal(torch.ops.kvcompress.shared_attend(*arguments), group.attend())
     for side, place in (("k", records[0][0]), ("v", records[1][0])):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Any
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from kvcompress.ops import gpu, library
 from kvcompress.ops.shared import cuda as cuda_shared
 from kvcompress.ops.shared import interface as cuda_shared_interface
 from kvcompress.ops.shared.attention import bind
-from kvcompress.ops.shared.batch import Batch
+from kvcompress.ops.shared.call import SharedCall
 from kvcompress.ops.shared.cpu import CpuShared
 from kvcompress.ops.shared.cuda import CudaShared
 from kvcompress.ops.shared.reference import SharedOp
@@ -34,10 +33,9 @@ def kernels() -> ctypes.CDLL:
 
 def attend(kernels: ctypes.CDLL, group: Group, splits: tuple[int, int] = (1, 1), **options: int) -> Tensor:
     assert cuda_shared.covers(group.codec)
-    output_THD = torch.full_like(group.query_THD, torch.nan)
-    op = CudaShared(kernels, group.codec)
-    op.attend_few(output_THD, *group.arguments(), max(group.query_lens), splits, **options)
-    return output_THD
+    call = group.call(max(group.query_lens))
+    CudaShared(kernels, group.codec).attend_few(call, splits, **options)
+    return call.output_THD
 
 
 LENGTHS, QUERIES = [1, 17, 64, 131, 300, 90, 40], [1, 1, 1, 3, 1, 0, 9]
@@ -219,9 +217,9 @@ def test_attention_on_a_gpu(on_device: list[str], monkeypatch: pytest.MonkeyPatc
     seen = []
     attend = SharedOp.attend
 
-    def spy(op: SharedOp, *arguments: Any) -> None:
-        seen.extend(each.seq_lens.tolist() for each in arguments if isinstance(each, Batch))
-        attend(op, *arguments)
+    def spy(op: SharedOp, call: SharedCall) -> None:
+        seen.append(call.seq_lens.tolist())
+        attend(op, call)
 
     monkeypatch.setattr(SharedOp, "attend", spy)
     many = gpu.MOST_QUERIES + 1
