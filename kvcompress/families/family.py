@@ -150,6 +150,6 @@ class Family:
         return (name,)
 
     @property
-    def linear_attention(self) -> bool:
+    def like_llama(self) -> bool:
         """Keys and values are linear in a layer's normalised input, and all else is Llama's: as `transmla` needs."""
         return not (self.tried or self.qk_norm or self.embedding_scale or self.experts) and self.names == Names()

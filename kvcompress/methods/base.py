@@ -205,19 +205,19 @@ class TransformMethod(Method[C]):
         """Config and tensors after the stage, from those before it.
 
         The bytes of all tensors together are exact, or where only data can tell, the most it will be. Where single
-        shapes depend on the data, these are nominal ones and `final_outline` has the true ones.
+        shapes depend on the data, these are nominal ones and `transform` has the true ones.
 
         Raises:
             ValueError: the stage does not fit this model.
         """
 
     @abstractmethod
-    def transform(self, config: C, context: Context) -> Transform:
-        """Do the work on `context.checkpoint`; what comes back replaces tensors while shards are copied."""
+    def transform(self, config: C, before: Outline, context: Context) -> tuple[Transform, Outline]:
+        """Do the work on `context.checkpoint`, whose outline is `before`.
 
-    def final_outline(self, config: C, before: Outline, context: Context) -> Outline:
-        """`outline` of what `transform` has come to, asked for after it. Override where that depends on the data."""
-        return self.outline(config, before)
+        Returns:
+            What replaces tensors while shards are copied, and the outline of what it comes to.
+        """
 
     def restore(self, checkpoint: Checkpoint) -> tuple[Transform, dict[str, Any]] | None:
         """The way back: plain tensors and config of the base architecture; None where a stage left it alone."""
@@ -246,14 +246,18 @@ class ModelBasis(Method[C]):
         """
 
     @abstractmethod
-    def fit_model(self, config: C, context: Context) -> dict[int, LayerBases]:
-        """Bases of every layer that gets a codec."""
+    def fit_model(self, config: C, context: Context, profiles: Sequence[Profile]) -> dict[int, LayerBases]:
+        """Bases of every layer that gets a codec.
+
+        Args:
+            profiles: what `profiles` has said of these layers.
+        """
 
     def own_specs(self, config: C, geometry: ModelGeometry, layers: Sequence[int]) -> Sequence[CacheSpec] | None:
         """Specs of a method that stores its latents itself, so that no encoding follows; None for all others."""
         return None
 
-    def own_codecs(self, config: C, context: Context) -> Sequence[CacheCodec]:
+    def own_codecs(self, config: C, context: Context, specs: Sequence[CacheSpec]) -> Sequence[CacheCodec]:
         """Codecs of a method that has specs of its own."""
         raise ValueError(f"{self.name} leaves its latents to an encoding")
 
@@ -276,14 +280,13 @@ class BasisMethod(ModelBasis[C]):
     def fit(self, config: C, statistics: LayerStatistics) -> tuple[LatentBasis, LatentBasis]:
         """Full-rank bases for (keys, values) of one layer; they are cut to the channels the encoding keeps."""
 
-    def fit_model(self, config: C, context: Context) -> dict[int, LayerBases]:
+    def fit_model(self, config: C, context: Context, profiles: Sequence[Profile]) -> dict[int, LayerBases]:
         """Bases of every layer that gets a codec. Override where layers are not fitted one by one."""
-        k_rank, v_rank = self.ranks(config, context.geometry)
-        bases = {}
-        for done, index in enumerate(context.compressed_layers):
-            context.progress("fitting layers", done, len(context.compressed_layers))
+        bases: dict[int, LayerBases] = {}
+        for index, profile in zip(context.compressed_layers, profiles, strict=True):
+            context.progress("fitting layers", len(bases), len(profiles))
             k, v = self.fit(config, context.statistics(index))
-            bases[index] = LayerBases(k.cut(k_rank), v.cut(v_rank))
+            bases[index] = LayerBases(k.cut(profile.k_rank), v.cut(profile.v_rank))
         return bases
 
 

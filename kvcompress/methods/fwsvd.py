@@ -80,15 +80,13 @@ class Fwsvd(TransformMethod[FwsvdConfig]):
         linears = find(config.targets, before)
         return factored(before, linears, uniform([linear.shape for linear in linears], config.removed))
 
-    def final_outline(self, config: FwsvdConfig, before: Outline, context: Context) -> Outline:
-        return factored(before, find(config.targets, before), context.work.data(f"{context.unit}:ranks"))
-
-    def transform(self, config: FwsvdConfig, context: Context) -> Factors:
-        tensors = {name: (info.dtype, info.shape) for name, info in context.checkpoint.tensors.items()}
-        run = _Run(config, context, find(config.targets, Outline(context.checkpoint.config, tensors)))
-        ranks = run.ranks()
+    def transform(self, config: FwsvdConfig, before: Outline, context: Context) -> tuple[Factors, Outline]:
+        linears = find(config.targets, before)
+        run = _Run(config, context, linears)
+        chosen = run.ranks()
+        ranks = {linear: rank for linear, rank in zip(linears, chosen, strict=True) if rank is not None}
         run.factor(ranks)
-        return Factors(ranks, run.factors_of)
+        return Factors(ranks, run.factors_of), factored(before, linears, chosen)
 
 
 class _Run:
@@ -100,13 +98,13 @@ class _Run:
         if "fisher" in config.weighting or config.ranks == "fisher":
             walk.backward(context, "gradients", self._gradients)
 
-    def ranks(self) -> dict[Linear, int]:
-        """The rank of every matrix that is to be factored."""
+    def ranks(self) -> Ranks:
+        """The rank of every matrix; None where it stays as it is."""
         unit = f"{self.context.unit}:ranks"
         if not self.context.work.done(unit):
             self.context.work.commit(unit, {}, self._choose())
         chosen: Ranks = self.context.work.data(unit)
-        return {linear: rank for linear, rank in zip(self.linears, chosen, strict=True) if rank is not None}
+        return chosen
 
     def factor(self, ranks: Mapping[Linear, int]) -> None:
         """Leave every matrix's factors in scratch."""

@@ -72,7 +72,7 @@ class Heal(TransformMethod[HealConfig]):
             _matching(config.train, (name for name, (dtype, _) in before.tensors.items() if dtype in _FLOATING))
         return before
 
-    def transform(self, config: HealConfig, context: Context) -> Healed:
+    def transform(self, config: HealConfig, before: Outline, context: Context) -> tuple[Healed, Outline]:
         from kvcompress.training import distributed
         from kvcompress.training.state import StateFile
 
@@ -83,7 +83,7 @@ class Heal(TransformMethod[HealConfig]):
         job = _Job(context.original, context.checkpoint, config, names, data, context.seed, context.device)
         tensors = distributed.everywhere(_train, job, state=state, progress=context.progress)
         save_tensors(path, tensors)
-        return Healed(path)
+        return Healed(path), before
 
 
 class Healed:

@@ -23,6 +23,7 @@ the bytes as planned.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -30,7 +31,7 @@ from pydantic import Field
 
 from kvcompress.codec.bands import CHANNEL_GROUP
 from kvcompress.geometry import ModelGeometry
-from kvcompress.methods.base import BasisMethod, LatentBasis, LayerBases, TrainedConfig, channels
+from kvcompress.methods.base import BasisMethod, LatentBasis, LayerBases, Profile, TrainedConfig, channels
 from kvcompress.methods.context import Context
 from kvcompress.methods.pca import Pca, PcaConfig, RankPair
 from kvcompress.recipe import Kind
@@ -87,13 +88,15 @@ class Matryoshka(BasisMethod[MatryoshkaConfig]):
         """Where training starts."""
         return Pca().fit(PcaConfig(metric=config.metric), statistics)
 
-    def fit_model(self, config: MatryoshkaConfig, context: Context) -> dict[int, LayerBases]:
+    def fit_model(
+        self, config: MatryoshkaConfig, context: Context, profiles: Sequence[Profile]
+    ) -> dict[int, LayerBases]:
         from kvcompress.training import distributed
         from kvcompress.training.state import StateFile
 
         data = context.sample(config.samples, config.length)
         start = {index: self.fit(config, context.statistics(index)) for index in context.compressed_layers}
-        nominal = self.ranks(config, context.geometry)
+        nominal = profiles[0].k_rank, profiles[0].v_rank
         job = _Job(context.checkpoint, config, data, start, nominal, context.seed, context.device, context.dtype)
         state = StateFile(context.work, f"{context.unit}:training", data.sha256)
         model, nested = distributed.everywhere(_train, job, state=state, progress=context.progress)

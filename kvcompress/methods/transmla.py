@@ -102,18 +102,12 @@ class TransMla(TransformMethod[TransMlaConfig]):
         _refuse(before, geometry)
         return _outline_of(config, before, geometry, candidates(config, geometry)[0])
 
-    def transform(self, config: TransMlaConfig, context: Context) -> Transform:
+    def transform(self, config: TransMlaConfig, before: Outline, context: Context) -> tuple[Transform, Outline]:
         from kvcompress.methods import transmla_layers
 
         choice = transmla_layers.choose(config, context, candidates(config, context.geometry))
         transmla_layers.convert(config, context, choice)
-        return _Conversion(config, context, choice)
-
-    def final_outline(self, config: TransMlaConfig, before: Outline, context: Context) -> Outline:
-        from kvcompress.methods import transmla_layers
-
-        choice = transmla_layers.choose(config, context, candidates(config, context.geometry))
-        return _outline_of(config, before, context.geometry, choice)
+        return _Conversion(config, context, choice), _outline_of(config, before, context.geometry, choice)
 
     def restore(self, checkpoint: Checkpoint) -> tuple[Transform, dict[str, Any]]:
         """Plain keys and values of every head from the latent, with RoPE on all of them again."""
@@ -218,7 +212,7 @@ def _refuse(before: Outline, geometry: ModelGeometry) -> None:
             f"{family.architecture} normalises queries and keys before RoPE (q_norm, k_norm): keys are not linear in "
             "the input, and heads cannot be merged; transmla converts Llama, Mistral and Qwen2 models"
         )
-    if not family.linear_attention:
+    if not family.like_llama:
         raise ValueError(
             f"{family.architecture} is no Llama but for its sizes, which converted checkpoints are; transmla converts "
             "Llama, Mistral and Qwen2 models"

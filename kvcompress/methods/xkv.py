@@ -127,22 +127,21 @@ class Xkv(ModelBasis[XkvConfig]):
             for place in range(len(group))
         ]
 
-    def own_codecs(self, config: XkvConfig, context: Context) -> list[PromptCodec]:
+    def own_codecs(self, config: XkvConfig, context: Context, specs: Sequence[CacheSpec]) -> list[PromptCodec]:
         from kvcompress.codec.prompt.codec import PromptCodec
         from kvcompress.codec.rope import Rope
 
         rope = Rope.of(context.model_config()) if config.share == "kv" else None
-        specs = self.own_specs(config, context.geometry, context.compressed_layers)
-        return [PromptCodec(spec, rope) for spec in specs or [] if isinstance(spec, PromptSpec)]
+        return [PromptCodec(spec, rope) for spec in specs if isinstance(spec, PromptSpec)]
 
-    def fit_model(self, config: XkvConfig, context: Context) -> dict[int, LayerBases]:
+    def fit_model(self, config: XkvConfig, context: Context, profiles: Sequence[Profile]) -> dict[int, LayerBases]:
         from kvcompress.codec.rope import Rope
 
         states = {side: States(context, side, config.metric, config.center, config.sink) for side in ("k", "v")}
         rope = Rope.of(context.model_config()) if config.share == "kv" else None
-        ranks = _ranks(config, context.geometry)
+        ranks = {"k": profiles[0].k_rank, "v": profiles[0].v_rank}
         bases: dict[int, LayerBases] = {}
-        for group in _groups(config, context, states):
+        for group in _groups(config, context, states, ranks):
 
             def fit(group: tuple[int, ...] = group) -> Fitted:
                 values = fit_side(states["v"], group, _stripe(config, ranks["v"], len(group)))
@@ -193,13 +192,14 @@ def _member(config: XkvConfig, group: tuple[int, ...], place: int) -> Membership
     return Membership(group, place, config.share, config.sink, config.recent)
 
 
-def _groups(config: XkvConfig, context: Context, states: Mapping[str, States]) -> list[tuple[int, ...]]:
+def _groups(
+    config: XkvConfig, context: Context, states: Mapping[str, States], ranks: Mapping[str, int]
+) -> list[tuple[int, ...]]:
     if isinstance(config.group, int):
         return _fixed_groups(config.group, context.compressed_layers)
     from kvcompress.calibration.grouping import group_layers
 
     assert config.max_error is not None
-    ranks = _ranks(config, context.geometry)
     sides = {side: ranks[side] for side in ("k", "v") if side == "v" or config.share == "kv"}
     unit = f"{context.unit}-groups"
     if not context.work.done(unit):

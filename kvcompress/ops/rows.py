@@ -16,14 +16,10 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Numbers of the types kernels read and write (kvc_dtype)."""
 
 
-def rows_covered(*rows_THD: Tensor) -> bool:
-    """Whether the CPU kernels can read or write these tensors."""
-    return all(rows.device.type == "cpu" and rows.dtype in DTYPES and rows.stride(-1) == 1 for rows in rows_THD)
-
-
 def rows_struct(rows_THD: Tensor) -> interface.Rows:
     """The C description of rows of float32, bfloat16 or float16 numbers, those of a row side by side."""
-    assert rows_THD.stride(-1) == 1
+    assert rows_THD.stride(-1) == 1, rows_THD.stride()
+    assert rows_THD.dtype in DTYPES, rows_THD.dtype
     return interface.Rows(rows_THD.data_ptr(), rows_THD.stride(0), rows_THD.stride(1), DTYPES[rows_THD.dtype])
 
 

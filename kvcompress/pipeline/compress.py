@@ -31,7 +31,6 @@ from kvcompress.checkpoint.workdir import WorkDir, check_output, remove_publishe
 from kvcompress.codec.spec import CodecSpec
 from kvcompress.geometry import ModelGeometry
 from kvcompress.methods.context import Context, Progress
-from kvcompress.methods.registry import basis_of
 from kvcompress.modeling.config import check_model
 from kvcompress.pipeline import plan as planning
 from kvcompress.pipeline import stages
@@ -125,8 +124,8 @@ def compress(model: str, recipe: Recipe, out: str | Path, options: Options, prog
         calibration = cut or text.sample(options.samples, length)
         record = record.model_copy(update={"sha256": calibration.sha256})
         context = _context(plan, checkpoint, text.sample, calibration, options, work, progress)
-        final = stages.run(recipe, checkpoint, lambda source, position: context(source, f"stage-{position}"))
-        spec, tensors, layers, statement = _cache_codec(plan, context(final, "codec"), prompt)
+        final = stages.run(recipe, checkpoint, context)
+        spec, tensors, layers, statement = _cache_codec(plan, context(final, plan.geometry, "codec"), prompt)
         digests = writer.copy_shards(
             final, work, progress=stages.bytes_progress(progress, "writing weights", final.weights_bytes)
         )
@@ -181,17 +180,17 @@ def _context(
     options: Options,
     work: WorkDir,
     progress: Progress,
-) -> Callable[[Checkpoint, str], Context]:
-    """Makes a stage's context from the checkpoint it works on and its name."""
+) -> Callable[[Checkpoint, ModelGeometry, str], Context]:
+    """Makes a stage's context from the checkpoint it works on, its sizes, and the stage's name."""
 
-    def make(checkpoint: Checkpoint, unit: str) -> Context:
+    def make(checkpoint: Checkpoint, geometry: ModelGeometry, unit: str) -> Context:
         return Context(
             checkpoint=checkpoint,
             original=original,
-            geometry=ModelGeometry.from_config(checkpoint.config),
+            geometry=geometry,
             calibration=calibration,
             sample=sample,
-            compressed_layers=[index for index, layer in enumerate(plan.spec.layers) if layer is not None],
+            compressed_layers=plan.cache.layers,
             seed=options.seed,
             device=options.device,
             dtype=options.dtype,
@@ -259,9 +258,8 @@ def _cache_codec(
 
     if not context.compressed_layers:
         return plan.spec, {}, [_summary(plan, index, plan.spec, {}) for index in range(plan.geometry.num_layers)], None
-    basis, basis_stage = basis_of(plan.recipe)
-    capture(context, basis.needs(basis_stage))
-    codecs = fit(plan.recipe, context)
+    capture(context, plan.cache.needs)
+    codecs = fit(plan.cache, context)
     errors, statement = measure(codecs, context, prompt)
     spec = spec_of(codecs)
     layers = [_summary(plan, index, spec, layer) for index, layer in enumerate(errors)]
@@ -287,7 +285,6 @@ def _bytes_to_write(checkpoint: Checkpoint, plan: Plan, tokens: int) -> int:
     geometry = plan.geometry
     per_head = geometry.num_kv_heads * (2 * geometry.head_dim**2 + 2 * geometry.head_dim) * 4 * 2
     codec = sum(getattr(layer, "tensor_bytes", per_head) for layer in plan.spec.layers)
-    basis, basis_stage = basis_of(plan.recipe)
-    _, fit = basis.fit_bytes(basis_stage, geometry, tokens)
+    _, fit = plan.cache.fit_bytes(tokens)
     copies = 1 + sum(1 for _ in stages.transforms(plan.recipe))
     return copies * plan.weights_bytes + 2 * codec + fit + 2 * tokens * geometry.hidden_size * 4 + (1 << 20)

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from kvcompress.calibration.capture import Collector, exact_attention, stored_linear
 from kvcompress.codec import canary
 from kvcompress.codec.contract import CacheCodec
-from kvcompress.codec.heads.codec import HeadsCodec
 from kvcompress.methods.context import Context
 from kvcompress.modeling.low_rank import LowRankLinear
 from kvcompress.pipeline.witness import Witness
@@ -154,13 +153,11 @@ class _ErrorMeter:
             values = sample.value_BHTD if name == "k" else decoded_value
             approximate = self._project(exact_attention(query, keys, values, scale))
             self.errors[name] += float((approximate - exact).square().sum())
-        if isinstance(self.codec, HeadsCodec):
+        if hasattr(self.codec, "clips"):
             self.seen += sample.key_BHTD[..., 0].numel()
-            for name, side, states_BHTD in (
-                ("k", self.codec.k, sample.key_BHTD),
-                ("v", self.codec.v, sample.value_BHTD),
-            ):
-                self.clipped[name] += int(side.clips(states_BHTD.transpose(1, 2).flatten(0, 1)).sum())
+            states = (states.transpose(1, 2).flatten(0, 1) for states in (sample.key_BHTD, sample.value_BHTD))
+            for name, clips_TH in self.codec.clips(*states).items():
+                self.clipped[name] += int(clips_TH.sum())
 
     def relative(self) -> Errors:
         least = canary.SMALLEST**2 * self.entries

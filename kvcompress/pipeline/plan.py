@@ -10,12 +10,12 @@ from typing import Any
 from kvcompress.checkpoint.completeness import check_complete
 from kvcompress.checkpoint.quantized import check_base, scales_of
 from kvcompress.checkpoint.reader import Checkpoint, refuse_compressed
-from kvcompress.codec.spec import CacheSpec, CodecSpec
+from kvcompress.codec.spec import CodecSpec
 from kvcompress.geometry import ModelGeometry
 from kvcompress.methods.base import TrainedConfig
-from kvcompress.methods.registry import basis_of, encoding_of
 from kvcompress.model_config import CHANGING_ROPE, parse, unknown
 from kvcompress.pipeline import stages
+from kvcompress.pipeline.resolve import CacheStages, resolve
 from kvcompress.recipe import Recipe
 
 DEFAULT_CONTEXT = 32768
@@ -35,6 +35,7 @@ class Plan:
     model: str
     recipe: Recipe
     geometry: ModelGeometry
+    cache: CacheStages
     spec: CodecSpec
     weights_bytes: int
     compressed_weights_bytes: int
@@ -122,20 +123,19 @@ def make(
     geometry = base if after is before else after.geometry
     if context < 1 or memory_bytes < 1:
         raise ValueError("context and memory must be positive")
-    spec = _codec_spec(recipe, geometry)
-    if any(layer is not None for layer in spec.layers):
+    cache = resolve(recipe, geometry)
+    if cache.layers:
         _refuse_changing_rope(recipe, config.rope.kind)
     return Plan(
         model=model,
         recipe=recipe,
         geometry=geometry,
-        spec=spec,
+        cache=cache,
+        spec=cache.spec,
         weights_bytes=checkpoint.weights_bytes,
         compressed_weights_bytes=after.weights_bytes,
         base_bytes_per_token=base.kv_bytes_per_token(),
-        peak_rss_bytes=max(
-            _peak_rss(checkpoint, recipe, geometry, calibration_tokens), _training_rss(checkpoint, recipe, base)
-        ),
+        peak_rss_bytes=max(_peak_rss(checkpoint, cache, calibration_tokens), _training_rss(checkpoint, recipe, base)),
         context=context,
         memory_bytes=memory_bytes,
     )
@@ -162,44 +162,6 @@ def layer_summary(index: int, spec: CodecSpec, geometry: ModelGeometry) -> dict[
     return {"index": index, **layer.summary(), "bytes_per_token": layer.bytes_per_token}
 
 
-def _codec_spec(recipe: Recipe, geometry: ModelGeometry) -> CodecSpec:
-    """The nominal codec: none at all for a recipe that changes weights or attention only."""
-    if recipe.stage("basis") is None and recipe.stage("encoding") is None:
-        return CodecSpec((None,) * geometry.num_layers)
-    if geometry.latent_dims is not None:
-        stage = recipe.stage("basis") or recipe.stage("encoding")
-        assert stage is not None
-        raise recipe.locate(
-            stage,
-            ValueError(
-                f"{stage.method} stores keys and values apart, and in latent attention the value is part of the key: "
-                "its cache would grow; use transmla alone"
-            ),
-        )
-    compressed = [index for index, window in enumerate(geometry.sliding_window) if not window]
-    if not compressed:
-        raise ValueError(
-            "every layer of the model has a sliding window, whose cache is bounded already; nothing to compress"
-        )
-    basis, basis_stage = basis_of(recipe)
-    encoding, encoding_stage = encoding_of(recipe)
-    try:
-        specs = basis.own_specs(basis_stage, geometry, compressed)
-        profiles = basis.profiles(basis_stage, geometry, compressed) if specs is None else []
-    except ValueError as error:
-        raise recipe.locate(basis_stage, error) from None
-    if specs is not None and (stage := recipe.stage("encoding")) is not None:
-        raise recipe.locate(
-            stage, ValueError(f"{basis.name} stores its latents itself in this form; remove {stage.method}")
-        )
-    try:
-        specs = encoding.specs(encoding_stage, geometry, profiles) if specs is None else specs
-    except ValueError as error:
-        raise recipe.locate(encoding_stage, error) from None
-    layers: dict[int, CacheSpec] = dict(zip(compressed, specs, strict=True))
-    return CodecSpec(tuple(layers.get(index) for index in range(geometry.num_layers)))
-
-
 def _refuse_changing_rope(recipe: Recipe, kind: str) -> None:
     if kind in CHANGING_ROPE:
         stage = recipe.stage("basis") or recipe.stage("encoding")
@@ -214,7 +176,7 @@ def _refuse_changing_rope(recipe: Recipe, kind: str) -> None:
         )
 
 
-def _peak_rss(checkpoint: Checkpoint, recipe: Recipe, geometry: ModelGeometry, calibration_tokens: int) -> int:
+def _peak_rss(checkpoint: Checkpoint, cache: CacheStages, calibration_tokens: int) -> int:
     """Runtime, the largest layer as it is loaded, the hidden states (in and out) and what the basis is fitted to."""
     layers: dict[str, int] = {}
     quantized = scales_of(checkpoint.tensors)
@@ -224,9 +186,8 @@ def _peak_rss(checkpoint: Checkpoint, recipe: Recipe, geometry: ModelGeometry, c
             key = parts[parts.index("layers") + 1]
             dense = _COMPUTE_BYTES * math.prod(info.shape) if name in quantized else 0
             layers[key] = layers.get(key, 0) + info.nbytes + dense
-    hidden = 2 * calibration_tokens * geometry.hidden_size * _COMPUTE_BYTES
-    basis, basis_stage = basis_of(recipe)
-    fit, _ = basis.fit_bytes(basis_stage, geometry, calibration_tokens)
+    hidden = 2 * calibration_tokens * cache.geometry.hidden_size * _COMPUTE_BYTES
+    fit, _ = cache.fit_bytes(calibration_tokens)
     return _RUNTIME_BYTES + max(layers.values(), default=0) + hidden + fit
 
 

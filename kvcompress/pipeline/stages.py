@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from kvcompress.checkpoint import json_file, writer
 from kvcompress.checkpoint.reader import CONFIG_FILE, Checkpoint
 from kvcompress.checkpoint.workdir import WorkDir
+from kvcompress.geometry import ModelGeometry
 from kvcompress.methods.base import Method, Outline, TrainedConfig, TransformMethod
 from kvcompress.methods.registry import METHODS
 
@@ -73,18 +74,20 @@ def outline_of(checkpoint: Checkpoint) -> Outline:
     )
 
 
-def run(recipe: Recipe, checkpoint: Checkpoint, context_of: Callable[[Checkpoint, int], Context]) -> Checkpoint:
+def run(
+    recipe: Recipe, checkpoint: Checkpoint, context_of: Callable[[Checkpoint, ModelGeometry, str], Context]
+) -> Checkpoint:
     """Run the stages that change the checkpoint; the last one's result, or `checkpoint` itself where there are none.
 
     Args:
-        context_of: makes the context of the stage at a position of the recipe, on the checkpoint before it.
+        context_of: makes the context of a stage, from the checkpoint before it, its sizes and the stage's name.
     """
     for position, method, stage in transforms(recipe):
-        context = context_of(checkpoint, position)
+        before = outline_of(checkpoint)
+        context = context_of(checkpoint, before.geometry, f"stage-{position}")
         out = context.scratch("checkpoint")
         if not context.work.done(context.unit):
-            transform = method.transform(stage, context)
-            final = method.final_outline(stage, outline_of(checkpoint), context)
+            transform, final = method.transform(stage, before, context)
             with WorkDir.open(out, {"stage": context.unit}, resume=True) as work:
                 total = sum(info.nbytes for info in checkpoint.tensors.values())
                 writer.copy_shards(
@@ -96,7 +99,7 @@ def run(recipe: Recipe, checkpoint: Checkpoint, context_of: Callable[[Checkpoint
             written = Checkpoint.open(out).weights_bytes
             assert written == final.weights_bytes, f"{stage.method} wrote {written} bytes"
             context.work.commit(context.unit, {})
-        planned = method.outline(stage, outline_of(checkpoint)).weights_bytes
+        planned = method.outline(stage, before).weights_bytes
         checkpoint = Checkpoint.open(out)
         assert checkpoint.weights_bytes <= planned, f"{stage.method} wrote more than planned"
     return checkpoint

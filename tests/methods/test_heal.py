@@ -33,7 +33,7 @@ class Damage(TransformMethod[DamageConfig]):
     def outline(self, config, before):  # type: ignore[no-untyped-def]
         return before
 
-    def transform(self, config, context):  # type: ignore[no-untyped-def]
+    def transform(self, config, before, context):  # type: ignore[no-untyped-def]
         class Cut:
             def plan(self, info):  # type: ignore[no-untyped-def]
                 return [TensorSpec(info.name, info.dtype, info.shape)] if "down_proj" in info.name else None
@@ -43,7 +43,7 @@ class Damage(TransformMethod[DamageConfig]):
                 r = config.rank
                 yield name, ((u[:, :r] * s[:r]) @ vh[:r]).to(tensor.dtype).contiguous()
 
-        return Cut()
+        return Cut(), before
 
 
 @pytest.fixture(autouse=True)
@@ -157,10 +157,10 @@ def test_nothing_changed_is_an_error(base_model: Path, tmp_path: Path) -> None:
     shutil.copytree(base_model, tmp_path / "base")
 
     class Nothing(Damage):
-        def transform(self, config, context):  # type: ignore[no-untyped-def]
-            transform = super().transform(config, context)
+        def transform(self, config, before, context):  # type: ignore[no-untyped-def]
+            transform, after = super().transform(config, before, context)
             transform.plan = lambda info: None
-            return transform
+            return transform, after
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(registry.METHODS, "damage", Nothing())

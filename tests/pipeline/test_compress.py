@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from kvcompress import model_config
 from kvcompress.checkpoint.manifest import Manifest
 from kvcompress.checkpoint.reader import Checkpoint
 from kvcompress.checkpoint.verify import verify
@@ -49,6 +51,19 @@ def test_plan_predicts_what_compress_writes(compressed: Path, base_model: Path) 
         for key in ("rank", "bands", "bits"):
             assert planned["k"][key] == found["k"][key]
         assert planned["bytes_per_token"] == found["bytes_per_token"]
+
+
+def test_a_plan_parses_config_json_once(base_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[object] = []
+    completed = model_config.completed
+
+    def counted(config: dict[str, Any]) -> dict[str, Any]:
+        parsed.append(config)
+        return completed(config)
+
+    monkeypatch.setattr(model_config, "completed", counted)
+    planning.make(Checkpoint.open(base_model), recipe(), str(base_model))
+    assert len(parsed) == 1
 
 
 def test_cache_really_holds_the_stated_bytes(compressed: Path) -> None:

@@ -86,6 +86,10 @@ class HeadsCodec(Sides[SideCodec]):
         """All tokens, a step's own included."""
         return torch.ones_like(token_1T, dtype=torch.bool)
 
+    def clips(self, keys_THD: Tensor, values_THD: Tensor) -> dict[str, Tensor]:
+        """By side, which tokens and heads lie beyond their codes' reach (`scalar.clips`), bool `[tokens, heads]`."""
+        return {"k": self.k.clips(keys_THD), "v": self.v.clips(values_THD)}
+
     @classmethod
     def from_tensors(cls, spec: HeadsSpec, read: ReadTensor) -> HeadsCodec:
         return cls(SideCodec.read("k", spec.k, spec, read), SideCodec.read("v", spec.v, spec, read))

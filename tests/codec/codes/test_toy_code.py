@@ -30,6 +30,7 @@ from kvcompress.codec.spec import CodecSpec
 from kvcompress.methods.scalar import ScalarConfig, side_spec
 from kvcompress.ops.blocks import cpu as blocks_cpu
 from kvcompress.ops.blocks import cuda as blocks_cuda
+from kvcompress.ops.call import Call
 from kvcompress.ops.heads import attention, cpu, cuda
 from kvcompress.ops.shared import cpu as shared_cpu
 from kvcompress.ops.shared import cuda as shared_cuda
@@ -117,7 +118,7 @@ def test_pages_and_attention_are_torchs(base_model: Path, mixed: SideSpec) -> No
     for latent_THR, side, x_THD in zip(found, (codec.k, codec.v), (keys_THD, values_THD), strict=True):
         assert torch.equal(latent_THR, side.decode(side.encode(x_THD)))
     query_THD, output_THD = torch.randn(1, 4, 32), torch.zeros(1, 4, 32)
-    op.attend(output_THD, query_THD, pages_NHX, torch.arange(3)[None], [0, 1], [40], 0.2)
+    op.attend(Call(output_THD, query_THD, torch.arange(3)[None], [0, 1], [40], 0.2), pages_NHX)
     keys, values = (
         torch.einsum("thr,hrd->htd", latent_THR, side.decode_HRD) + side.mean_HD[:, None]
         for latent_THR, side in zip(found, (codec.k, codec.v), strict=True)
