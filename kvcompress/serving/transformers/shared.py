@@ -11,14 +11,7 @@ from torch import Tensor
 
 from kvcompress.codec.shared.codec import SharedCodec, SharedSide
 from kvcompress.serving.transformers.groups import GroupLayer
-from kvcompress.serving.transformers.records import (
-    from_records,
-    heads_first,
-    pack,
-    to_records,
-    tokens_first,
-    unpack,
-)
+from kvcompress.serving.transformers.records import from_records, heads_first, pack, to_records, tokens_first, unpack
 
 SCORE_STEP = 8
 """Tokens of a step when a text is scored: a step's own tokens are not yet compressed."""

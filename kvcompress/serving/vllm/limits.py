@@ -45,11 +45,9 @@ def check_engine(engine: compat.Engine, codec: CodecSpec) -> None:
     check_groups(codec.layers)
     for form in sorted({layer.form for layer in codec.layers if layer is not None}):
         FORMS[form].serving("vllm").check(engine, codec)
-    for flag, size in (
-        ("--decode-context-parallel-size", engine.decode_context_parallel_size),
-        ("--prefill-context-parallel-size", engine.prefill_context_parallel_size),
-    ):
-        if size > 1:
+    for kind in ("decode", "prefill"):
+        if (size := getattr(engine, f"{kind}_context_parallel_size")) > 1:
+            flag = f"--{kind}-context-parallel-size"
             raise ValueError(f"found {flag} {size}; a compressed cache is not split over context; leave it at 1")
 
 

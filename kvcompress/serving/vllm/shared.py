@@ -45,20 +45,12 @@ def check(engine: compat.Engine, codec: CodecSpec) -> None:
                 f"the codec keeps the first {layer.sink} and the newest {layer.recent} tokens as they are, which pages "
                 "of one size per token cannot; serve it through transformers, or compress with sink: 0 and recent: 0"
             )
-    for option, size, reason in (
-        (
-            "--tensor-parallel-size",
-            engine.tensor_parallel_size,
-            "the latent that layers share is of all KV heads and is not divided over ranks",
-        ),
-        (
-            "--pipeline-parallel-size",
-            engine.pipeline_parallel_size,
-            "layers that share a latent must run in one process",
-        ),
+    for kind, reason in (
+        ("tensor", "the latent that layers share is of all KV heads and is not divided over ranks"),
+        ("pipeline", "layers that share a latent must run in one process"),
     ):
-        if size > 1:
-            raise ValueError(f"found {option} {size}; {reason}; use 1, or more replicas")
+        if (size := getattr(engine, f"{kind}_parallel_size")) > 1:
+            raise ValueError(f"found --{kind}-parallel-size {size}; {reason}; use 1, or more replicas")
     if engine.ubatching:
         raise ValueError("found --enable-dbo; layers that share a latent run a step in one piece; leave it off")
 

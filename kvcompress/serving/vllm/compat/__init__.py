@@ -65,11 +65,7 @@ from kvcompress.serving.vllm.compat.layers import (
     is_attention,
     layer_metadata,
 )
-from kvcompress.serving.vllm.compat.linear import (
-    layer_parallel,
-    output_rank,
-    set_weight_loader,
-)
+from kvcompress.serving.vllm.compat.linear import layer_parallel, output_rank, set_weight_loader
 
 logger = init_logger("vllm.kvcompress")
 """A child of vLLM's own logger: an operator sees our lines among the engine's."""

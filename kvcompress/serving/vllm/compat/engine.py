@@ -60,12 +60,8 @@ class Engine:
 
     @classmethod
     def of(cls, config: VllmConfig) -> Engine:
-        model, cache, load, parallel = (
-            config.model_config,
-            config.cache_config,
-            config.load_config,
-            config.parallel_config,
-        )
+        model, parallel = config.model_config, config.parallel_config
+        cache, load = config.cache_config, config.load_config
         return cls(
             model=model.model,
             revision=model.revision,
