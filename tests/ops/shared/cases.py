@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from kvcompress.ops.shared.batch import Batch
 from torch import Tensor
 
 from kvcompress.codec.bands import SideSpec
@@ -16,7 +17,6 @@ from kvcompress.codec.shared.pages import SharedLayout
 from kvcompress.codec.shared.spec import SharedSpec
 from kvcompress.ops.rows import int32_rows
 from kvcompress.ops.shared.attention import bind
-from kvcompress.ops.shared.batch import Batch
 from tests.ops.heads.cases import POISON, bands, starts
 
 HALVES_BAR = 1e-3

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from kvcompress.ops.shared.batch import Batch
 
 from kvcompress.codec.bands import SideSpec
 from kvcompress.codec.record import Record
 from kvcompress.ops import library
 from kvcompress.ops.graph import flatten, shared_attend, shared_store
 from kvcompress.ops.shared.attention import bind
-from kvcompress.ops.shared.batch import Batch
 from kvcompress.ops.shared.cpu import CpuShared
 from kvcompress.ops.shared.reference import SharedOp
 from tests.ops.heads.cases import POISON, bands, relative_error
