@@ -2,7 +2,7 @@
 // KVC_LEVEL_NUMBER (enum kvc_level).
 #include "cpu/heads/attend.h"
 #include "cpu/blocks/attend.h"
-#include "cpu/core/encode.h"
+#include "cpu/heads/append.h"
 #include "cpu/latent/attend.h"
 #include "cpu/shared/attend.h"
 

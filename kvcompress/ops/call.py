@@ -9,7 +9,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from kvcompress.ops.rows import Numbers, host_list, int32_rows
+from kvcompress.ops.interface.common import Batch
+from kvcompress.ops.rows import Numbers, batch_struct, host_list, int32_rows
 
 SCORE_BYTES = 64 * 2**20
 """Bound on the scores (queries x tokens) that torch code holds at a time: long prompts go in chunks of queries."""
@@ -51,10 +52,13 @@ class Call:
         """Block table, starts and lengths as kernels read them, in int32 on a device."""
         numbers = (self.block_table_RN, self.query_starts, self.seq_lens)
         table_RN, starts_R, lengths_R = (int32_rows(each, device) for each in numbers)
-        assert starts_R.shape[0] == lengths_R.shape[0] + 1
-        assert table_RN.shape[0] >= lengths_R.shape[0]
         assert self.lse_TH is None or (self.lse_TH.dtype == torch.float32 and self.lse_TH.is_contiguous())
         return table_RN, starts_R, lengths_R
+
+    def batch(self, device: torch.device | str = "cpu") -> Batch:
+        """The same for the C interface."""
+        table_RN, starts_R, lengths_R = self.numbers(device)
+        return batch_struct(starts_R, lengths_R, self.query_THD.shape[1], self.softmax_scale, table_RN)
 
     def requests(self) -> Iterator[tuple[int, slice, int]]:
         """Those with queries: number, rows and length. Brings numbers to the host."""
@@ -75,8 +79,3 @@ class Call:
             last = min(first + step, rows.stop)
             # Tokens after the chunk's last query are invisible to all of it.
             yield slice(first, last), length - (rows.stop - last)
-
-
-def table_stride(table_RN: Tensor) -> int:
-    """Between requests; with one request, as far as it may read."""
-    return table_RN.stride(0) if table_RN.shape[0] > 1 else table_RN.shape[1]

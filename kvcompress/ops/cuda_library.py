@@ -1,4 +1,4 @@
-"""The compiled CUDA kernels: where they are and their C interface (csrc/include/kvcompress/cuda.h)."""
+"""The compiled library of CUDA kernels: where it is."""
 
 from __future__ import annotations
 
@@ -8,66 +8,13 @@ import os
 import warnings
 from pathlib import Path
 
-from kvcompress.ops import interface, library
-
-ABI_VERSION = 2
-MAX_RANK = 256
+from kvcompress.ops import library
+from kvcompress.ops.interface.common import ABI_VERSION
 
 PATH_VARIABLE = "KVCOMPRESS_CUDA_LIBRARY"
 """Environment variable: the library to load instead of the installed one; empty turns the CUDA kernels off."""
 
 _FILE = "libkvcompress_cuda.so"
-
-
-class AttendArgs(ctypes.Structure):
-    _fields_ = (
-        ("pages", interface.Pages),
-        ("query_THR", ctypes.c_void_p),
-        ("output_THR", ctypes.c_void_p),
-        ("lse_TH", ctypes.c_void_p),
-        ("workspace", ctypes.c_void_p),
-        ("block_table", ctypes.c_void_p),
-        ("block_table_stride", ctypes.c_int64),
-        ("query_starts", ctypes.c_void_p),
-        ("seq_lens", ctypes.c_void_p),
-        ("num_tokens", ctypes.c_int64),
-        ("num_requests", ctypes.c_int32),
-        ("max_query_len", ctypes.c_int32),
-        ("num_heads", ctypes.c_int32),
-        ("splits", ctypes.c_int32),
-        ("softmax_scale", ctypes.c_float),
-        ("stream", ctypes.c_void_p),
-    )
-
-
-class AppendArgs(ctypes.Structure):
-    _fields_ = (
-        ("pages", interface.Pages),
-        ("keys", interface.Rows),
-        ("values", interface.Rows),
-        ("slots", ctypes.c_void_p),
-        ("blocks", ctypes.c_void_p),
-        ("num_tokens", ctypes.c_int64),
-        ("k_mean_HD", ctypes.c_void_p),
-        ("k_encode_HDR", ctypes.c_void_p),
-        ("k_weight_HR", ctypes.c_void_p),
-        ("v_mean_HD", ctypes.c_void_p),
-        ("v_encode_HDR", ctypes.c_void_p),
-        ("v_weight_HR", ctypes.c_void_p),
-        ("stream", ctypes.c_void_p),
-    )
-
-
-class GatherArgs(ctypes.Structure):
-    _fields_ = (
-        ("pages", interface.Pages),
-        ("keys_THR", ctypes.c_void_p),
-        ("values_THR", ctypes.c_void_p),
-        ("dtype", ctypes.c_int32),
-        ("block_table", ctypes.c_void_p),
-        ("num_tokens", ctypes.c_int64),
-        ("stream", ctypes.c_void_p),
-    )
 
 
 @functools.cache

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +12,8 @@ from torch import Tensor
 from kvcompress.codec.heads.layout import CHUNK_TOKENS
 from kvcompress.ops import cuda_library
 from kvcompress.ops.call import Call
+from kvcompress.ops.interface.common import Absorbed, Run
+from kvcompress.ops.interface.struct import Struct
 
 ROWS = 8
 """Query rows of one block of threads."""
@@ -40,8 +41,8 @@ def choose_splits(blocks: int, context: int, multiprocessors: int) -> int:
 
 def attend_latents(
     kernels: ctypes.CDLL,
-    attend: Callable[[Any], int],
-    arguments: Callable[..., ctypes.Structure],
+    attend: Callable[..., int],
+    pages: Struct,
     call: Call,
     absorbed_THR: Tensor,
     shape: tuple[int, int, int],
@@ -51,40 +52,39 @@ def attend_latents(
 
     Args:
         attend: the kernel.
-        arguments: makes its struct; the pages are in it already.
+        pages: as it takes them.
         shape: KV heads, tokens per block, and rank of the values' latents.
         splits: parts a request's tokens are cut into; chosen from shapes alone if not given.
     """
     (kv_heads, block_size, rank), (tokens, heads, _) = shape, absorbed_THR.shape
-    table_RN, starts_R, lengths_R = call.numbers(absorbed_THR.device)
+    device, batch = absorbed_THR.device, call.batch(absorbed_THR.device)
     # Zeros, because padding behind the last request is not written.
     mixed_THR, lse_TH = absorbed_THR.new_zeros(tokens, heads, rank), absorbed_THR.new_zeros(tokens, heads)
-    if not tokens or not len(lengths_R):
+    if not tokens or not batch.num_requests:
         return mixed_THR, lse_TH
     if splits is None:
-        blocks = len(lengths_R) * kv_heads * -(-call.most_queries * heads // (kv_heads * ROWS))
-        splits = choose_splits(blocks, table_RN.shape[1] * block_size, multiprocessors(absorbed_THR.device))
-    partial = splits * tokens * heads * (rank + 1) if splits > 1 else 0
-    workspace = absorbed_THR.new_empty(partial)
-    args = arguments(
-        query_THR=absorbed_THR.data_ptr(),
-        output_THR=mixed_THR.data_ptr(),
-        lse_TH=lse_TH.data_ptr(),
-        workspace=workspace.data_ptr() if partial else None,
-        block_table=table_RN.data_ptr(),
-        block_table_stride=table_RN.stride(0),
-        query_starts=starts_R.data_ptr(),
-        seq_lens=lengths_R.data_ptr(),
-        num_tokens=tokens,
-        num_requests=len(lengths_R),
-        max_query_len=call.most_queries,
-        num_heads=heads,
-        splits=splits,
-        softmax_scale=call.softmax_scale,
-        stream=stream(absorbed_THR.device),
-    )
-    cuda_library.check(kernels, attend(ctypes.byref(args)))
+        blocks = batch.num_requests * kv_heads * -(-call.most_queries * heads // (kv_heads * ROWS))
+        splits = choose_splits(blocks, call.block_table_RN.shape[1] * block_size, multiprocessors(device))
+    parts = run(device, tokens, heads, call.most_queries, splits, rank)
+    args = Absorbed(absorbed_THR, mixed_THR, lse_TH, batch, parts)
+    cuda_library.check(kernels, attend(ctypes.byref(pages), ctypes.byref(args)))
     return mixed_THR, lse_TH
+
+
+def run(
+    device: torch.device, tokens: int, num_heads: int = 1, max_query_len: int = 1, splits: int = 1, width: int = 0
+) -> Run:
+    """How a call runs: on torch's current stream of the device, with room for what splits leave to be merged.
+
+    Args:
+        width: numbers that a split leaves of a row, beside their weight.
+    """
+    room = (
+        torch.empty(splits * tokens * num_heads * (width + 1), dtype=torch.float32, device=device)
+        if splits > 1
+        else None
+    )
+    return Run(stream=stream(device), num_tokens=tokens, max_query_len=max_query_len, splits=splits, workspace=room)
 
 
 def workspace_bytes(head_dim: int, k_rank: int, v_rank: int, tokens: int, num_heads: int, device: torch.device) -> int:

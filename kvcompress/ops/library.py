@@ -1,4 +1,4 @@
-"""The compiled library of CPU kernels: where it is, and what this machine runs. `interface` has its structs."""
+"""The compiled library of CPU kernels: where it is, and what this machine runs."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import sysconfig
 import warnings
 from pathlib import Path
 
-ABI_VERSION = 4
-LEVELS = ("portable", "avx2", "avx512", "avx512vnni")
-"""Instruction-set levels, each faster than the one before."""
+import torch
+
+from kvcompress.ops.interface.common import ABI_VERSION, LEVELS, STATUS, Run
 
 PATH_VARIABLE = "KVCOMPRESS_LIBRARY"
 """Environment variable: the library to load instead of the installed one; empty turns compiled kernels off."""
@@ -20,14 +20,6 @@ LEVEL_VARIABLE = "KVCOMPRESS_CPU_LEVEL"
 """Environment variable: the highest level to use, one of LEVELS."""
 
 _FILE = "libkvcompress_cpu.so"
-
-
-_STATUS = {
-    1: "a block table, slot or ring names a block outside the cache",
-    2: "a shape the kernels do not cover",
-    3: "a request has fewer tokens than queries, or more than its row of the block table holds",
-    4: "no memory for temporary arrays",
-}
 
 
 def installed(file: str) -> Path:
@@ -88,7 +80,12 @@ def level() -> int:
     return min(best, LEVELS.index(name))
 
 
+def run(split_tokens: int = 0) -> Run:
+    """How a call runs on this machine: threads and instructions; `split_tokens` of attention."""
+    return Run(threads=torch.get_num_threads(), level=level(), split_tokens=split_tokens)
+
+
 def check(status: int) -> None:
     """Raise ValueError for a kernel's status that is not success."""
     if status:
-        raise ValueError(f"work on compressed pages failed: {_STATUS[status]}")
+        raise ValueError(f"work on compressed pages failed: {list(STATUS.values())[status]}")

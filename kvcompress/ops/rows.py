@@ -7,20 +7,44 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvcompress.ops import interface
+from kvcompress.ops.interface import common
+from kvcompress.ops.interface.common import Batch, Rows
 
 Numbers = Tensor | Sequence[int]
 """Of a batch, on the host or on the device."""
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPES = {getattr(torch, name): number for number, name in enumerate(common.DTYPES)}
 """Numbers of the types kernels read and write (kvc_dtype)."""
 
 
-def rows_struct(rows_THD: Tensor) -> interface.Rows:
+def rows_struct(rows_THD: Tensor) -> Rows:
     """The C description of rows of float32, bfloat16 or float16 numbers, those of a row side by side."""
     assert rows_THD.stride(-1) == 1, rows_THD.stride()
     assert rows_THD.dtype in DTYPES, rows_THD.dtype
-    return interface.Rows(rows_THD.data_ptr(), rows_THD.stride(0), rows_THD.stride(1), DTYPES[rows_THD.dtype])
+    return Rows(rows_THD, rows_THD.stride(0), rows_THD.stride(1), DTYPES[rows_THD.dtype])
+
+
+def batch_struct(
+    query_starts: Tensor,
+    seq_lens: Tensor,
+    num_heads: int = 0,
+    softmax_scale: float = 0.0,
+    block_table_RN: Tensor | None = None,
+) -> Batch:
+    """The C description of a step's requests; numbers are as `int32_rows` makes them, the others attention's."""
+    requests = seq_lens.shape[0]
+    assert query_starts.shape[0] == requests + 1
+    batch = Batch(query_starts, seq_lens, block_table_RN, 0, requests, num_heads, softmax_scale)
+    if block_table_RN is not None:
+        assert block_table_RN.shape[0] >= requests
+        assert block_table_RN.stride(-1) == 1
+        batch.block_table_stride = table_stride(block_table_RN[:requests])
+    return batch
+
+
+def table_stride(table_RN: Tensor) -> int:
+    """Between requests; with one request, as far as it may read."""
+    return table_RN.stride(0) if table_RN.shape[0] > 1 else table_RN.shape[1]
 
 
 def int32_rows(numbers: Numbers, device: torch.device | str = "cpu") -> Tensor:

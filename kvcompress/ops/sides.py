@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from kvcompress.codec.bands import Band, SideSpec
 from kvcompress.codec.heads.layout import SideLayout
-from kvcompress.ops import interface
+from kvcompress.ops.interface.common import Side
 
 
-def side_struct(spec: SideSpec, place: SideLayout) -> interface.Side:
-    struct, bands = interface.Side(), merged_bands(spec)
+def side_struct(spec: SideSpec, place: SideLayout) -> Side:
+    struct, bands = Side(), merged_bands(spec)
     struct.rank, struct.num_bands, struct.outliers = spec.rank, len(bands), spec.outliers
     for index, band in enumerate(bands):
         struct.bits[index], struct.widths[index], struct.steps[index] = band.bits, band.width, band.code.step
@@ -17,7 +17,7 @@ def side_struct(spec: SideSpec, place: SideLayout) -> interface.Side:
     return struct
 
 
-def record_struct(spec: SideSpec) -> interface.Side:
+def record_struct(spec: SideSpec) -> Side:
     """The C description of a side whose record holds a token's parts one after the other."""
     offsets, start = [], 0
     for size in spec.part_bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import re
 import shutil
 import subprocess
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvcompress.ops import interface, library
+from kvcompress.ops import library
 from kvcompress.ops.heads.attention import bind
 from kvcompress.ops.heads.cpu import CpuHeads
 from kvcompress.ops.heads.reference import HeadsOp
@@ -27,24 +26,6 @@ def fresh() -> Iterator[None]:
     library.load.cache_clear()
     yield
     library.load.cache_clear()
-
-
-@pytest.mark.usefixtures("compiled")
-def test_structs_have_the_sizes_the_library_was_built_with() -> None:
-    compiled = library.load()
-    assert compiled is not None
-    structs = (
-        interface.AttendArgs,
-        interface.AppendArgs,
-        interface.LatentAttendArgs,
-        interface.LatentAppendArgs,
-        interface.SharedAttendArgs,
-        interface.StoreArgs,
-        interface.BlockAttendArgs,
-    )
-    sizes = (ctypes.c_int64 * len(structs))()
-    compiled.kvc_struct_sizes(sizes)
-    assert list(sizes) == [ctypes.sizeof(struct) for struct in structs]
 
 
 @pytest.mark.usefixtures("compiled")

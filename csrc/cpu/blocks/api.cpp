@@ -4,14 +4,14 @@
 namespace kvcompress::cpu {
 namespace {
 
-bool covered(const kvc_block_side& side, const kvc_block_pages& pages) {
-    const bool codes = (side.bits == 2 || side.bits == 4 || side.bits == 8) && side.rank > 0 && side.rank % 8 == 0 && side.rank <= pages.head_dim;
+bool covered(const kvc_blocks_side& side, const kvc_blocks_pages& pages) {
+    const bool codes = is_code(side.bits) && side.rank > 0 && side.rank % 8 == 0 && side.rank <= pages.head_dim;
     const bool rest = side.low_rank >= 0 && side.low_rank <= kMaxLowRank && side.outliers >= 0 && side.outliers <= pages.block * side.rank &&
                       side.outliers % 8 == 0 && side.nbytes > 0;
     return codes && rest && pages.block * side.rank <= 1 << 16;
 }
 
-bool covered(const kvc_block_pages& pages) {
+bool covered(const kvc_blocks_pages& pages) {
     if (pages.head_dim <= 0 || pages.head_dim > kMaxHeadDim || pages.head_dim % 8 || pages.num_kv_heads <= 0) return false;
     if (pages.block <= 0 || pages.block % kGroup || pages.block_size <= 0 || pages.block_size % pages.block) return false;
     // Scales change between groups of tokens that are unpacked together, and between whole bytes of a token's codes.
@@ -23,13 +23,13 @@ bool covered(const kvc_block_pages& pages) {
 }  // namespace
 
 template <>
-struct Form<kvc_block_attend_args> {
+struct Form<kvc_blocks_attend_args> {
     static constexpr bool together = false;
-    static int kv_heads(const kvc_block_attend_args& args) { return args.pages.num_kv_heads; }
-    static int32_t check(const kvc_block_attend_args& args, int request, int length) {
+    static int kv_heads(const kvc_blocks_attend_args& args) { return args.pages.num_kv_heads; }
+    static int32_t check(const kvc_blocks_attend_args& args, int request, int length) {
         if (args.ring_of[request] < 0 || args.ring_of[request] >= args.rings.num_rings) return KVC_BAD_BLOCK;
         const int complete = length / args.pages.block * args.pages.block;
-        return check_blocks(args.block_table, args.block_table_stride, request, complete, args.pages.block_size, args.pages.num_blocks);
+        return check_blocks(args.batch, request, complete, args.pages.block_size, args.pages.num_blocks);
     }
 };
 
@@ -37,9 +37,9 @@ struct Form<kvc_block_attend_args> {
 
 using namespace kvcompress::cpu;
 
-int32_t kvc_attend_blocks(const kvc_block_attend_args* args) {
-    if (!covered(args->pages) || args->num_heads <= 0 || args->num_heads % args->pages.num_kv_heads || args->split_tokens <= 0 ||
-        args->split_tokens % args->pages.block || args->rings.places < args->pages.block)
+int32_t kvc_blocks_attend(const kvc_blocks_attend_args* args) {
+    const kvc_blocks_pages& pages = args->pages;
+    if (!covered(pages) || !covered(args->batch, args->run, pages.num_kv_heads, pages.block) || args->rings.places < pages.block)
         return KVC_BAD_SHAPE;
-    return schedule(*args, kernels_of(args->level).block_attention);
+    return schedule(*args, kernels_of(args->run.level).block_attention);
 }

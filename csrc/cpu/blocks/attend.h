@@ -12,9 +12,6 @@
 namespace kvcompress::cpu::KVC_LEVEL {
 namespace {
 
-// Functions that keep their own frame: in one, the compiler runs out of registers for addresses.
-#define KVC_NOINLINE inline __attribute__((noinline))
-
 // Where each thread's temporary arrays start.
 struct BlockScratch {
     float* row;            // a few rows of queries or outputs
@@ -56,18 +53,18 @@ struct BlockScratch {
 };
 
 KVC_INLINE int groups_of(int values, int group) { return (values + group - 1) / group; }
-KVC_INLINE kvc_side value_group(const kvc_block_side& side, int group) {
+KVC_INLINE kvc_side value_group(const kvc_blocks_side& side, int group) {
     return band_of(side, min_of(side.group, side.rank - group * side.group));
 }
 
-inline size_t lay_out(const kvc_block_pages& pages, char* base, BlockScratch& s) {
+inline size_t lay_out(const kvc_blocks_pages& pages, char* base, BlockScratch& s) {
     Arena arena{base};
     const auto floats = [&](int rows, int columns) { return arena.take<float>(static_cast<size_t>(rows) * static_cast<size_t>(columns)); };
-    const auto sparse = [&](const kvc_block_side& side) {
+    const auto sparse = [&](const kvc_blocks_side& side) {
         const auto count = static_cast<size_t>(round_up(side.outliers, 16));
         return Sparse{arena.take<int32_t>(count), arena.take<int32_t>(count), arena.take<float>(count), 0};
     };
-    const kvc_block_side &k = pages.k, &v = pages.v;
+    const kvc_blocks_side &k = pages.k, &v = pages.v;
     s.head_width = round_up(pages.head_dim, 16);
     s.k_groups = groups_of(pages.block, k.group);
     s.v_groups = groups_of(v.rank, v.group);
@@ -112,16 +109,16 @@ inline size_t lay_out(const kvc_block_pages& pages, char* base, BlockScratch& s)
     return arena.used;
 }
 
-size_t block_scratch_bytes(const kvc_block_attend_args& args) {
+size_t block_scratch_bytes(const kvc_blocks_attend_args& args) {
     BlockScratch unused{};
     return lay_out(args.pages, nullptr, unused);
 }
 
 // Latents, then exact values, then the weights of compressed tokens.
-int block_width(const kvc_block_attend_args& args) { return args.pages.v.rank + args.pages.head_dim + 1; }
+int block_width(const kvc_blocks_attend_args& args) { return args.pages.v.rank + args.pages.head_dim + 1; }
 
-inline void absorb_queries(const kvc_block_attend_args& args, const Item& item, int rows, BlockScratch& s) {
-    const kvc_block_side& side = args.pages.k;
+inline void absorb_queries(const kvc_blocks_attend_args& args, const Item& item, int rows, BlockScratch& s) {
+    const kvc_blocks_side& side = args.pages.k;
     const int head_dim = args.pages.head_dim, width = padded_rank(side);
     const float* decode = args.k_decode_HDR + static_cast<int64_t>(item.kv_head) * head_dim * side.rank;
     const float* mean = args.k_mean_HD + item.kv_head * head_dim;
@@ -132,7 +129,7 @@ inline void absorb_queries(const kvc_block_attend_args& args, const Item& item, 
         load_row(args.query, query_token(args, item, row), query_head(args, item, row), head_dim, query);
         s.constant[row] = s.poison[row] = 0;
         for (int d = 0; d < head_dim; ++d) {
-            query[d] *= args.softmax_scale;
+            query[d] *= args.batch.softmax_scale;
             s.constant[row] += query[d] * mean[d];
             s.poison[row] += query[d] * 0.f;
         }
@@ -148,9 +145,9 @@ inline void absorb_queries(const kvc_block_attend_args& args, const Item& item, 
     }
 }
 
-KVC_INLINE const uint8_t* record_of(const kvc_block_attend_args& args, const Item& item, int token) {
-    const kvc_block_pages& pages = args.pages;
-    const int32_t page = args.block_table[item.request * args.block_table_stride + token / pages.block_size];
+KVC_INLINE const uint8_t* record_of(const kvc_blocks_attend_args& args, const Item& item, int token) {
+    const kvc_blocks_pages& pages = args.pages;
+    const int32_t page = args.batch.block_table[item.request * args.batch.block_table_stride + token / pages.block_size];
     return pages.data + page * pages.block_stride + item.kv_head * pages.head_stride +
            token % pages.block_size / pages.block * pages.record_bytes;
 }
@@ -168,8 +165,8 @@ inline void soften_rows(const Partial& partial, int rows, const int* seen, float
 
 // ---- a complete block ----------------------------------------------------------------------------------------------
 
-KVC_NOINLINE void read_block(const kvc_block_pages& pages, const uint8_t* record, BlockScratch& s) {
-    const kvc_block_side &k = pages.k, &v = pages.v;
+KVC_NOINLINE void read_block(const kvc_blocks_pages& pages, const uint8_t* record, BlockScratch& s) {
+    const kvc_blocks_side &k = pages.k, &v = pages.v;
     read_halves(record + k.scale_offset, k.rank, s.k_groups, s.k_scale, padded_rank(k));
     read_halves(record + k.zero_offset, k.rank, s.k_groups, s.k_zero, padded_rank(k));
     for (int group = 0; group < s.k_groups; ++group) {
@@ -183,8 +180,8 @@ KVC_NOINLINE void read_block(const kvc_block_pages& pages, const uint8_t* record
 }
 
 // Scores of a tile; groups of tokens that share their scales are taken together.
-KVC_NOINLINE void score_sealed(const kvc_block_pages& pages, const uint8_t* record, int start, int tokens, int rows, int& folded_group, BlockScratch& s, Ahead& ahead) {
-    const kvc_block_side& k = pages.k;
+KVC_NOINLINE void score_sealed(const kvc_blocks_pages& pages, const uint8_t* record, int start, int tokens, int rows, int& folded_group, BlockScratch& s, Ahead& ahead) {
+    const kvc_blocks_side& k = pages.k;
     const kvc_side band = band_of(k, k.rank);
     for (int group = 0; group * kGroup < tokens; ++group)
         unpack_block_keys(band, record + k.code_offset + (start + group * kGroup) * band.code_bytes, key_group(s.keys, group, s.key_width));
@@ -206,8 +203,8 @@ KVC_NOINLINE void score_sealed(const kvc_block_pages& pages, const uint8_t* reco
     if (k.outliers) score_sparse(s.k_sparse, outliers, start, s.side_by_side, k.rank, rows, s.scores);
 }
 
-KVC_NOINLINE void mix_sealed(const kvc_block_pages& pages, const uint8_t* record, int start, int tokens, int rows, BlockScratch& s, Ahead& ahead) {
-    const kvc_block_side& v = pages.v;
+KVC_NOINLINE void mix_sealed(const kvc_blocks_pages& pages, const uint8_t* record, int start, int tokens, int rows, BlockScratch& s, Ahead& ahead) {
+    const kvc_blocks_side& v = pages.v;
     read_halves(record + v.scale_offset + 2 * s.v_groups * start, tokens, s.v_groups, s.v_scale, kTile);
     read_halves(record + v.zero_offset + 2 * s.v_groups * start, tokens, s.v_groups, s.v_zero, kTile);
     for (int group = 0, place = 0; group < s.v_groups; ++group) {
@@ -241,8 +238,8 @@ KVC_INLINE Ahead bytes_ahead([[maybe_unused]] const uint8_t* record, [[maybe_unu
 #endif
 }
 
-inline void attend_sealed(const kvc_block_attend_args& args, const Item& item, int block_start, int next, int rows, const Partial& partial, BlockScratch& s) {
-    const kvc_block_pages& pages = args.pages;
+inline void attend_sealed(const kvc_blocks_attend_args& args, const Item& item, int block_start, int next, int rows, const Partial& partial, BlockScratch& s) {
+    const kvc_blocks_pages& pages = args.pages;
     const uint8_t* record = record_of(args, item, block_start);
     const uint8_t* after = record_of(args, item, next);
     Ahead keys = bytes_ahead(after, pages.k.code_offset, pages.k.nbytes), values = bytes_ahead(after, pages.v.code_offset, pages.v.nbytes);
@@ -265,10 +262,10 @@ inline void attend_sealed(const kvc_block_attend_args& args, const Item& item, i
 // ---- exact tokens --------------------------------------------------------------------------------------------------
 
 // Keys or values of tokens [start, start + tokens) to exact_rows: the step's own, or from the ring what came before.
-inline void read_exact(const kvc_block_attend_args& args, const Item& item, const kvc_rows& rows, int side, int start, int tokens, BlockScratch& s) {
-    const int head_dim = args.pages.head_dim, first_query = args.query_starts[item.request];
-    const int before = args.seq_lens[item.request] - (args.query_starts[item.request + 1] - first_query);
-    const kvc_rings& rings = args.rings;
+inline void read_exact(const kvc_blocks_attend_args& args, const Item& item, const kvc_rows& rows, int side, int start, int tokens, BlockScratch& s) {
+    const int head_dim = args.pages.head_dim, first_query = args.batch.query_starts[item.request];
+    const int before = args.batch.seq_lens[item.request] - (args.batch.query_starts[item.request + 1] - first_query);
+    const kvc_blocks_rings& rings = args.rings;
     const int64_t in_ring = args.ring_of[item.request] * rings.ring_stride + item.kv_head * rings.head_stride + side * rings.places * head_dim;
     const kvc_rows ring = {const_cast<void*>(rings.data), head_dim, 0, rings.dtype};
     for (int i = 0; i < tokens; ++i) {
@@ -296,8 +293,8 @@ inline void score_exact(const float* queries, const float* keys, int width, int 
         }
 }
 
-KVC_NOINLINE void attend_exact(const kvc_block_attend_args& args, const Item& item, int block_start, int stop, int rows, const Partial& partial, BlockScratch& s) {
-    const kvc_block_side& v = args.pages.v;
+KVC_NOINLINE void attend_exact(const kvc_blocks_attend_args& args, const Item& item, int block_start, int stop, int rows, const Partial& partial, BlockScratch& s) {
+    const kvc_blocks_side& v = args.pages.v;
     const int end = block_start + args.pages.block;
     for (int start = block_start; start < stop; start += kTile) {
         const int tokens = min_of(stop - start, kTile);
@@ -329,10 +326,10 @@ KVC_INLINE void clear(float* floats, int rows, int columns) {
     std::memset(floats, 0, sizeof(float) * static_cast<size_t>(rows) * static_cast<size_t>(columns));
 }
 
-void attend_blocks(const kvc_block_attend_args& args, const Item& item, int start, int stop, const Partial& partial, void* scratch) {
+void attend_blocks(const kvc_blocks_attend_args& args, const Item& item, int start, int stop, const Partial& partial, void* scratch) {
     BlockScratch s{};
     lay_out(args.pages, static_cast<char*>(scratch), s);
-    const kvc_block_side &k = args.pages.k, &v = args.pages.v;
+    const kvc_blocks_side &k = args.pages.k, &v = args.pages.v;
     const int rows = item.rows(), fours = round_up(rows, 4), head_dim = args.pages.head_dim, block = args.pages.block;
     for (int row = 0; row < rows; ++row) {
         partial.max[row] = -__builtin_inff();
@@ -379,11 +376,11 @@ void attend_blocks(const kvc_block_attend_args& args, const Item& item, int star
     }
 }
 
-void merge_blocks(const kvc_block_attend_args& args, const Item& item, const Partial& into, const Partial& from) {
+void merge_blocks(const kvc_blocks_attend_args& args, const Item& item, const Partial& into, const Partial& from) {
     merge_rows(item.rows(), block_width(args), into, from);
 }
 
-void finish_blocks(const kvc_block_attend_args& args, const Item& item, const Partial& partial, void* scratch) {
+void finish_blocks(const kvc_blocks_attend_args& args, const Item& item, const Partial& partial, void* scratch) {
     BlockScratch s{};
     lay_out(args.pages, static_cast<char*>(scratch), s);
     const int rank = args.pages.v.rank, head_dim = args.pages.head_dim, width = block_width(args);
@@ -400,7 +397,7 @@ void finish_blocks(const kvc_block_attend_args& args, const Item& item, const Pa
             float* out = s.row + i * kMaxHeadDim;
             for (int d = 0; d < head_dim; ++d) out[d] = (out[d] + exact[d] + exact[head_dim] * mean[d]) * inverse;
             store_row(args.output, token, head, head_dim, out);
-            if (args.lse_TH) args.lse_TH[token * args.num_heads + head] = partial.max[row] + __builtin_logf(partial.sum[row]);
+            if (args.lse_TH) args.lse_TH[token * args.batch.num_heads + head] = partial.max[row] + __builtin_logf(partial.sum[row]);
         }
     }
 }

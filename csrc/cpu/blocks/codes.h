@@ -19,7 +19,7 @@ namespace {
 typedef uint8_t KeyCode;
 typedef uint8_t ValueCode;
 
-KVC_INLINE int key_code_width(const kvc_block_side& side) { return 4 * key_quads(band_of(side, side.rank)); }  // per token
+KVC_INLINE int key_code_width(const kvc_blocks_side& side) { return 4 * key_quads(band_of(side, side.rank)); }  // per token
 KVC_INLINE int value_code_width(const kvc_side& band) { return value_positions(band); }
 constexpr int kValueUnit = 4;  // ValueCodes of one position that stand together
 
@@ -37,7 +37,7 @@ KVC_INLINE __m512 by_quad(__m512 channels, int bits) {
 }
 
 // The order of channels in which queries, scales and zeros are folded.
-KVC_INLINE void fold_order(const kvc_block_side& side, float* channels) {
+KVC_INLINE void fold_order(const kvc_blocks_side& side, float* channels) {
     for (int c = 0; c < side.rank; c += 16) _mm512_store_ps(channels + c, by_quad(_mm512_load_ps(channels + c), side.bits));
 }
 
@@ -46,10 +46,10 @@ struct Folded {
     float constant;
 };
 
-KVC_INLINE size_t folded_bytes(const kvc_block_side& side) { return static_cast<size_t>(padded_rank(side) / 4 * kFactorBytes); }
+KVC_INLINE size_t folded_bytes(const kvc_blocks_side& side) { return static_cast<size_t>(padded_rank(side) / 4 * kFactorBytes); }
 
 // Queries of all rows with a group's scales, as digits [quad][row]; queries, scales and zeros in fold order.
-inline void fold_queries(const kvc_block_side& side, const float* queries, int rows, const float* scale, const float* zero, Folded* folded, uint8_t* factors) {
+inline void fold_queries(const kvc_blocks_side& side, const float* queries, int rows, const float* scale, const float* zero, Folded* folded, uint8_t* factors) {
     constexpr float kLargest = 8355000.f;  // 127 * 65536 + 127 * 256 + 127, less the rounding of the scale
     const int width = padded_rank(side), step = rows * kFactorBytes;
     const __m512i by_digit = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
@@ -108,7 +108,7 @@ inline void score_groups(const Folded* folded, const uint8_t* factors, int rows,
 }
 
 // Scores of `groups` groups of sixteen tokens that share their scales; overwrites no others.
-inline void score_codes(const kvc_block_side& side, const Folded* folded, const uint8_t* factors, int rows, const uint8_t* keys, int groups, float*, float* score, Ahead& ahead) {
+inline void score_codes(const kvc_blocks_side& side, const Folded* folded, const uint8_t* factors, int rows, const uint8_t* keys, int groups, float*, float* score, Ahead& ahead) {
     const int quads = key_code_width(side) / 4;
     if (groups % 2 == 0)
         score_groups<2>(folded, factors, rows, keys, quads, groups, score, ahead);
@@ -156,7 +156,7 @@ struct Ahead {};
 typedef float KeyCode;
 typedef float ValueCode;
 
-KVC_INLINE int key_code_width(const kvc_block_side& side) { return key_positions(band_of(side, side.rank)); }
+KVC_INLINE int key_code_width(const kvc_blocks_side& side) { return key_positions(band_of(side, side.rank)); }
 KVC_INLINE int value_code_width(const kvc_side& band) { return float_positions(band); }
 constexpr int kValueUnit = 1;
 
@@ -164,15 +164,15 @@ KVC_INLINE float* key_group(float* keys, int group, int) { return keys + group *
 
 KVC_INLINE void unpack_block_keys(const kvc_side& band, const uint8_t* codes, float* out) { unpack_keys(band, codes, out); }
 
-KVC_INLINE void fold_order(const kvc_block_side&, float*) {}
+KVC_INLINE void fold_order(const kvc_blocks_side&, float*) {}
 
 struct Folded {
     float constant;
 };
 
-KVC_INLINE size_t folded_bytes(const kvc_block_side& side) { return sizeof(float) * static_cast<size_t>(padded_rank(side)); }
+KVC_INLINE size_t folded_bytes(const kvc_blocks_side& side) { return sizeof(float) * static_cast<size_t>(padded_rank(side)); }
 
-inline void fold_queries(const kvc_block_side& side, const float* queries, int rows, const float* scale, const float* zero, Folded* folded, uint8_t* factors) {
+inline void fold_queries(const kvc_blocks_side& side, const float* queries, int rows, const float* scale, const float* zero, Folded* folded, uint8_t* factors) {
     const int width = padded_rank(side);
     const float middle = middle_of(side.bits);
     auto* target = reinterpret_cast<float*>(factors);
@@ -187,7 +187,7 @@ inline void fold_queries(const kvc_block_side& side, const float* queries, int r
     }
 }
 
-inline void score_codes(const kvc_block_side& side, const Folded* folded, const uint8_t* factors, int rows, const float* keys, int groups, float* whole, float* score, Ahead&) {
+inline void score_codes(const kvc_blocks_side& side, const Folded* folded, const uint8_t* factors, int rows, const float* keys, int groups, float* whole, float* score, Ahead&) {
     // Takes whole vectors of tokens, which would reach into the next row.
     const int tokens = groups * kGroup;
     score_tile(reinterpret_cast<const float*>(factors), padded_rank(side), rows, keys, key_code_width(side), tokens, whole);

@@ -8,10 +8,10 @@ namespace kvcompress::cpu::KVC_LEVEL {
 namespace {
 
 // Channels with room for whole vectors of every level.
-KVC_INLINE int padded_rank(const kvc_block_side& side) { return round_up(side.rank, 16); }
+KVC_INLINE int padded_rank(const kvc_blocks_side& side) { return round_up(side.rank, 16); }
 
 // `width` channels of a side's codes as one band of the scalar form, whose unpacking is the same.
-KVC_INLINE kvc_side band_of(const kvc_block_side& side, int width) {
+KVC_INLINE kvc_side band_of(const kvc_blocks_side& side, int width) {
     kvc_side band{};
     band.rank = band.widths[0] = width;
     band.num_bands = 1;
@@ -64,7 +64,7 @@ struct Sparse {
     int next;  // the first that belongs to a later tile
 };
 
-inline void read_sparse(const kvc_block_side& side, int block, const uint8_t* record, Sparse& out) {
+inline void read_sparse(const kvc_blocks_side& side, int block, const uint8_t* record, Sparse& out) {
     typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
     const float inverse = 1.f / static_cast<float>(side.rank);
     // A damaged page may name a place that is not there; it must not become a write elsewhere.

@@ -5,31 +5,16 @@
 // padding: their query entries and their outputs are not used.
 #pragma once
 
-#include "cpu/core/vec.h"
+#include "cpu/core/codes.h"
 
 namespace kvcompress::cpu::KVC_LEVEL {
 namespace {
-
-KVC_INLINE int words_of(int bits, int width) { return round_up(bits * width / 8, 4) / 4; }
-KVC_INLINE float middle_of(int bits) { return bits >= 16 ? 0.f : static_cast<float>((1 << bits) - 1) / 2; }
-
-template <int BITS>
-KVC_INLINE VecF field_to_float(VecU word, int field) {
-    if constexpr (BITS == 32) {
-        (void)field;
-        return bits_to_float(word);
-    } else {
-        const VecU code = word >> static_cast<uint32_t>(BITS * field) & ((1u << BITS) - 1u);
-        if (BITS == 16) return half_to_float(code);
-        return __builtin_convertvector(reinterpret_cast<const VecI&>(code), VecF) - middle_of(BITS);
-    }
-}
 
 // Positions of a side's channels once unpacked, padding included.
 KVC_INLINE int float_positions(const kvc_side& side) {
     int positions = 0;
     for (int band = 0; band < side.num_bands; ++band)
-        positions += round_up(words_of(side.bits[band], side.widths[band]), kLanes) * (32 / side.bits[band]);
+        positions += round_up(words_of(side.bits[band], side.widths[band]), kLanes) * fields_of(side.bits[band]);
     return positions;
 }
 
@@ -47,9 +32,9 @@ inline float* unpack_key_band(const uint8_t* codes, int64_t code_bytes, int byte
         }
         for (int lane = 0; lane < kGroup; lane += kLanes) {
             const VecU vector = load(words + lane);
-            repeat<32 / BITS>([&](auto field) KVC_LAMBDA { store(out + field * kTile + lane, field_to_float<BITS>(vector, field)); });
+            repeat<fields_of(BITS)>([&](auto field) KVC_LAMBDA { store(out + field * kTile + lane, field_to_float<BITS>(vector, field)); });
         }
-        out += 32 / BITS * kTile;
+        out += fields_of(BITS) * kTile;
     }
     return out;
 }
@@ -57,11 +42,7 @@ inline float* unpack_key_band(const uint8_t* codes, int64_t code_bytes, int byte
 inline void unpack_keys(const kvc_side& side, const uint8_t* codes, float* out) {
     for (int band = 0; band < side.num_bands; ++band) {
         const int bits = side.bits[band], bytes = bits * side.widths[band] / 8;
-        out = bits == 32  ? unpack_key_band<32>(codes, side.code_bytes, bytes, out)
-              : bits == 16 ? unpack_key_band<16>(codes, side.code_bytes, bytes, out)
-              : bits == 8 ? unpack_key_band<8>(codes, side.code_bytes, bytes, out)
-              : bits == 4 ? unpack_key_band<4>(codes, side.code_bytes, bytes, out)
-                          : unpack_key_band<2>(codes, side.code_bytes, bytes, out);
+        out = with_bits(bits, [&](auto n) { return unpack_key_band<n>(codes, side.code_bytes, bytes, out); });
         codes += bytes;
     }
 }
@@ -69,7 +50,7 @@ inline void unpack_keys(const kvc_side& side, const uint8_t* codes, float* out) 
 KVC_INLINE int key_positions(const kvc_side& side) {
     int positions = 0;
     for (int band = 0; band < side.num_bands; ++band)
-        positions += words_of(side.bits[band], side.widths[band]) * (32 / side.bits[band]);
+        positions += words_of(side.bits[band], side.widths[band]) * fields_of(side.bits[band]);
     return positions;
 }
 
@@ -82,8 +63,8 @@ inline float* unpack_value_band(const uint8_t* codes, int bytes, float* out) {
             std::memcpy(&vector, codes + byte, sizeof vector);
         else
             std::memcpy(&vector, codes + byte, static_cast<size_t>(bytes - byte));
-        repeat<32 / BITS>([&](auto field) KVC_LAMBDA { store(out + field * kLanes, field_to_float<BITS>(vector, field)); });
-        out += 32 / BITS * kLanes;
+        repeat<fields_of(BITS)>([&](auto field) KVC_LAMBDA { store(out + field * kLanes, field_to_float<BITS>(vector, field)); });
+        out += fields_of(BITS) * kLanes;
     }
     return out;
 }
@@ -91,11 +72,7 @@ inline float* unpack_value_band(const uint8_t* codes, int bytes, float* out) {
 inline void unpack_value(const kvc_side& side, const uint8_t* codes, float* out) {
     for (int band = 0; band < side.num_bands; ++band) {
         const int bits = side.bits[band], bytes = bits * side.widths[band] / 8;
-        out = bits == 32  ? unpack_value_band<32>(codes, bytes, out)
-              : bits == 16 ? unpack_value_band<16>(codes, bytes, out)
-              : bits == 8 ? unpack_value_band<8>(codes, bytes, out)
-              : bits == 4 ? unpack_value_band<4>(codes, bytes, out)
-                          : unpack_value_band<2>(codes, bytes, out);
+        out = with_bits(bits, [&](auto n) { return unpack_value_band<n>(codes, bytes, out); });
         codes += bytes;
     }
 }
@@ -103,7 +80,7 @@ inline void unpack_value(const kvc_side& side, const uint8_t* codes, float* out)
 // latent[channel] = at_position[...] * step.
 inline void value_channels(const kvc_side& side, const float* at_position, float* latent) {
     for (int band = 0; band < side.num_bands; ++band) {
-        const int fields = 32 / side.bits[band], width = side.widths[band];
+        const int fields = fields_of(side.bits[band]), width = side.widths[band];
         for (int channel = 0; channel < width; ++channel) {
             const int word = channel / fields, field = channel % fields;
             latent[channel] = at_position[(word / kLanes * fields + field) * kLanes + word % kLanes] * side.steps[band];
@@ -116,7 +93,7 @@ inline void value_channels(const kvc_side& side, const float* at_position, float
 // Steps folded into the absorbed query, padding zero.
 inline void key_query(const kvc_side& side, const float* absorbed, float* query) {
     for (int band = 0; band < side.num_bands; ++band) {
-        const int positions = words_of(side.bits[band], side.widths[band]) * (32 / side.bits[band]);
+        const int positions = words_of(side.bits[band], side.widths[band]) * fields_of(side.bits[band]);
         for (int channel = 0; channel < positions; ++channel)
             query[channel] = channel < side.widths[band] ? absorbed[channel] * side.steps[band] : 0.f;
         absorbed += side.widths[band];

@@ -10,13 +10,7 @@
 namespace kvcompress::cpu::KVC_LEVEL {
 namespace {
 
-KVC_INLINE int half_positions(const kvc_side& side) { return round_up(side.rank, 16); }
-
 #if KVC_LANES == 16
-
-KVC_INLINE VecF load_halves(const uint8_t* p) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-}
 
 // Sixteen vectors' sums.
 KVC_INLINE VecF sums_of(const float* p) {
@@ -35,10 +29,6 @@ KVC_INLINE VecF sums_of(const float* p) {
 }
 
 #else
-
-KVC_INLINE VecF load_halves(const uint8_t* p) {
-    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-}
 
 // Eight vectors' sums.
 KVC_INLINE VecF sums_of(const float* p) {

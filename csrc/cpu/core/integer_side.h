@@ -6,7 +6,7 @@
 // values four tokens of a channel. No sum overflows: 512 channels * 255 * 128 < 2^31.
 #pragma once
 
-#include "cpu/core/vec.h"
+#include "cpu/core/codes.h"
 
 #if KVC_LEVEL_NUMBER >= 3
 
@@ -101,16 +101,6 @@ KVC_INLINE void transpose_words(const __m512i in[4], __m512i out[4]) {
 }
 
 template <int BITS>
-KVC_INLINE uint8_t* store_fields(__m512i word, uint8_t* out) {
-    const __m512i mask = _mm512_set1_epi8(static_cast<char>((1 << BITS) - 1));
-    for (int field = 0; field < 8 / BITS; ++field, out += 64) {
-        const __m512i shifted = field ? _mm512_srli_epi32(word, static_cast<unsigned>(BITS * field)) : word;
-        _mm512_store_si512(out, BITS == 8 ? shifted : _mm512_and_si512(shifted, mask));
-    }
-    return out;
-}
-
-template <int BITS>
 KVC_INLINE uint8_t* unpack_key_band_integer(const uint8_t* codes, int64_t stride, int bytes, uint8_t* out) {
     int byte = 0;
     __m512i tokens[4], words[4];
@@ -128,12 +118,10 @@ KVC_INLINE uint8_t* unpack_key_band_integer(const uint8_t* codes, int64_t stride
     return out;
 }
 
-inline void unpack_keys_integer(const kvc_side& side, const uint8_t* codes, uint8_t* out) {
+KVC_NOINLINE void unpack_keys_integer(const kvc_side& side, const uint8_t* codes, uint8_t* out) {
     for (int band = 0; band < side.num_bands; ++band) {
         const int bits = side.bits[band], bytes = bits * side.widths[band] / 8;
-        out = bits == 8   ? unpack_key_band_integer<8>(codes, side.code_bytes, bytes, out)
-              : bits == 4 ? unpack_key_band_integer<4>(codes, side.code_bytes, bytes, out)
-                          : unpack_key_band_integer<2>(codes, side.code_bytes, bytes, out);
+        out = with_code_bits(bits, [&](auto n) KVC_LAMBDA { return unpack_key_band_integer<n>(codes, side.code_bytes, bytes, out); });
         codes += bytes;
     }
 }
@@ -234,14 +222,6 @@ KVC_INLINE int value_positions(const kvc_side& side) {
     return round_up(positions, 16);
 }
 
-template <int BITS>
-KVC_INLINE __m512i centred_field(__m512i codes, int field) {
-    if (BITS == 8) return _mm512_xor_si512(codes, _mm512_set1_epi8(static_cast<char>(0x80)));
-    const __m512i shifted = field ? _mm512_srli_epi32(codes, static_cast<unsigned>(BITS * field)) : codes;
-    const __m512i code = _mm512_and_si512(shifted, _mm512_set1_epi8((1 << BITS) - 1));
-    return _mm512_sub_epi8(code, _mm512_set1_epi8(1 << (BITS - 1)));
-}
-
 KVC_INLINE void interleave(const __m512i in[4], __m512i out[4]) {
     const __m512i a = _mm512_unpacklo_epi8(in[0], in[1]), b = _mm512_unpackhi_epi8(in[0], in[1]);
     const __m512i c = _mm512_unpacklo_epi8(in[2], in[3]), d = _mm512_unpackhi_epi8(in[2], in[3]);
@@ -285,12 +265,10 @@ KVC_INLINE uint8_t* unpack_value_band_integer(const uint8_t* codes, int64_t stri
 }
 
 // Four tokens' codes to one row of the scratch, `positions` words.
-inline void unpack_values_integer(const kvc_side& side, const uint8_t* codes, uint8_t* out) {
+KVC_NOINLINE void unpack_values_integer(const kvc_side& side, const uint8_t* codes, uint8_t* out) {
     for (int band = 0; band < side.num_bands; ++band) {
         const int bits = side.bits[band], bytes = bits * side.widths[band] / 8;
-        out = bits == 8   ? unpack_value_band_integer<8>(codes, side.code_bytes, bytes, out)
-              : bits == 4 ? unpack_value_band_integer<4>(codes, side.code_bytes, bytes, out)
-                          : unpack_value_band_integer<2>(codes, side.code_bytes, bytes, out);
+        out = with_code_bits(bits, [&](auto n) KVC_LAMBDA { return unpack_value_band_integer<n>(codes, side.code_bytes, bytes, out); });
         codes += bytes;
     }
 }

@@ -3,7 +3,10 @@
 // kernels allocate nothing and use no standard containers.
 #pragma once
 
-#include "kvcompress/cpu.h"
+#include "kvcompress/blocks.h"
+#include "kvcompress/heads.h"
+#include "kvcompress/latent.h"
+#include "kvcompress/shared.h"
 
 #include <cstddef>
 
@@ -13,9 +16,9 @@ constexpr int kGroup = 16;           // tokens whose codes are unpacked together
 constexpr int kTile = 64;            // tokens between two updates of the running softmax
 constexpr int kTileGroups = kTile / kGroup;
 constexpr int kMaxRows = 64;         // rows (query token x query head of the group) attended together
-constexpr int kMaxHeadDim = 512;
-constexpr int kMaxLowRank = 32;      // of a block's residual
-constexpr int kMaxLatentChannels = 4096;  // of MLA, or of a latent that layers share
+constexpr int kMaxHeadDim = KVC_MAX_HEAD_DIM;
+constexpr int kMaxLowRank = KVC_BLOCKS_MAX_LOW_RANK;
+constexpr int kMaxLatentChannels = KVC_MAX_LATENT_CHANNELS;  // of MLA, or of a latent that layers share
 constexpr int kAppendTokens = 8;     // tokens encoded together, for one reading of the projection
 constexpr size_t kAlign = 64;
 
@@ -56,17 +59,17 @@ struct Attention {
 };
 
 struct Kernels {
-    Attention<kvc_attend_args> attention;
-    size_t (*append_scratch_bytes)(const kvc_append_args&);
+    Attention<kvc_heads_attend_args> attention;
+    size_t (*append_scratch_bytes)(const kvc_heads_append_args&);
     // Encode and store one head of up to kAppendTokens tokens.
-    void (*append)(const kvc_append_args&, int64_t first, int count, int head, void* scratch);
-    Attention<kvc_block_attend_args> block_attention;
+    void (*append)(const kvc_heads_append_args&, int64_t first, int count, int head, void* scratch);
+    Attention<kvc_blocks_attend_args> block_attention;
     Attention<kvc_latent_attend_args> latent_attention;
     void (*latent_append)(const kvc_latent_append_args&, int64_t token);
     Attention<kvc_shared_attend_args> shared_attention;
     size_t (*store_scratch_bytes)();
     // Encode and store one token's records.
-    void (*store)(const kvc_store_args&, int64_t token, void* scratch);
+    void (*store)(const kvc_shared_store_args&, int64_t token, void* scratch);
 };
 
 namespace portable { extern const Kernels kernels; }

@@ -6,6 +6,7 @@
 
 #include "cpu/core/kernels.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <memory>
@@ -21,6 +22,9 @@ namespace kvcompress::cpu {
 
 // The kernels of the level asked for, or of the best this machine has.
 const Kernels& kernels_of(int level);
+
+// Whether the kernels unpack codes of a width.
+bool is_code(int bits);
 
 // Whether the kernels can compute a side with up to `channels` channels; offsets are the caller's to check.
 bool covered(const kvc_side& side, int channels);
@@ -99,10 +103,10 @@ inline int tokens_per_item(int queries, int group) {
 
 template <typename Args>
 int32_t make_jobs(const Args& args, std::vector<Job>& jobs) {
-    const int heads = Form<Args>::kv_heads(args), group_size = args.num_heads / heads;
-    for (int request = 0; request < args.num_requests; ++request) {
-        const int length = args.seq_lens[request];
-        const int queries = args.query_starts[request + 1] - args.query_starts[request];
+    const int heads = Form<Args>::kv_heads(args), group_size = args.batch.num_heads / heads;
+    for (int request = 0; request < args.batch.num_requests; ++request) {
+        const int length = args.batch.seq_lens[request];
+        const int queries = args.batch.query_starts[request + 1] - args.batch.query_starts[request];
         if (queries == 0) continue;
         if (queries < 0 || queries > length) return KVC_BAD_LENGTH;
         const int32_t status = Form<Args>::check(args, request, length);
@@ -118,7 +122,7 @@ int32_t make_jobs(const Args& args, std::vector<Job>& jobs) {
                     job.item = {request, head, token, queries - token < step ? queries - token : step, first_group, group,
                                 heads - head < together ? heads - head : together};
                     job.visible = length - queries + token + job.item.tokens;
-                    job.splits = (job.visible + args.split_tokens - 1) / args.split_tokens;
+                    job.splits = (job.visible + args.run.split_tokens - 1) / args.run.split_tokens;
                     jobs.push_back(std::move(job));
                 }
         }
@@ -128,7 +132,7 @@ int32_t make_jobs(const Args& args, std::vector<Job>& jobs) {
 
 template <typename Args>
 int stop_of(const Args& args, const Job& job, int split) {
-    const int64_t stop = static_cast<int64_t>(split + 1) * args.split_tokens;
+    const int64_t stop = static_cast<int64_t>(split + 1) * args.run.split_tokens;
     return stop < job.visible ? static_cast<int>(stop) : job.visible;
 }
 
@@ -137,13 +141,13 @@ template <typename Args>
 bool attend_whole(const Args& args, const Attention<Args>& kernels, const std::vector<Job>& jobs) {
     const size_t scratch_bytes = aligned(kernels.scratch_bytes(args));
     const size_t partial_bytes = aligned(sizeof(float) * kMaxRows * static_cast<size_t>(kernels.width(args) + 2));
-    return parallel(static_cast<int64_t>(jobs.size()), args.threads, scratch_bytes + 2 * partial_bytes, [&](int64_t index, char* memory) {
+    return parallel(static_cast<int64_t>(jobs.size()), args.run.threads, scratch_bytes + 2 * partial_bytes, [&](int64_t index, char* memory) {
         // Last first: a prefill's last rows see the most tokens.
         const Job& job = jobs[jobs.size() - 1 - static_cast<size_t>(index)];
         const Partial total = partial_at(reinterpret_cast<float*>(memory + scratch_bytes), job.item);
         const Partial part = partial_at(reinterpret_cast<float*>(memory + scratch_bytes + partial_bytes), job.item);
         for (int split = 0; split < job.splits; ++split) {
-            kernels.attend(args, job.item, split * args.split_tokens, stop_of(args, job, split), split ? part : total, memory);
+            kernels.attend(args, job.item, split * args.run.split_tokens, stop_of(args, job, split), split ? part : total, memory);
             if (split) kernels.merge(args, job.item, total, part);
         }
         kernels.finish(args, job.item, total, memory);
@@ -161,12 +165,12 @@ bool attend_split(const Args& args, const Attention<Args>& kernels, std::vector<
         for (int split = 0; split < job.splits; ++split) tasks.emplace_back(static_cast<int>(i), split);
     }
     const size_t scratch_bytes = kernels.scratch_bytes(args);
-    return parallel(static_cast<int64_t>(tasks.size()), args.threads, scratch_bytes, [&](int64_t index, char* memory) {
+    return parallel(static_cast<int64_t>(tasks.size()), args.run.threads, scratch_bytes, [&](int64_t index, char* memory) {
         Job& job = jobs[static_cast<size_t>(tasks[static_cast<size_t>(index)].first)];
         const int split = tasks[static_cast<size_t>(index)].second;
         const size_t stride = partial_floats(job.item, kernels.width(args));
         const auto partial = [&](int i) { return partial_at(job.memory.data() + stride * static_cast<size_t>(i), job.item); };
-        kernels.attend(args, job.item, split * args.split_tokens, stop_of(args, job, split), partial(split), memory);
+        kernels.attend(args, job.item, split * args.run.split_tokens, stop_of(args, job, split), partial(split), memory);
         if (--*job.pending) return;
         for (int i = 1; i < job.splits; ++i) kernels.merge(args, job.item, partial(0), partial(i));
         kernels.finish(args, job.item, partial(0), memory);
@@ -180,12 +184,21 @@ int32_t schedule(const Args& args, const Attention<Args>& kernels) {
         std::vector<Job> jobs;
         const int32_t status = make_jobs(args, jobs);
         if (status != KVC_OK || jobs.empty()) return status;
-        const bool enough = static_cast<int64_t>(jobs.size()) >= 8 * static_cast<int64_t>(args.threads);
+        const bool enough = static_cast<int64_t>(jobs.size()) >= 8 * static_cast<int64_t>(args.run.threads);
         const bool ok = enough ? attend_whole(args, kernels, jobs) : attend_split(args, kernels, jobs);
         return ok ? KVC_OK : KVC_NO_MEMORY;
     } catch (const std::bad_alloc&) {
         return KVC_NO_MEMORY;
     }
+}
+
+// Whether a call's rows and splits are ones that the kernels know; splits are whole `unit`s.
+inline bool covered(const kvc_batch& batch, const kvc_run& run, int kv_heads, int unit) {
+    return batch.num_heads > 0 && batch.num_heads % kv_heads == 0 && run.split_tokens > 0 && run.split_tokens % unit == 0;
+}
+
+inline bool check_slots(const int64_t* slots, int64_t num_tokens, int64_t num_slots) {
+    return std::all_of(slots, slots + num_tokens, [=](int64_t slot) { return slot < num_slots; });
 }
 
 // KVC_OK if a request's row of a block table has blocks of the cache for its first `tokens` tokens.
@@ -197,6 +210,10 @@ inline int32_t check_blocks(const int32_t* block_table, int64_t stride, int requ
         if (block < 0 || block >= num_blocks) return KVC_BAD_BLOCK;
     }
     return KVC_OK;
+}
+
+inline int32_t check_blocks(const kvc_batch& batch, int request, int tokens, int block_size, int64_t num_blocks) {
+    return check_blocks(batch.block_table, batch.block_table_stride, request, tokens, block_size, num_blocks);
 }
 
 }  // namespace kvcompress::cpu

@@ -18,6 +18,8 @@
 #endif
 
 #define KVC_INLINE inline __attribute__((always_inline))
+// Functions that keep their own frame: in one, the compiler runs out of registers for addresses.
+#define KVC_NOINLINE inline __attribute__((noinline))
 
 #define KVC_LAMBDA __attribute__((always_inline))
 
@@ -121,6 +123,12 @@ KVC_INLINE VecF half_to_float(VecU half) {
     const VecF magnitude = bits_to_float((half & 0x7fffu) << 13) * 0x1p112f;
     return bits_to_float(float_to_bits(magnitude) | ((half & 0x8000u) << 16));
 }
+
+#if KVC_LEVEL_NUMBER >= 2
+KVC_INLINE VecF load_halves(const uint8_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+#elif KVC_LEVEL_NUMBER == 1
+KVC_INLINE VecF load_halves(const uint8_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+#endif
 
 KVC_INLINE float half_to_float(uint16_t half) {
     const uint32_t low = (half & 0x7fffu) << 13;

@@ -47,7 +47,7 @@ struct Scratch {
     int value_width;
 };
 
-inline size_t lay_out(const kvc_pages& pages, char* base, Scratch& s) {
+inline size_t lay_out(const kvc_heads_pages& pages, char* base, Scratch& s) {
     Arena arena{base};
     s.row = arena.take<float>(2 * kMatrixRows * kMaxHeadDim);
     s.scores = arena.take<float>(kMaxRows * kTile);
@@ -95,27 +95,27 @@ inline size_t lay_out(const kvc_pages& pages, char* base, Scratch& s) {
     return arena.used;
 }
 
-size_t attend_scratch_bytes(const kvc_attend_args& args) {
+size_t attend_scratch_bytes(const kvc_heads_attend_args& args) {
     Scratch unused{};
     return lay_out(args.pages, nullptr, unused);
 }
 
 template <typename Args>
 KVC_INLINE int64_t query_token(const Args& args, const Item& item, int row) {
-    return args.query_starts[item.request] + item.first_token + row / item.group;
+    return args.batch.query_starts[item.request] + item.first_token + row / item.group;
 }
 template <typename Args>
 KVC_INLINE int query_head(const Args& args, const Item& item, int row) {
-    return item.kv_head * (args.num_heads / args.pages.num_kv_heads) + item.first_group + row % item.group;
+    return item.kv_head * (args.batch.num_heads / args.pages.num_kv_heads) + item.first_group + row % item.group;
 }
 // Tokens a row sees: those up to its own.
 template <typename Args>
 KVC_INLINE int visible(const Args& args, const Item& item, int row) {
-    const int queries = args.query_starts[item.request + 1] - args.query_starts[item.request];
-    return args.seq_lens[item.request] - queries + item.first_token + row / item.group + 1;
+    const int queries = args.batch.query_starts[item.request + 1] - args.batch.query_starts[item.request];
+    return args.batch.seq_lens[item.request] - queries + item.first_token + row / item.group + 1;
 }
 
-inline void absorb_queries(const kvc_attend_args& args, const Item& item, int rows, Scratch& s) {
+inline void absorb_queries(const kvc_heads_attend_args& args, const Item& item, int rows, Scratch& s) {
     const kvc_side& side = args.pages.k;
     const int head_dim = args.pages.head_dim;
     const float* decode = args.k_decode_HDR + static_cast<int64_t>(item.kv_head) * head_dim * side.rank;
@@ -125,7 +125,7 @@ inline void absorb_queries(const kvc_attend_args& args, const Item& item, int ro
         for (int i = 0; i < count; ++i) {
             const int row = first + i;
             load_row(args.query, query_token(args, item, row), query_head(args, item, row), head_dim, queries + i * kMaxHeadDim);
-            for (int d = 0; d < head_dim; ++d) queries[i * kMaxHeadDim + d] *= args.softmax_scale;
+            for (int d = 0; d < head_dim; ++d) queries[i * kMaxHeadDim + d] *= args.batch.softmax_scale;
         }
         rows_times_matrix(queries, count, kMaxHeadDim, decode, head_dim, side.rank, absorbed, kMaxHeadDim);
         for (int i = 0; i < count; ++i) {
@@ -170,8 +170,8 @@ KVC_INLINE void read_gains(const kvc_side& side, const uint8_t* record, int offs
     }
 }
 
-KVC_INLINE const uint8_t* record_of(const kvc_attend_args& args, const Item& item, int token) {
-    const int32_t block = args.block_table[item.request * args.block_table_stride + token / args.pages.block_size];
+KVC_INLINE const uint8_t* record_of(const kvc_heads_attend_args& args, const Item& item, int token) {
+    const int32_t block = args.batch.block_table[item.request * args.batch.block_table_stride + token / args.pages.block_size];
     return args.pages.data + block * args.pages.block_stride + item.kv_head * args.pages.head_stride;
 }
 
@@ -189,8 +189,8 @@ struct Tile {
 };
 
 // Finds and unpacks a tile. Slots past `tokens` hold anything but have gain 0.
-inline void read_tile(const kvc_attend_args& args, const Item& item, int start, Scratch& s, Tile& tile) {
-    const kvc_pages& pages = args.pages;
+inline void read_tile(const kvc_heads_attend_args& args, const Item& item, int start, Scratch& s, Tile& tile) {
+    const kvc_heads_pages& pages = args.pages;
     std::memset(tile.k_gain, 0, sizeof tile.k_gain);
     std::memset(tile.v_gain, 0, sizeof tile.v_gain);
     for (int group = 0; group < tile.groups(); ++group) {
@@ -218,7 +218,7 @@ inline void read_tile(const kvc_attend_args& args, const Item& item, int start, 
 }
 
 #if KVC_LEVEL_NUMBER >= 3
-KVC_INLINE Ahead ahead_of(const kvc_attend_args& args, const Item& item, const kvc_side& side, int token) {
+KVC_INLINE Ahead ahead_of(const kvc_heads_attend_args& args, const Item& item, const kvc_side& side, int token) {
     const uint8_t* record = record_of(args, item, token);
     const int offset = token % args.pages.block_size, count = min_of(kTile, args.pages.block_size - offset);
     if (side.gain_offset >= 0)
@@ -232,8 +232,8 @@ KVC_INLINE Ahead ahead_of(const kvc_attend_args& args, const Item& item, const k
 }
 #endif
 
-inline void attend_tile(const kvc_attend_args& args, const Item& item, int start, int stop, int rows, const Partial& partial, Scratch& s) {
-    const kvc_pages& pages = args.pages;
+inline void attend_tile(const kvc_heads_attend_args& args, const Item& item, int start, int stop, int rows, const Partial& partial, Scratch& s) {
+    const kvc_heads_pages& pages = args.pages;
     Tile tile;
     tile.tokens = min_of(stop - start, kTile);
     read_tile(args, item, start, s, tile);
@@ -296,7 +296,7 @@ inline void attend_tile(const kvc_attend_args& args, const Item& item, int start
     }
 }
 
-void attend(const kvc_attend_args& args, const Item& item, int start, int stop, const Partial& partial, void* scratch) {
+void attend(const kvc_heads_attend_args& args, const Item& item, int start, int stop, const Partial& partial, void* scratch) {
     Scratch s{};
     lay_out(args.pages, static_cast<char*>(scratch), s);
     const int rows = item.tokens * item.group;
@@ -340,13 +340,13 @@ void attend(const kvc_attend_args& args, const Item& item, int start, int stop, 
     }
 }
 
-int attend_width(const kvc_attend_args& args) { return args.pages.v.rank; }
+int attend_width(const kvc_heads_attend_args& args) { return args.pages.v.rank; }
 
-void merge(const kvc_attend_args& args, const Item& item, const Partial& into, const Partial& from) {
+void merge(const kvc_heads_attend_args& args, const Item& item, const Partial& into, const Partial& from) {
     merge_rows(item.rows(), args.pages.v.rank, into, from);
 }
 
-void finish(const kvc_attend_args& args, const Item& item, const Partial& partial, void* scratch) {
+void finish(const kvc_heads_attend_args& args, const Item& item, const Partial& partial, void* scratch) {
     Scratch s{};
     lay_out(args.pages, static_cast<char*>(scratch), s);
     const int rank = args.pages.v.rank, head_dim = args.pages.head_dim;
@@ -373,8 +373,8 @@ void finish(const kvc_attend_args& args, const Item& item, const Partial& partia
             load_row(args.query, token, head, head_dim, query);
             float constant = 0;
             for (int d = 0; d < head_dim; ++d) constant += query[d] * k_mean[d];
-            args.lse_TH[token * args.num_heads + head] =
-                partial.max[row] + __builtin_logf(partial.sum[row]) + constant * args.softmax_scale;
+            args.lse_TH[token * args.batch.num_heads + head] =
+                partial.max[row] + __builtin_logf(partial.sum[row]) + constant * args.batch.softmax_scale;
         }
     }
 }

@@ -13,7 +13,7 @@ struct Form<kvc_latent_attend_args> {
     static constexpr bool together = false;
     static int kv_heads(const kvc_latent_attend_args&) { return 1; }
     static int32_t check(const kvc_latent_attend_args& args, int request, int length) {
-        return check_blocks(args.block_table, args.block_table_stride, request, length, args.pages.block_size, args.pages.num_blocks);
+        return check_blocks(args.batch, request, length, args.pages.block_size, args.pages.num_blocks);
     }
 };
 
@@ -22,18 +22,15 @@ struct Form<kvc_latent_attend_args> {
 using namespace kvcompress::cpu;
 
 int32_t kvc_latent_attend(const kvc_latent_attend_args* args) {
-    if (!covered(args->pages) || args->num_heads <= 0 || args->rank <= 0 || args->rank > args->pages.channels || args->split_tokens <= 0 ||
-        args->split_tokens % kTile)
+    if (!covered(args->pages) || !covered(args->batch, args->run, 1, kTile) || args->rank <= 0 || args->rank > args->pages.channels)
         return KVC_BAD_SHAPE;
-    return schedule(*args, kernels_of(args->level).latent_attention);
+    return schedule(*args, kernels_of(args->run.level).latent_attention);
 }
 
 int32_t kvc_latent_append(const kvc_latent_append_args* args) {
     if (!covered(args->pages)) return KVC_BAD_SHAPE;
-    const int64_t slots = args->pages.num_blocks * args->pages.block_size;
-    for (int64_t token = 0; token < args->num_tokens; ++token)
-        if (args->slots[token] >= slots) return KVC_BAD_BLOCK;
-    const Kernels& kernels = kernels_of(args->level);
+    if (!check_slots(args->slots, args->num_tokens, args->pages.num_blocks * args->pages.block_size)) return KVC_BAD_BLOCK;
+    const Kernels& kernels = kernels_of(args->run.level);
     for (int64_t token = 0; token < args->num_tokens; ++token) kernels.latent_append(*args, token);
     return KVC_OK;
 }

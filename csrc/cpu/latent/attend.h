@@ -42,7 +42,7 @@ size_t scratch_bytes(const kvc_latent_attend_args& args) {
 int width(const kvc_latent_attend_args& args) { return args.rank; }
 
 KVC_INLINE int64_t query_token(const kvc_latent_attend_args& args, const Item& item, int row) {
-    return args.query_starts[item.request] + item.first_token + row / item.group;
+    return args.batch.query_starts[item.request] + item.first_token + row / item.group;
 }
 
 KVC_INLINE const char* element_at(const kvc_latent_pages& pages, int64_t block, int64_t offset) {
@@ -52,7 +52,7 @@ KVC_INLINE const char* element_at(const kvc_latent_pages& pages, int64_t block, 
 inline void attend_tile(const kvc_latent_attend_args& args, const Item& item, int start, int tokens, const Partial& partial, const Scratch& s) {
     const kvc_latent_pages& pages = args.pages;
     const int channels = round_up(pages.channels, 16), width = dense_width(pages.channels), rows = item.rows();
-    const int32_t* blocks = args.block_table + item.request * args.block_table_stride;
+    const int32_t* blocks = args.batch.block_table + item.request * args.batch.block_table_stride;
     for (int group = 0; group < tokens; group += kGroup) {
         float* tile = s.tile + group * width;
         for (int i = 0; i < min_of(tokens - group, kGroup); ++i) {
@@ -61,8 +61,8 @@ inline void attend_tile(const kvc_latent_attend_args& args, const Item& item, in
         }
         score_group_dense(s.query, width, rows, tile, width, channels, s.scores + group);
     }
-    const int queries = args.query_starts[item.request + 1] - args.query_starts[item.request];
-    const int before = args.seq_lens[item.request] - queries + item.first_token;
+    const int queries = args.batch.query_starts[item.request + 1] - args.batch.query_starts[item.request];
+    const int before = args.batch.seq_lens[item.request] - queries + item.first_token;
     for (int row = 0; row < rows; ++row) {
         float largest, weight_sum;
         const int seen = min_of(before + row / item.group + 1 - start, tokens);
@@ -81,7 +81,7 @@ void attend(const kvc_latent_attend_args& args, const Item& item, int start, int
         convert_row(row_at(args.query, query_token(args, item, row), item.first_group + row % item.group), args.query.dtype, channels, query);
         s.poison[row] = 0;
         for (int c = 0; c < channels; ++c) {
-            query[c] *= args.softmax_scale;
+            query[c] *= args.batch.softmax_scale;
             s.poison[row] += query[c] * 0.f;
         }
         partial.max[row] = -__builtin_inff();

@@ -106,11 +106,11 @@ KVC_INLINE int value_rank(const kvc_shared_attend_args& args) { return args.num_
 int width(const kvc_shared_attend_args& args) { return value_rank(args) + args.head_dim; }
 
 KVC_INLINE int64_t query_token(const kvc_shared_attend_args& args, const Item& item, int row) {
-    return args.query_starts[item.request] + item.first_token + row % item.rows_per_head() / item.group;
+    return args.batch.query_starts[item.request] + item.first_token + row % item.rows_per_head() / item.group;
 }
 KVC_INLINE int query_head(const kvc_shared_attend_args& args, const Item& item, int row) {
     const int head = item.kv_head + row / item.rows_per_head();
-    return head * (args.num_heads / args.num_kv_heads) + item.first_group + row % item.group;
+    return head * (args.batch.num_heads / args.num_kv_heads) + item.first_group + row % item.group;
 }
 
 inline void read_queries(const kvc_shared_attend_args& args, const Item& item, const Scratch& s) {
@@ -120,7 +120,7 @@ inline void read_queries(const kvc_shared_attend_args& args, const Item& item, c
         convert_row(row_at(args.query, query_token(args, item, row), query_head(args, item, row)), args.query.dtype, head_dim, query);
         s.poison[row] = 0;
         for (int d = 0; d < head_dim; ++d) {
-            query[d] *= args.softmax_scale;
+            query[d] *= args.batch.softmax_scale;
             s.poison[row] += query[d] * 0.f;
         }
         std::memset(target, 0, sizeof(float) * static_cast<size_t>(s.query_width));
@@ -183,13 +183,13 @@ inline void expand_keys(const kvc_shared_attend_args& args, int head, int tokens
 
 // One KV head's keys or values of tokens of the running step.
 inline void read_exact(const kvc_shared_attend_args& args, const kvc_rows& source, const Item& item, int head, int token, int count, const Scratch& s) {
-    const int32_t* rows = args.exact_rows + args.exact_starts[item.request] + token - args.stored_lens[item.request];
+    const int32_t* rows = args.exact.rows + args.exact.starts[item.request] + token - args.exact.stored_lens[item.request];
     for (int i = 0; i < count; ++i) convert_row(row_at(source, rows[i], head), source.dtype, args.head_dim, s.exact + i * s.exact_width);
 }
 
 // Scores of the item's KV head `i` with keys of the layer's own, in units of the keys' gains.
 inline void score_own_keys(const kvc_shared_attend_args& args, const Item& item, int i, int start, int tokens, const Scratch& s) {
-    const kvc_records& records = args.k[0];
+    const kvc_shared_records& records = args.k[0];
     const int head = item.kv_head + i, rows = item.rows_per_head();
     float *gains = s.gains + i * kTile, *scores = s.scores + i * rows * kTile;
 #if KVC_LEVEL_NUMBER >= 3
@@ -213,7 +213,7 @@ inline void score_own_keys(const kvc_shared_attend_args& args, const Item& item,
 
 inline void attend_tile(const kvc_shared_attend_args& args, const Item& item, int start, int tokens, const Partial& partial, const Scratch& s) {
     const int head_dim = args.head_dim, rows = item.rows(), per_head = item.rows_per_head();
-    const int left = args.stored_lens[item.request] - start;
+    const int left = args.exact.stored_lens[item.request] - start;
     const int stored = left < 0 ? 0 : min_of(left, tokens), exact = tokens - stored;
     if (keys_shared(args) && stored) read_latents(args, item, start, stored, s);
     for (int i = 0; i < item.kv_heads; ++i) {
@@ -229,14 +229,14 @@ inline void attend_tile(const kvc_shared_attend_args& args, const Item& item, in
             score_tile(query, s.query_width, per_head, s.keys, head_dim, stored, scores);
         }
         if (!exact) continue;
-        read_exact(args, args.keys, item, head, start + stored, exact, s);
+        read_exact(args, args.exact.keys, item, head, start + stored, exact, s);
         for (int group = 0; group < exact; group += kGroup)
             score_group_dense(query, s.query_width, per_head, s.exact + group * s.exact_width, s.exact_width, round_up(head_dim, 16), s.exact_scores + group);
         for (int row = 0; row < per_head; ++row)
             std::memcpy(scores + row * kTile + stored, s.exact_scores + row * kTile, sizeof(float) * static_cast<size_t>(exact));
     }
-    const int queries = args.query_starts[item.request + 1] - args.query_starts[item.request];
-    const int before = args.seq_lens[item.request] - queries + item.first_token;
+    const int queries = args.batch.query_starts[item.request + 1] - args.batch.query_starts[item.request];
+    const int before = args.batch.seq_lens[item.request] - queries + item.first_token;
     for (int row = 0; row < rows; ++row) {
         float largest, weight_sum;
         const int seen = min_of(before + row % per_head / item.group + 1 - start, tokens);
@@ -253,7 +253,7 @@ inline void attend_tile(const kvc_shared_attend_args& args, const Item& item, in
     // Exact tokens come last: until then their sums are zero and need no decay.
     for (int i = 0; exact && i < item.kv_heads; ++i) {
         const int head = item.kv_head + i;
-        read_exact(args, args.values, item, head, start + stored, exact, s);
+        read_exact(args, args.exact.values, item, head, start + stored, exact, s);
         for (int token = 0; token < exact; ++token)
             for (int d = 0; d < head_dim; ++d) s.exact[token * s.exact_width + d] -= args.v_mean_HD[head * head_dim + d];
         mix_dense(s.scores + i * per_head * kTile + stored, s.decay + i * per_head, per_head, s.exact, s.exact_width, exact, head_dim,

@@ -10,13 +10,13 @@ namespace kvcompress::cpu::KVC_LEVEL {
 namespace {
 
 // One record's token and the fifteen after it, token_bytes apart; `token` is a multiple of 16.
-KVC_INLINE const uint8_t* stored_tokens(const kvc_records& records, int request, int record, int token) {
+KVC_INLINE const uint8_t* stored_tokens(const kvc_shared_records& records, int request, int record, int token) {
     const int32_t block = records.block_table[request * records.block_table_stride + token / records.block_size];
     return records.data + block * records.block_stride +
            (static_cast<int64_t>(record) * records.block_size + token % records.block_size) * records.token_bytes;
 }
 
-KVC_INLINE float gain_of(const kvc_records& records, const uint8_t* token) {
+KVC_INLINE float gain_of(const kvc_shared_records& records, const uint8_t* token) {
     if (records.side.gain_offset < 0) return 1.f;
     uint16_t half;
     std::memcpy(&half, token + records.side.gain_offset, 2);
@@ -24,56 +24,18 @@ KVC_INLINE float gain_of(const kvc_records& records, const uint8_t* token) {
 }
 
 // The gains of up to sixteen tokens; 0 for those past `count`, whatever their bytes are.
-KVC_INLINE void stored_gains(const kvc_records& records, const uint8_t* tokens, int count, float* gains) {
+KVC_INLINE void stored_gains(const kvc_shared_records& records, const uint8_t* tokens, int count, float* gains) {
     for (int i = 0; i < kGroup; ++i) gains[i] = i < count ? gain_of(records, tokens + i * records.token_bytes) : 0.f;
 }
 
 // Codes of a tile to out[position][tile], as `unpack_keys` has them, and gains[tile].
-inline void read_tile_transposed(const kvc_records& records, int request, int record, int start, int tokens, float* out, float* gains) {
+inline void read_tile_transposed(const kvc_shared_records& records, int request, int record, int start, int tokens, float* out, float* gains) {
     kvc_side side = records.side;
     side.code_bytes = records.token_bytes;  // from token to token
     for (int group = 0; group < tokens; group += kGroup) {
         const uint8_t* stored = stored_tokens(records, request, record, start + group);
         stored_gains(records, stored, min_of(tokens - group, kGroup), gains + group);
         unpack_keys(side, stored + side.code_offset, out + group);
-    }
-}
-
-// One vector of channels, in order, to numbers: integers below 2^BITS, or floats.
-template <int BITS>
-KVC_INLINE VecF numbers_of(const uint8_t* codes) {
-    if constexpr (BITS == 32) {
-        VecF v;
-        std::memcpy(&v, codes, sizeof v);
-        return v;
-    } else if constexpr (BITS == 16) {
-#if KVC_LEVEL_NUMBER >= 1
-        return load_halves(codes);
-#else
-        typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
-        Halves halves;
-        std::memcpy(&halves, codes, sizeof halves);
-        return half_to_float(__builtin_convertvector(halves, VecU));
-#endif
-    } else if constexpr (BITS == 8) {
-        typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
-        Bytes bytes;
-        std::memcpy(&bytes, codes, sizeof bytes);
-        return __builtin_convertvector(__builtin_convertvector(bytes, VecI), VecF);
-    } else {
-        // Every lane shifts its channel down from the word that holds it.
-        constexpr int kPerWord = 32 / BITS, kBytes = kLanes * BITS / 8;
-        uint32_t words[2] = {};
-        std::memcpy(words, codes, kBytes);
-        VecU word = words[0] - VecU{}, shift;
-        for (int lane = 0; lane < kLanes; ++lane) shift[lane] = static_cast<uint32_t>(lane % kPerWord * BITS);
-        if constexpr (kBytes > 4) {
-            VecI lanes;
-            for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = lane;
-            word = lanes < kPerWord ? word : words[1] - VecU{};
-        }
-        const VecU code = word >> shift & ((1u << BITS) - 1u);
-        return __builtin_convertvector(reinterpret_cast<const VecI&>(code), VecF);
     }
 }
 
@@ -92,18 +54,14 @@ inline void read_band(const uint8_t* codes, int width, float scale, float* out) 
 }
 
 // A token's latent to out[channel], gain and steps multiplied in; up to a vector behind it is written, too.
-inline void read_value(const kvc_records& records, const uint8_t* token, float* out) {
+inline void read_value(const kvc_shared_records& records, const uint8_t* token, float* out) {
     const kvc_side& side = records.side;
     const float gain = gain_of(records, token);
     const uint8_t* codes = token + side.code_offset;
     for (int band = 0; band < side.num_bands; ++band) {
         const int bits = side.bits[band], width = side.widths[band];
         const float scale = gain * side.steps[band];
-        bits == 32   ? read_band<32>(codes, width, 1.f, out)
-        : bits == 16 ? read_band<16>(codes, width, 1.f, out)
-        : bits == 8  ? read_band<8>(codes, width, scale, out)
-        : bits == 4  ? read_band<4>(codes, width, scale, out)
-                     : read_band<2>(codes, width, scale, out);
+        with_bits(bits, [&](auto n) { read_band<n>(codes, width, n >= 16 ? 1.f : scale, out); });
         codes += bits * width / 8;
         out += width;
     }
@@ -133,21 +91,6 @@ inline void expand_block(const float* latent, const float* decode, int positions
 
 #if KVC_LEVEL_NUMBER >= 3
 
-// Codes of a tile as signed 16-bit numbers 2 code - (2^bits - 1), two neighbouring positions in one 32-bit word:
-// out[position / 2][tile]. `vpdpwssd` adds two products of them to a word, twice as many as float32 has.
-
-template <int BITS>
-KVC_INLINE uint8_t* store_pairs(__m512i word, uint8_t* out) {
-    const __m512i low = _mm512_set1_epi32((1 << BITS) - 1), high = _mm512_set1_epi32(((1 << BITS) - 1) << 16);
-    const __m512i middle = _mm512_set1_epi16((1 << BITS) - 1);
-    for (int field = 0; field < 32 / BITS; field += 2, out += 4 * kTile) {
-        const __m512i x = field ? _mm512_srli_epi32(word, static_cast<unsigned>(BITS * field)) : word;
-        const __m512i pair = _mm512_or_si512(_mm512_and_si512(x, low), _mm512_and_si512(_mm512_slli_epi32(x, 16 - BITS), high));
-        _mm512_store_si512(out, _mm512_sub_epi16(_mm512_add_epi16(pair, pair), middle));
-    }
-    return out;
-}
-
 template <int BITS>
 inline uint8_t* read_band_pairs(const uint8_t* codes, int64_t stride, int bytes, uint8_t* out) {
     for (int byte = 0; byte < bytes; byte += 16) {
@@ -161,7 +104,7 @@ inline uint8_t* read_band_pairs(const uint8_t* codes, int64_t stride, int bytes,
     return out;
 }
 
-inline void read_tile_pairs(const kvc_records& records, int request, int start, int tokens, uint8_t* out, float* gains) {
+inline void read_tile_pairs(const kvc_shared_records& records, int request, int start, int tokens, uint8_t* out, float* gains) {
     const kvc_side& side = records.side;
     for (int group = 0; group < tokens; group += kGroup) {
         const uint8_t* stored = stored_tokens(records, request, 0, start + group);
@@ -170,9 +113,7 @@ inline void read_tile_pairs(const kvc_records& records, int request, int start, 
         uint8_t* target = out + 4 * group;
         for (int band = 0; band < side.num_bands; ++band) {
             const int bits = side.bits[band], bytes = bits * side.widths[band] / 8;
-            target = bits == 8   ? read_band_pairs<8>(codes, records.token_bytes, bytes, target)
-                     : bits == 4 ? read_band_pairs<4>(codes, records.token_bytes, bytes, target)
-                                 : read_band_pairs<2>(codes, records.token_bytes, bytes, target);
+            target = with_code_bits(bits, [&](auto n) { return read_band_pairs<n>(codes, records.token_bytes, bytes, target); });
             codes += bytes;
         }
     }
@@ -226,8 +167,8 @@ inline void expand_block_pairs(const uint8_t* codes, const int16_t* decode, int 
 
 size_t store_scratch_bytes() { return sizeof(float) * 9 * kMaxHeadDim; }
 
-void store_token(const kvc_store_args& args, int64_t token, void* scratch) {
-    const kvc_records& records = args.records;
+void store_token(const kvc_shared_store_args& args, int64_t token, void* scratch) {
+    const kvc_shared_records& records = args.records;
     const int64_t slot = args.slots[token];
     if (slot < 0) return;
     auto* latent = static_cast<float*>(scratch);

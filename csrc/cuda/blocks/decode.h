@@ -21,8 +21,7 @@ KVC_DEVICE void prepare_block_rows(const BlockArgs& args, const Rows& rows, uint
         float largest = 0;
         for (int channel = lane; channel < rank; channel += 32)
             if (used) largest = fmaxf(largest, fabsf(query[channel]));
-        KVC_UNROLL
-        for (int lanes = 16; lanes; lanes /= 2) largest = fmaxf(largest, shuffle_xor(largest, lanes));
+        largest = largest_lane(largest);
         const int up = up_to_top(largest, -1);
         const float scale = power_of_two(up);
         for (int i = lane; i < kColumn * columns_of(rank); i += 32) {

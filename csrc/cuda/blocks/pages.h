@@ -7,13 +7,17 @@
 // 16 t ..., in the pairs that its words unpack to; for values, lane g of eight holds the channels 8 g ...
 #pragma once
 
-#include "cuda/heads/decode.h"
+#include "kvcompress/blocks.h"
+
+#include "cuda/core/merge.h"
+#include "cuda/core/pipeline.h"
+#include "cuda/core/softmax.h"
 
 namespace kvcompress::cuda {
 
 constexpr int kColumn = 64;        // channels
-constexpr int kMaxColumns = 2;
-constexpr int kMaxLowRank = 8;     // even: factors are loaded in pairs
+constexpr int kMaxColumns = KVC_BLOCKS_CUDA_MAX_RANK / kColumn;
+constexpr int kMaxLowRank = KVC_BLOCKS_CUDA_MAX_LOW_RANK;  // even: factors are loaded in pairs
 
 // Keys or values; offsets are within the side's own part of a record.
 struct BlockSide {

@@ -2,13 +2,14 @@
 // gave, and putting tokens into the rings for the steps after this one. A query sees fewer exact tokens than a block has.
 #pragma once
 
-#include "cuda/heads/encode.h"
+#include "cuda/core/gain.h"
+#include "cuda/core/tokens.h"
 #include "cuda/core/rows.h"
 
 namespace kvcompress::cuda {
 
 constexpr int kMaxExact = kChunk + kRows;  // tokens that eight rows together see exactly, at most
-constexpr int kExactHeadDim = 256;
+constexpr int kExactHeadDim = KVC_BLOCKS_CUDA_MAX_HEAD_DIM;
 
 struct Rings {
     const void* data;
@@ -36,7 +37,7 @@ struct KeepArgs {
     int num_requests, head_dim;
 };
 
-KVC_DEVICE int entry_bytes(int dtype) { return dtype == kFloat32 ? 4 : 2; }
+KVC_DEVICE int entry_bytes(int dtype) { return dtype == KVC_FLOAT32 ? 4 : 2; }
 
 // Eight neighbouring numbers as float32.
 KVC_DEVICE void load_eight(const void* rows, int64_t at, int dtype, float (&x)[8]) {
@@ -47,7 +48,7 @@ KVC_DEVICE void load_eight(const void* rows, int64_t at, int dtype, float (&x)[8
         uint32_t bits;
         float number;
     } wide;
-    if (dtype == kFloat32) {
+    if (dtype == KVC_FLOAT32) {
         const uint4 v = first[1];
         const uint32_t all[8] = {w.x, w.y, w.z, w.w, v.x, v.y, v.z, v.w};
         KVC_UNROLL
@@ -58,7 +59,7 @@ KVC_DEVICE void load_eight(const void* rows, int64_t at, int dtype, float (&x)[8
     for (int i = 0; i < 8; ++i) {
         const auto half = static_cast<uint16_t>(words[i / 2] >> (16 * (i % 2)));
         wide.bits = static_cast<uint32_t>(half) << 16;
-        x[i] = dtype == kFloat16 ? half_to_float(half) : wide.number;
+        x[i] = dtype == KVC_FLOAT16 ? half_to_float(half) : wide.number;
     }
 }
 
@@ -133,8 +134,7 @@ KVC_KERNEL(kMaxThreads) attend_newest(KVC_ARGUMENT(NewestArgs) args) {
         const float blocks = attend.lse[number] * kLog2E + mean;
         float top = fmaxf(blocks, kLowest);
         for (int token = lane; token < count; token += 32) top = fmaxf(top, weights[token * kRows + row]);
-        KVC_UNROLL
-        for (int lanes = 16; lanes; lanes /= 2) top = fmaxf(top, shuffle_xor(top, lanes));
+        top = largest_lane(top);
         float sum = 0;
         for (int token = lane; token < count; token += 32) sum += exp2_of(weights[token * kRows + row] - top);
         sum = sum_lanes(sum) + exp2_of(blocks - top);

@@ -1,7 +1,7 @@
 // Merging the splits of a row.
 #pragma once
 
-#include "cuda/heads/decode.h"
+#include "cuda/core/rows.h"
 
 namespace kvcompress::cuda {
 

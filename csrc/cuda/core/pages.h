@@ -1,21 +1,16 @@
 // What a kernel knows of a layer's pages: one chunk's bytes, the channels of each side as tiles of a tensor core.
 #pragma once
 
-#include "cuda/core/fragments.h"
+#include "kvcompress/heads.h"
+
+#include "cuda/core/codes.h"
 
 namespace kvcompress::cuda {
 
-// Of 256 and of 128 channels, in bands with an odd number of units.
-constexpr int kMaxTiles = 17, kUsualTiles = 9;
+constexpr int kRows = 8;  // query rows of a tile: columns of the tensor core's second operand
 
-// Two neighbouring units of one band; one where a band ends with an odd one.
-struct Tile {
-    int offset;   // of the first unit in a chunk
-    int channel;  // the first
-    int units;
-    int bits;
-    float step;  // 1 for 16-bit channels
-};
+// Of 256 and of 128 channels, in bands with an odd number of units.
+constexpr int kMaxTiles = KVC_HEADS_CUDA_MAX_TILES, kUsualTiles = 9;
 
 // Offsets are within a chunk; of parts that are absent, -1.
 struct Side {

@@ -16,34 +16,13 @@
 #pragma once
 
 #include "cuda/core/merge.h"
-#include "cuda/heads/outliers.h"
 #include "cuda/core/pipeline.h"
-#include "cuda/core/rows.h"
 #include "cuda/core/softmax.h"
+#include "cuda/heads/fragments.h"
+#include "cuda/heads/outliers.h"
+#include "cuda/heads/queries.h"
 
 namespace kvcompress::cuda {
-
-template <int VALUE>
-struct Bits {
-    static constexpr int value = VALUE;
-};
-
-// body(Bits<n>): n is known when the kernel is compiled, or, for BITS = 0, a tile's own.
-template <int BITS, typename Body>
-KVC_DEVICE void with_bits(int bits, const Body& body) {
-    if constexpr (BITS != 0) {
-        body(Bits<BITS>{});
-    } else {
-        if (bits == 8)
-            body(Bits<8>{});
-        else if (bits == 4)
-            body(Bits<4>{});
-        else if (bits == 2)
-            body(Bits<2>{});
-        else
-            body(Bits<16>{});
-    }
-}
 
 // The units of a tile. Without a second one its halves are zero.
 template <int BITS, bool WHOLE>
@@ -78,24 +57,6 @@ KVC_DEVICE void clear_after(const Side& side, uint8_t* chunk, int tokens, int la
             const int left = tokens - (8 * j + 2 * (lane % 4));
             uint32_t& word = words[128 * (j / 4) + j % 4];
             word = left <= 0 ? 0 : left == 1 ? word & 0xffff : word;
-        }
-    }
-}
-
-// Sum over tokens of (offset + middle) times the weights: a product with a constant tile, all rows of which are equal.
-template <int BITS>
-KVC_DEVICE void subtract_offsets(const uint32_t (&weights)[4][2], float (&sum)[4]) {
-    KVC_UNROLL
-    for (int f = 0; f < 4; ++f) {
-        const float first = pair_offset<BITS>(2 * f), second = pair_offset<BITS>(2 * f + 1);
-        if constexpr (BITS == 8) {  // 1024 + 127.5 is no half
-            const uint32_t offset = halves_of(-first, -first), rest = halves_of(-middle(8), -middle(8));
-            mma(sum, offset, offset, offset, offset, weights[f]);
-            mma(sum, rest, rest, rest, rest, weights[f]);
-        } else {
-            const uint32_t a = halves_of(-first - middle(BITS), -first - middle(BITS));
-            const uint32_t b = halves_of(-second - middle(BITS), -second - middle(BITS));
-            mma(sum, a, a, b, b, weights[f]);
         }
     }
 }

@@ -1,6 +1,7 @@
 // The decode kernels of one pair of widths, which a decode_*.cu each compiles.
 #pragma once
 
+#include "cuda/heads/decode.h"
 #include "cuda/heads/instances.h"
 
 namespace kvcompress::cuda {

@@ -1,9 +1,9 @@
 // The C interface of the kernels for MLA latents: checks, choice of instance and of shared memory.
-#include "kvcompress/cuda_latent.h"
+#include "kvcompress/latent.h"
 
 #include <type_traits>
 
-#include "cuda/core/arena.h"
+#include "cuda/core/launch.h"
 #include "cuda/latent/append.h"
 #include "cuda/latent/attend.h"
 #include "cuda/latent/merge.h"
@@ -14,14 +14,11 @@ namespace {
 template <auto VALUE>
 using Number = std::integral_constant<decltype(VALUE), VALUE>;
 
-bool on_16_bytes(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
-
 bool is_sixteen_bits(int dtype) { return dtype == KVC_BFLOAT16 || dtype == KVC_FLOAT16; }
 
 bool known_shape(const kvc_latent_pages& pages) {
     if (pages.block_size <= 0 || pages.channels <= 0 || pages.channels % 16 || !is_sixteen_bits(pages.dtype)) return false;
-    // Copies are of 16 bytes.
-    return on_16_bytes(pages.data) && pages.block_stride % 8 == 0 && pages.token_stride % 8 == 0;
+    return on_16_bytes(pages.data, 2 * pages.block_stride, 2 * pages.token_stride);
 }
 
 // Where things are in shared memory; its size.
@@ -63,11 +60,6 @@ int start(LatentArgs& args, bool bfloat16, int requests, int max_query_len, int6
 
 using namespace kvcompress::cuda;
 
-void kvc_cuda_latent_struct_sizes(int64_t sizes[2]) {
-    sizes[0] = sizeof(kvc_cuda_latent_attend_args);
-    sizes[1] = sizeof(kvc_cuda_latent_append_args);
-}
-
 int32_t kvc_cuda_latent_most_channels(int32_t* channels) {
     int64_t limit = 0;
     if (const int error = shared_limit(limit)) return error;
@@ -79,12 +71,14 @@ int32_t kvc_cuda_latent_most_channels(int32_t* channels) {
     return KVC_OK;
 }
 
-int32_t kvc_cuda_latent_attend(const kvc_cuda_latent_attend_args* from) {
+int32_t kvc_cuda_latent_attend(const kvc_latent_attend_args* from) {
     const kvc_latent_pages& pages = from->pages;
-    if (!known_shape(pages) || from->rank <= 0 || from->rank > pages.channels || from->splits < 1 || from->num_heads <= 0) return -KVC_BAD_SHAPE;
+    const kvc_batch& batch = from->batch;
+    const kvc_run& run = from->run;
+    if (!known_shape(pages) || from->rank <= 0 || from->rank > pages.channels || run.splits < 1 || batch.num_heads <= 0) return -KVC_BAD_SHAPE;
     if (from->query.dtype != pages.dtype || from->output.dtype != pages.dtype) return -KVC_BAD_SHAPE;
     if (reinterpret_cast<uintptr_t>(from->query.data) % 4 || from->query.token_stride % 2 || from->query.head_stride % 2) return -KVC_BAD_SHAPE;
-    if (from->num_requests == 0 || from->max_query_len == 0) return KVC_OK;
+    if (batch.num_requests == 0 || run.max_query_len == 0) return KVC_OK;
     LatentArgs args{};
     args.pages = static_cast<const uint8_t*>(pages.data);
     args.block_stride = 2 * pages.block_stride, args.token_stride = 2 * pages.token_stride;
@@ -93,21 +87,21 @@ int32_t kvc_cuda_latent_attend(const kvc_cuda_latent_attend_args* from) {
     args.query_token_stride = from->query.token_stride, args.query_head_stride = from->query.head_stride;
     args.output = static_cast<uint16_t*>(from->output.data);
     args.output_token_stride = from->output.token_stride, args.output_head_stride = from->output.head_stride;
-    args.rows = from->num_tokens * from->num_heads;
-    args.partial = from->workspace;
-    if (from->splits > 1) args.levels = from->workspace + from->splits * args.rows * padded_rank(from->rank);
-    args.table = from->block_table, args.table_stride = from->block_table_stride;
-    args.query_starts = from->query_starts, args.seq_lens = from->seq_lens;
-    args.num_heads = from->num_heads, args.rank = from->rank, args.splits = from->splits, args.slices = 1;
-    args.factor = from->softmax_scale * 1.44269504f;
+    args.rows = run.num_tokens * batch.num_heads;
+    args.partial = run.workspace;
+    if (run.splits > 1) args.levels = run.workspace + run.splits * args.rows * padded_rank(from->rank);
+    args.table = batch.block_table, args.table_stride = batch.block_table_stride;
+    args.query_starts = batch.query_starts, args.seq_lens = batch.seq_lens;
+    args.num_heads = batch.num_heads, args.rank = from->rank, args.splits = run.splits, args.slices = 1;
+    args.factor = batch.softmax_scale * 1.44269504f;
 
     int64_t limit = 0;
     if (const int error = shared_limit(limit)) return error;
     const bool bfloat16 = pages.dtype == KVC_BFLOAT16;
-    const int64_t most_rows = static_cast<int64_t>(from->max_query_len) * from->num_heads;
+    const int64_t most_rows = static_cast<int64_t>(run.max_query_len) * batch.num_heads;
     int error = -KVC_BAD_SHAPE;
     const auto start_with = [&](auto rows, auto tokens, auto wide, int64_t bytes) {
-        error = start<rows.value, tokens.value, wide.value>(args, bfloat16, from->num_requests, from->max_query_len, bytes, from->stream);
+        error = start<rows.value, tokens.value, wide.value>(args, bfloat16, batch.num_requests, run.max_query_len, bytes, run.stream);
     };
     const bool narrow = pages.channels <= kNarrowChannels && from->rank <= kSliceChannels;
     int64_t bytes = 0;
@@ -120,14 +114,14 @@ int32_t kvc_cuda_latent_attend(const kvc_cuda_latent_attend_args* from) {
         args.slices = (from->rank + kSliceChannels - 1) / kSliceChannels;
         start_with(Number<16>{}, Number<16>{}, Number<true>{}, bytes);
     }
-    if (error || from->splits == 1) return error;
-    const Grid rows{static_cast<int>(most_rows), from->num_requests, 1};
-    const int64_t merge_bytes = 4 * (from->splits + 1) / 2 * 2 + 8 * kMergeThreads / 32;
-    return bfloat16 ? launch<latent_merge<true>>(rows, kMergeThreads, merge_bytes, from->stream, args)
-                    : launch<latent_merge<false>>(rows, kMergeThreads, merge_bytes, from->stream, args);
+    if (error || run.splits == 1) return error;
+    const Grid rows{static_cast<int>(most_rows), batch.num_requests, 1};
+    const int64_t merge_bytes = 4 * (run.splits + 1) / 2 * 2 + 8 * kMergeThreads / 32;
+    return bfloat16 ? launch<latent_merge<true>>(rows, kMergeThreads, merge_bytes, run.stream, args)
+                    : launch<latent_merge<false>>(rows, kMergeThreads, merge_bytes, run.stream, args);
 }
 
-int32_t kvc_cuda_latent_append(const kvc_cuda_latent_append_args* from) {
+int32_t kvc_cuda_latent_append(const kvc_latent_append_args* from) {
     const kvc_latent_pages& pages = from->pages;
     if (pages.block_size <= 0 || pages.channels <= 0 || from->keys.dtype != pages.dtype) return -KVC_BAD_SHAPE;
     if (from->num_tokens == 0) return KVC_OK;
@@ -141,6 +135,6 @@ int32_t kvc_cuda_latent_append(const kvc_cuda_latent_append_args* from) {
     const bool wide = on_16_bytes(args.pages) && on_16_bytes(args.keys) &&
                       (args.block_stride | args.token_stride | args.key_stride | args.token_bytes) % 16 == 0;
     const Grid tokens{static_cast<int>(from->num_tokens), 1, 1};
-    return wide ? launch<latent_append<uint4>>(tokens, kAppendThreads, 0, from->stream, args)
-                : launch<latent_append<uint16_t>>(tokens, kAppendThreads, 0, from->stream, args);
+    return wide ? launch<latent_append<uint4>>(tokens, kAppendThreads, 0, from->run.stream, args)
+                : launch<latent_append<uint16_t>>(tokens, kAppendThreads, 0, from->run.stream, args);
 }

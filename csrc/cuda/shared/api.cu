@@ -1,6 +1,5 @@
 // Attention of layers that share a latent: the C interface, choice of instance and of shared memory.
-#include "cuda/core/arena.h"
-#include "cuda/core/combine.h"
+#include "cuda/core/absorbed.h"
 #include "cuda/shared/make_record.h"
 #include "cuda/shared/own_scores.h"
 #include "cuda/shared/exact.h"
@@ -10,7 +9,7 @@ namespace kvcompress::cuda {
 namespace {
 
 struct Problem {
-    const kvc_cuda_shared_attend_args* from;
+    const kvc_shared_cuda_attend_args* from;
     Record k, v;
     Stripe k_stripes[kMaxStripes], v_stripes[kMaxStripes];
     StepRows step;
@@ -18,12 +17,12 @@ struct Problem {
     int group, rank;
 };
 
-bool make_problem(const kvc_cuda_shared_attend_args& from, Problem& problem) {
+bool make_problem(const kvc_shared_cuda_attend_args& from, Problem& problem) {
     problem.from = &from;
-    const int heads = from.num_heads, kv_heads = from.num_kv_heads;
+    const int heads = from.batch.num_heads, kv_heads = from.num_kv_heads;
     if (from.num_stripes < 1 || from.num_stripes > kMaxStripes || from.num_k != (from.k_decode ? from.num_stripes : 1)) return false;
     if (kv_heads <= 0 || heads <= 0 || heads % kv_heads || from.head_dim <= 0 || from.head_dim > kMostChannels || from.head_dim % 2) return false;
-    if (from.score_splits < 1 || from.mix_splits < 1 || from.requests_at_once < 1 || from.score_stride % kMixTokens) return false;
+    if (from.score_splits < 1 || from.run.splits < 1 || from.requests_at_once < 1 || from.score_stride % kMixTokens) return false;
     if (!make_record(from.k[0], problem.k) || !make_record(from.v[0], problem.v)) return false;
     for (int stripe = 0; stripe < from.num_k; ++stripe)
         if (!make_stripe(from.k[stripe], problem.k_stripes[stripe])) return false;
@@ -34,33 +33,31 @@ bool make_problem(const kvc_cuda_shared_attend_args& from, Problem& problem) {
     } else if (from.k_channels != kTileChannels * problem.k.num_tiles || from.k[0].records != kv_heads) {
         return false;
     }
-    problem.step = {from.stored_lens, from.exact_rows, from.exact_starts};
+    problem.step = {from.exact.stored_lens, from.exact.rows, from.exact.starts};
     problem.group = heads / kv_heads, problem.rank = from.num_stripes * problem.v.rank;
     return true;
 }
 
-TokenRows rows_of(const kvc_rows& rows) { return {rows.data, rows.token_stride, rows.head_stride, rows.dtype}; }
-
 // Row tiles are of all query rows of a KV head, or as many as a block has.
 void choose_rows(const Problem& problem, ScoreArgs& args, int most) {
-    const int tiles = (problem.from->max_query_len * problem.group + kRows - 1) / kRows;
+    const int tiles = (problem.from->run.max_query_len * problem.group + kRows - 1) / kRows;
     args.row_tiles = tiles < most ? tiles : most;
     args.row_groups = (tiles + args.row_tiles - 1) / args.row_tiles;
 }
 
 ScoreArgs score_args(const Problem& problem, int first_request) {
-    const kvc_cuda_shared_attend_args& from = *problem.from;
+    const kvc_shared_cuda_attend_args& from = *problem.from;
     ScoreArgs args{};
     args.record = problem.k;
     for (int stripe = 0; stripe < from.num_k; ++stripe) args.stripes[stripe] = problem.k_stripes[stripe];
     args.num_stripes = from.num_k;
-    args.query = rows_of(from.query);
+    args.query = token_rows(from.query);
     args.scores = from.scores, args.score_stride = from.score_stride;
-    args.query_starts = from.query_starts, args.seq_lens = from.seq_lens;
-    args.first_request = first_request, args.max_queries = from.max_query_len;
-    args.num_heads = from.num_heads, args.group = problem.group;
+    args.query_starts = from.batch.query_starts, args.seq_lens = from.batch.seq_lens;
+    args.first_request = first_request, args.max_queries = from.run.max_query_len;
+    args.num_heads = from.batch.num_heads, args.group = problem.group;
     choose_rows(problem, args, kMostRowTiles);
-    args.softmax_scale = from.softmax_scale;
+    args.softmax_scale = from.batch.softmax_scale;
     return args;
 }
 
@@ -76,7 +73,7 @@ void lay_out_rows(ScoreArgs& args, Arena& arena, int channels) {
 
 template <int WIDTH>
 int start_shared(const Problem& problem, int first_request, int requests) {
-    const kvc_cuda_shared_attend_args& from = *problem.from;
+    const kvc_shared_cuda_attend_args& from = *problem.from;
     SharedScoreArgs args{};
     args.rows = score_args(problem, first_request);
     args.decode = static_cast<const uint8_t*>(from.k_decode), args.decode_unit = from.k_decode_unit;
@@ -101,11 +98,11 @@ int start_shared(const Problem& problem, int first_request, int requests) {
     int64_t bytes = lay_out(warps, all);
     if (bytes > problem.shared_limit) bytes = lay_out(warps, two);
     if (bytes > problem.shared_limit) return -KVC_BAD_SHAPE;
-    return launch<score_shared<WIDTH>>(score_grid(problem, args.rows, requests), 32 * warps, bytes, from.stream, args);
+    return launch<score_shared<WIDTH>>(score_grid(problem, args.rows, requests), 32 * warps, bytes, from.run.stream, args);
 }
 
 int start_own(const Problem& problem, int first_request, int requests) {
-    const kvc_cuda_shared_attend_args& from = *problem.from;
+    const kvc_shared_cuda_attend_args& from = *problem.from;
     OwnScoreArgs args{};
     args.rows = score_args(problem, first_request);
     int warps = kMaxThreads / 32;
@@ -118,7 +115,7 @@ int start_own(const Problem& problem, int first_request, int requests) {
     while (warps > 1 && lay_out() > problem.shared_limit) warps /= 2;
     const int64_t bytes = lay_out();
     if (bytes > problem.shared_limit) return -KVC_BAD_SHAPE;
-    return launch<score_own>(score_grid(problem, args.rows, requests), 32 * warps, bytes, from.stream, args);
+    return launch<score_own>(score_grid(problem, args.rows, requests), 32 * warps, bytes, from.run.stream, args);
 }
 
 int start_scores(const Problem& problem, int first_request, int requests) {
@@ -131,19 +128,17 @@ int start_scores(const Problem& problem, int first_request, int requests) {
 }
 
 int start_mix(const Problem& problem, int first_request, int requests) {
-    const kvc_cuda_shared_attend_args& from = *problem.from;
+    const kvc_shared_cuda_attend_args& from = *problem.from;
     MixArgs args{};
     args.record = problem.v;
     for (int stripe = 0; stripe < from.num_stripes; ++stripe) args.stripes[stripe] = problem.v_stripes[stripe];
     args.step = problem.step;
     args.scores = from.scores, args.score_stride = from.score_stride;
-    args.rows = from.num_tokens * from.num_heads;
-    const int64_t partial = from.mix_splits > 1 ? from.mix_splits * args.rows : 0;
-    args.output = partial ? from.workspace : from.mixed_THR;
-    args.lse = partial ? from.workspace + partial * problem.rank : from.mixed_lse_TH;
-    args.query_starts = from.query_starts, args.seq_lens = from.seq_lens;
-    args.first_request = first_request, args.max_queries = from.max_query_len;
-    args.num_heads = from.num_heads, args.num_stripes = from.num_stripes;
+    args.rows = from.run.num_tokens * from.batch.num_heads;
+    set_output(from.batch, from.run, problem.rank, from.mixed_THR, from.mixed_lse_TH, args.output, args.lse);
+    args.query_starts = from.batch.query_starts, args.seq_lens = from.batch.seq_lens;
+    args.first_request = first_request, args.max_queries = from.run.max_query_len;
+    args.num_heads = from.batch.num_heads, args.num_stripes = from.num_stripes;
     constexpr int kBlockTiles = kMixTiles * kMixWarps;
     args.channel_blocks = (problem.v.num_tiles + kBlockTiles - 1) / kBlockTiles;
     Arena arena;
@@ -154,32 +149,24 @@ int start_mix(const Problem& problem, int first_request, int requests) {
     args.code_places = arena.used + 2 * codes + kReadBeyond <= problem.shared_limit ? 2 : 1;
     args.codes_at = arena.take(args.code_places * codes + kReadBeyond);
     if (arena.used > problem.shared_limit) return -KVC_BAD_SHAPE;
-    const int row_groups = (from.max_query_len * from.num_heads + kMixRows - 1) / kMixRows;
-    const Grid grid{from.mix_splits, row_groups * from.num_stripes * args.channel_blocks, requests};
-    return launch<mix_shared>(grid, 32 * kMixWarps, arena.used, from.stream, args);
+    const int row_groups = (from.run.max_query_len * from.batch.num_heads + kMixRows - 1) / kMixRows;
+    const Grid grid{from.run.splits, row_groups * from.num_stripes * args.channel_blocks, requests};
+    return launch<mix_shared>(grid, 32 * kMixWarps, arena.used, from.run.stream, args);
 }
 
 int start_exact(const Problem& problem, int first_request, int requests) {
-    const kvc_cuda_shared_attend_args& from = *problem.from;
+    const kvc_shared_cuda_attend_args& from = *problem.from;
     ExactArgs args{};
     args.step = problem.step;
-    args.query = rows_of(from.query), args.keys = rows_of(from.keys), args.values = rows_of(from.values);
+    args.query = token_rows(from.query), args.keys = token_rows(from.exact.keys), args.values = token_rows(from.exact.values);
     args.scores = from.k_decode ? nullptr : from.scores, args.score_stride = from.score_stride;
     args.output = from.exact_THD, args.lse = from.exact_lse_TH;
-    args.query_starts = from.query_starts, args.seq_lens = from.seq_lens;
-    args.first_request = first_request, args.max_queries = from.max_query_len;
-    args.num_heads = from.num_heads, args.group = problem.group, args.head_dim = from.head_dim;
-    args.softmax_scale = from.softmax_scale;
-    const Grid grid{from.max_query_len * problem.group, from.num_kv_heads, requests};
-    return launch<attend_exact>(grid, kMaxThreads, 4 * kMaxThreads, from.stream, args);
-}
-
-int start_combine(const Problem& problem) {
-    const kvc_cuda_shared_attend_args& from = *problem.from;
-    const int64_t rows = from.num_tokens * from.num_heads;
-    const CombineArgs args{from.workspace, from.workspace + from.mix_splits * rows * problem.rank, from.mixed_THR, from.mixed_lse_TH,
-                           from.query_starts, from.mix_splits, problem.rank, from.num_heads, problem.group, rows};
-    return launch<combine>({from.max_query_len * problem.group, from.num_kv_heads, from.num_requests}, kMaxThreads, 0, from.stream, args);
+    args.query_starts = from.batch.query_starts, args.seq_lens = from.batch.seq_lens;
+    args.first_request = first_request, args.max_queries = from.run.max_query_len;
+    args.num_heads = from.batch.num_heads, args.group = problem.group, args.head_dim = from.head_dim;
+    args.softmax_scale = from.batch.softmax_scale;
+    const Grid grid{from.run.max_query_len * problem.group, from.num_kv_heads, requests};
+    return launch<attend_exact>(grid, kMaxThreads, 4 * kMaxThreads, from.run.stream, args);
 }
 
 }  // namespace
@@ -187,21 +174,16 @@ int start_combine(const Problem& problem) {
 
 using namespace kvcompress::cuda;
 
-void kvc_cuda_shared_struct_sizes(int64_t sizes[2]) {
-    sizes[0] = sizeof(kvc_cuda_shared_attend_args);
-    sizes[1] = sizeof(kvc_cuda_store_args);
-}
-
-int32_t kvc_cuda_shared_attend(const kvc_cuda_shared_attend_args* from) {
+int32_t kvc_cuda_shared_attend(const kvc_shared_cuda_attend_args* from) {
     Problem problem{};
     if (!make_problem(*from, problem)) return -KVC_BAD_SHAPE;
-    if (from->num_requests == 0 || from->max_query_len == 0) return KVC_OK;
+    if (from->batch.num_requests == 0 || from->run.max_query_len == 0) return KVC_OK;
     if (const int error = shared_limit(problem.shared_limit)) return error;
     // One stream: scores of one part of the requests are read before those of the next overwrite them.
-    for (int first = 0; first < from->num_requests; first += from->requests_at_once) {
-        const int left = from->num_requests - first, requests = left < from->requests_at_once ? left : from->requests_at_once;
+    for (int first = 0; first < from->batch.num_requests; first += from->requests_at_once) {
+        const int left = from->batch.num_requests - first, requests = left < from->requests_at_once ? left : from->requests_at_once;
         for (const auto start : {start_scores, start_mix, start_exact})
             if (const int error = start(problem, first, requests)) return error;
     }
-    return from->mix_splits > 1 ? start_combine(problem) : KVC_OK;
+    return start_combine(from->batch, from->run, from->num_kv_heads, problem.rank, from->mixed_THR, from->mixed_lse_TH);
 }

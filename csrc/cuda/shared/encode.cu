@@ -4,7 +4,7 @@
 
 using namespace kvcompress::cuda;
 
-int32_t kvc_cuda_store(const kvc_cuda_store_args* from) {
+int32_t kvc_cuda_shared_store(const kvc_shared_store_args* from) {
     StoreArgs args{};
     Stripe stripe{};
     if (!make_record(from->records, args.record) || !make_stripe(from->records, stripe) || from->latents.dtype != KVC_FLOAT32) return -KVC_BAD_SHAPE;
@@ -18,7 +18,7 @@ int32_t kvc_cuda_store(const kvc_cuda_store_args* from) {
     constexpr int kWarps = kEncodeThreads / 32;
     const Grid grid{static_cast<int>((args.num_tokens * args.records + kWarps - 1) / kWarps), 1, 1};
     const int units = (args.record.rank / kGroup + 31) / 32;
-    return units == 1   ? launch<store<1>>(grid, kEncodeThreads, 0, from->stream, args)
-           : units == 2 ? launch<store<2>>(grid, kEncodeThreads, 0, from->stream, args)
-                        : launch<store<kMaxUnits / 32>>(grid, kEncodeThreads, 0, from->stream, args);
+    return units == 1   ? launch<store<1>>(grid, kEncodeThreads, 0, from->run.stream, args)
+           : units == 2 ? launch<store<2>>(grid, kEncodeThreads, 0, from->run.stream, args)
+                        : launch<store<kMaxUnits / 32>>(grid, kEncodeThreads, 0, from->run.stream, args);
 }

@@ -2,7 +2,7 @@
 // units of eight channels, which are whole bytes in every width, so nobody writes another's.
 #pragma once
 
-#include "cuda/heads/encode.h"
+#include "cuda/core/gain.h"
 #include "cuda/shared/records.h"
 
 namespace kvcompress::cuda {

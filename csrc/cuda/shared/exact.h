@@ -1,7 +1,6 @@
 // The part of an output that is of tokens as they are: rows of the running step, a few per request.
 #pragma once
 
-#include "cuda/heads/encode.h"
 #include "cuda/shared/mix.h"
 
 namespace kvcompress::cuda {

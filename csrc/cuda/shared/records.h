@@ -6,15 +6,17 @@
 // multiplied by has its depths in the same order.
 #pragma once
 
-#include "cuda/heads/decode.h"
+#include "kvcompress/shared.h"
+
+#include "cuda/core/codes.h"
 #include "cuda/core/tokens.h"
 
 namespace kvcompress::cuda {
 
 constexpr int kRun = 16;
 constexpr int kTileChannels = 16;
-constexpr int kMaxStripes = 32;
-constexpr int kMaxRecordTiles = 64;
+constexpr int kMaxStripes = KVC_SHARED_CUDA_MAX_STRIPES;
+constexpr int kMaxRecordTiles = KVC_SHARED_CUDA_MAX_TILES;
 constexpr int kReadBeyond = 16;  // bytes behind a record that reading its last tile may touch
 
 struct Record {
@@ -47,34 +49,6 @@ KVC_DEVICE void copy_run(const Record& record, const uint8_t* run, uint8_t* to, 
 
 KVC_DEVICE float gain_of(const Record& record, const uint8_t* token) {
     return half_to_float(*reinterpret_cast<const uint16_t*>(token + record.gain_offset));
-}
-
-// A lane's four channels of a tile in two pairs: codes less 2^(BITS - 1), exactly; of 16 bits the channels themselves,
-// zero where the tile has none. Codes where it has none are of another band, or anything.
-template <int BITS>
-KVC_DEVICE void unpack_four(const uint8_t* token, const Tile& tile, int t, uint32_t (&pair)[2]) {
-    const uint8_t* codes = token + tile.offset;
-    if constexpr (BITS == 16) {
-        pair[0] = pair[1] = 0;
-        if (t >= 2 * tile.units) return;
-        const uint2 w = reinterpret_cast<const uint2*>(codes)[t];
-        pair[0] = w.x, pair[1] = w.y;
-    } else if constexpr (BITS == 8) {
-        const auto* words = reinterpret_cast<const uint16_t*>(codes) + 2 * t;
-        KVC_UNROLL
-        for (int i = 0; i < 2; ++i) pair[i] = fma_halves(bytes_of<0x4140>(words[i], 0x64u), halves_of(1, 1), halves_of(-1152, -1152));
-    } else if constexpr (BITS == 4) {
-        const uint32_t word = reinterpret_cast<const uint16_t*>(codes)[t] * 0x10001u;
-        const uint32_t scale = halves_of(1, 0.0625f), offset = halves_of(-1032, -72);
-        pair[0] = fma_halves(mask_or<0x00f0000f, 0x64006400>(word), scale, offset);
-        pair[1] = fma_halves(mask_or<0x00f0000f, 0x64006400>(word >> 8), scale, offset);
-    } else {
-        static_assert(BITS == 2);
-        const uint32_t word = codes[t] * 0x10001u;
-        const uint32_t scale = halves_of(1, 0.25f), offset = halves_of(-1026, -258);
-        pair[0] = fma_halves(mask_or<0x000c0003, 0x64006400>(word), scale, offset);
-        pair[1] = fma_halves(mask_or<0x000c0003, 0x64006400>(word >> 4), scale, offset);
-    }
 }
 
 // The channel of a tile that has depth or row n, 0 <= n < 16.

@@ -2,7 +2,7 @@
 // their scores go. Scores are in the exponent of 2.
 #pragma once
 
-#include "cuda/heads/encode.h"
+#include "cuda/core/rows.h"
 #include "cuda/shared/records.h"
 
 namespace kvcompress::cuda {
@@ -59,8 +59,7 @@ KVC_DEVICE void prepare_queries(const ScoreArgs& args, const ScoreRows& rows, in
         const bool used = row < rows.count;
         float largest = 0;
         for (int c = lane; c < channels; c += 32) largest = fmaxf(largest, used ? fabsf(entry(row, c)) : 0);
-        KVC_UNROLL
-        for (int lanes = 16; lanes; lanes /= 2) largest = fmaxf(largest, shuffle_xor(largest, lanes));
+        largest = largest_lane(largest);
         const int up = up_to_top(largest);
         for (int c = lane; c < channels; c += 32) {
             const int n = depth(c % kTileChannels), tile = row / kRows * (channels / kTileChannels) + c / kTileChannels;

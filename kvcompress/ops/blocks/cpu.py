@@ -10,10 +10,12 @@ from torch import Tensor
 from kvcompress.codec.blocks.codec import BlocksCodec
 from kvcompress.codec.blocks.spec import BlocksSpec
 from kvcompress.codec.codes.registry import CODES
-from kvcompress.ops import interface, library
+from kvcompress.ops import library
 from kvcompress.ops.blocks.plan import rings_struct
 from kvcompress.ops.blocks.reference import BlocksOp
-from kvcompress.ops.call import Call, table_stride
+from kvcompress.ops.call import Call
+from kvcompress.ops.interface.blocks import MAX_LOW_RANK, AttendArgs
+from kvcompress.ops.interface.common import MAX_HEAD_DIM
 from kvcompress.ops.rows import Numbers, int32_rows, rows_struct
 
 _TILE = 16
@@ -25,8 +27,8 @@ def covers(spec: BlocksSpec) -> bool:
     codes = all("cpu" in CODES[side.bits].kernels for side in (spec.k, spec.v))
     keys = spec.k.along == "tokens" and (spec.k.group % _TILE == 0 or spec.k.group >= spec.block)
     values = spec.v.along == "channels" and (spec.v.group % 8 == 0 or spec.v.group >= spec.v.rank)
-    low_rank = max(spec.k.low_rank, spec.v.low_rank) <= interface.MAX_LOW_RANK
-    heads = spec.head_dim <= interface.MAX_HEAD_DIM and spec.head_dim % 8 == 0
+    low_rank = max(spec.k.low_rank, spec.v.low_rank) <= MAX_LOW_RANK
+    heads = spec.head_dim <= MAX_HEAD_DIM and spec.head_dim % 8 == 0
     return codes and keys and values and low_rank and heads
 
 
@@ -46,32 +48,24 @@ class CpuBlocks(BlocksOp):
         spec, codec = self.plan.spec, self.plan.codec
         assert pages_NHMB.dtype == torch.uint8
         assert pages_NHMB.stride()[2:] == (spec.record_bytes, 1), pages_NHMB.stride()
-        table_RN, starts_R, lengths_R = call.numbers()
+        batch = call.batch()
         # A column of an engine's block table is one way to say which rings: its numbers are not side by side.
         rings_R = int32_rows(ring_R)
-        assert len(rings_R) == len(lengths_R)
-        args = interface.BlockAttendArgs(
+        assert len(rings_R) == batch.num_requests
+        args = AttendArgs(
             pages=self.plan.pages_struct(pages_NHMB),
             rings=rings_struct(rings_NHXPD),
             query=rows_struct(call.query_THD),
             keys=rows_struct(keys_THD),
             values=rows_struct(values_THD),
             output=rows_struct(call.output_THD),
-            lse_TH=None if call.lse_TH is None else call.lse_TH.data_ptr(),
-            k_decode_HDR=self.plan.k_decode_HDR.data_ptr(),
-            k_mean_HD=codec.k.mean_HD.data_ptr(),
-            v_decode_HRD=codec.v.decode_HRD.data_ptr(),
-            v_mean_HD=codec.v.mean_HD.data_ptr(),
-            ring_of=rings_R.data_ptr(),
-            block_table=table_RN.data_ptr(),
-            block_table_stride=table_stride(table_RN[: len(lengths_R)]),
-            query_starts=starts_R.data_ptr(),
-            seq_lens=lengths_R.data_ptr(),
-            num_requests=len(lengths_R),
-            num_heads=call.query_THD.shape[1],
-            softmax_scale=call.softmax_scale,
-            split_tokens=-(-self.split_tokens // spec.block) * spec.block,
-            threads=torch.get_num_threads(),
-            level=library.level(),
+            lse_TH=call.lse_TH,
+            k_decode_HDR=self.plan.k_decode_HDR,
+            k_mean_HD=codec.k.mean_HD,
+            v_decode_HRD=codec.v.decode_HRD,
+            v_mean_HD=codec.v.mean_HD,
+            ring_of=rings_R,
+            batch=batch,
+            run=library.run(-(-self.split_tokens // spec.block) * spec.block),
         )
-        library.check(self._compiled.kvc_attend_blocks(ctypes.byref(args)))
+        library.check(self._compiled.kvc_blocks_attend(ctypes.byref(args)))

@@ -7,7 +7,6 @@ waits for the device or reads from it. Pages hold the same bytes as for the CPU.
 from __future__ import annotations
 
 import ctypes
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,86 +14,25 @@ from torch import Tensor
 from kvcompress.codec.blocks.codec import BlocksCodec
 from kvcompress.codec.blocks.spec import BlockSide, BlocksSpec
 from kvcompress.codec.heads.layout import CHUNK_TOKENS
-from kvcompress.ops import cuda_library, gpu, interface
+from kvcompress.ops import cuda_library, gpu
 from kvcompress.ops.blocks.plan import rings_struct
 from kvcompress.ops.blocks.reference import BlocksOp
 from kvcompress.ops.call import Call
-from kvcompress.ops.rows import Numbers, int32_rows, rows_struct
-
-MAX_RANK = 128
-MAX_LOW_RANK = 8
-MAX_HEAD_DIM = 256
-BITS = ((8, 8), (4, 4), (4, 2), (2, 2))
-"""Widths of keys and values."""
+from kvcompress.ops.interface.blocks import (
+    CUDA_MAX_HEAD_DIM,
+    CUDA_MAX_LOW_RANK,
+    CUDA_MAX_RANK,
+    CUDA_WIDTHS,
+    KeepArgs,
+    NewestArgs,
+)
+from kvcompress.ops.rows import Numbers, batch_struct, int32_rows, rows_struct
 
 _COLUMN = 64
 """Channels that share a token's scale, or more."""
 
 _VECTOR = 16
 """Bytes that the kernels load at a time."""
-
-
-class BlockAttendArgs(ctypes.Structure):
-    _fields_ = (
-        ("pages", interface.BlockPages),
-        ("query_THR", ctypes.c_void_p),
-        ("output_THR", ctypes.c_void_p),
-        ("lse_TH", ctypes.c_void_p),
-        ("workspace", ctypes.c_void_p),
-        ("block_table", ctypes.c_void_p),
-        ("block_table_stride", ctypes.c_int64),
-        ("query_starts", ctypes.c_void_p),
-        ("seq_lens", ctypes.c_void_p),
-        ("num_tokens", ctypes.c_int64),
-        ("num_requests", ctypes.c_int32),
-        ("max_query_len", ctypes.c_int32),
-        ("num_heads", ctypes.c_int32),
-        ("splits", ctypes.c_int32),
-        ("softmax_scale", ctypes.c_float),
-        ("stream", ctypes.c_void_p),
-    )
-
-
-class NewestArgs(ctypes.Structure):
-    _fields_ = (
-        ("rings", interface.Rings),
-        ("query", interface.Rows),
-        ("keys", interface.Rows),
-        ("values", interface.Rows),
-        ("output", interface.Rows),
-        ("sealed_THD", ctypes.c_void_p),
-        ("sealed_lse_TH", ctypes.c_void_p),
-        ("lse_TH", ctypes.c_void_p),
-        ("k_mean_HD", ctypes.c_void_p),
-        ("v_mean_HD", ctypes.c_void_p),
-        ("ring_of", ctypes.c_void_p),
-        ("query_starts", ctypes.c_void_p),
-        ("seq_lens", ctypes.c_void_p),
-        ("block", ctypes.c_int32),
-        ("num_requests", ctypes.c_int32),
-        ("max_query_len", ctypes.c_int32),
-        ("num_heads", ctypes.c_int32),
-        ("num_kv_heads", ctypes.c_int32),
-        ("head_dim", ctypes.c_int32),
-        ("softmax_scale", ctypes.c_float),
-        ("stream", ctypes.c_void_p),
-    )
-
-
-class KeepArgs(ctypes.Structure):
-    _fields_ = (
-        ("rings", interface.Rings),
-        ("keys", interface.Rows),
-        ("values", interface.Rows),
-        ("ring_of", ctypes.c_void_p),
-        ("query_starts", ctypes.c_void_p),
-        ("seq_lens", ctypes.c_void_p),
-        ("num_tokens", ctypes.c_int64),
-        ("num_requests", ctypes.c_int32),
-        ("num_kv_heads", ctypes.c_int32),
-        ("head_dim", ctypes.c_int32),
-        ("stream", ctypes.c_void_p),
-    )
 
 
 def covers(spec: BlocksSpec) -> bool:
@@ -104,10 +42,10 @@ def covers(spec: BlocksSpec) -> bool:
     change their scale between columns of 64 channels or not at all.
     """
     sides = (spec.k, spec.v)
-    known = all(side.rank <= MAX_RANK and side.rank % 16 == 0 for side in sides)
-    known = known and all(side.low_rank <= MAX_LOW_RANK and side.low_rank % 2 == 0 for side in sides)
-    known = known and (spec.k.bits, spec.v.bits) in BITS
-    heads = spec.head_dim <= MAX_HEAD_DIM and spec.head_dim % 8 == 0
+    known = all(side.rank <= CUDA_MAX_RANK and side.rank % 16 == 0 for side in sides)
+    known = known and all(side.low_rank <= CUDA_MAX_LOW_RANK and side.low_rank % 2 == 0 for side in sides)
+    known = known and (spec.k.bits, spec.v.bits) in CUDA_WIDTHS
+    heads = spec.head_dim <= CUDA_MAX_HEAD_DIM and spec.head_dim % 8 == 0
     return known and heads and spec.block == CHUNK_TOKENS and _groups_known(spec.k, spec.v)
 
 
@@ -159,10 +97,10 @@ class CudaBlocks(BlocksOp):
         """Absorbed queries on complete blocks alone: mixed latents `[tokens, query heads, v rank]` and lse, without the
         means' shares."""
         spec = self.plan.spec
-        arguments = partial(BlockAttendArgs, pages=self.plan.pages_struct(pages_NHMB))
+        pages = self.plan.pages_struct(pages_NHMB)
         shape = (spec.num_kv_heads, pages_NHMB.shape[2] * spec.block, spec.v.rank)
-        kernel = self._kernels.kvc_cuda_attend_blocks
-        return gpu.attend_latents(self._kernels, kernel, arguments, call, absorbed_THR, shape, splits)
+        kernel = self._kernels.kvc_cuda_blocks_attend
+        return gpu.attend_latents(self._kernels, kernel, pages, call, absorbed_THR, shape, splits)
 
     def attend_newest(
         self,
@@ -176,8 +114,6 @@ class CudaBlocks(BlocksOp):
     ) -> None:
         """Attention on the tokens after each query's complete blocks, and the two merged."""
         spec, device = self.plan.spec, call.query_THD.device
-        _, starts_R, lengths_R = call.numbers(device)
-        rings_R = int32_rows(ring_R, device)
         assert sealed_THD.is_contiguous()
         keys_THD, values_THD = (_aligned(rows) for rows in (keys_THD, values_THD))
         args = NewestArgs(
@@ -186,24 +122,19 @@ class CudaBlocks(BlocksOp):
             keys=rows_struct(keys_THD),
             values=rows_struct(values_THD),
             output=rows_struct(call.output_THD),
-            sealed_THD=sealed_THD.data_ptr(),
-            sealed_lse_TH=sealed_TH.data_ptr(),
-            lse_TH=None if call.lse_TH is None else call.lse_TH.data_ptr(),
-            k_mean_HD=self.plan.codec.k.mean_HD.data_ptr(),
-            v_mean_HD=self.plan.codec.v.mean_HD.data_ptr(),
-            ring_of=rings_R.data_ptr(),
-            query_starts=starts_R.data_ptr(),
-            seq_lens=lengths_R.data_ptr(),
+            sealed_THD=sealed_THD,
+            sealed_lse_TH=sealed_TH,
+            lse_TH=call.lse_TH,
+            k_mean_HD=self.plan.codec.k.mean_HD,
+            v_mean_HD=self.plan.codec.v.mean_HD,
+            ring_of=int32_rows(ring_R, device),
+            batch=call.batch(device),
+            run=gpu.run(device, call.query_THD.shape[0], max_query_len=call.most_queries),
             block=spec.block,
-            num_requests=len(lengths_R),
-            max_query_len=call.most_queries,
-            num_heads=call.query_THD.shape[1],
             num_kv_heads=spec.num_kv_heads,
             head_dim=spec.head_dim,
-            softmax_scale=call.softmax_scale,
-            stream=gpu.stream(device),
         )
-        cuda_library.check(self._kernels, self._kernels.kvc_cuda_attend_newest(ctypes.byref(args)))
+        cuda_library.check(self._kernels, self._kernels.kvc_cuda_blocks_attend_newest(ctypes.byref(args)))
 
     def keep(self, call: Call, keys_THD: Tensor, values_THD: Tensor, rings_NHXPD: Tensor, ring_R: Tensor) -> None:
         numbers = (ring_R, call.query_starts, call.seq_lens)
@@ -212,16 +143,13 @@ class CudaBlocks(BlocksOp):
             rings=rings_struct(rings_NHXPD),
             keys=rows_struct(keys_THD),
             values=rows_struct(values_THD),
-            ring_of=rings_R.data_ptr(),
-            query_starts=starts_R.data_ptr(),
-            seq_lens=lengths_R.data_ptr(),
-            num_tokens=keys_THD.shape[0],
-            num_requests=lengths_R.shape[0],
+            ring_of=rings_R,
+            batch=batch_struct(starts_R, lengths_R),
+            run=gpu.run(keys_THD.device, keys_THD.shape[0]),
             num_kv_heads=keys_THD.shape[1],
             head_dim=keys_THD.shape[2],
-            stream=gpu.stream(keys_THD.device),
         )
-        cuda_library.check(self._kernels, self._kernels.kvc_cuda_keep(ctypes.byref(args)))
+        cuda_library.check(self._kernels, self._kernels.kvc_cuda_blocks_keep(ctypes.byref(args)))
 
     def workspace_bytes(self, tokens: int, num_heads: int, longest: int) -> int:
         spec, device = self.plan.spec, self.plan.codec.k.mean_HD.device

@@ -8,16 +8,19 @@ import torch
 from torch import Tensor
 
 from kvcompress.codec.heads.spec import HeadsSpec
-from kvcompress.ops import interface, library
-from kvcompress.ops.call import Call, table_stride
+from kvcompress.ops import library
+from kvcompress.ops.call import Call
+from kvcompress.ops.heads.plan import encoder_struct
 from kvcompress.ops.heads.reference import HeadsOp
+from kvcompress.ops.interface.common import MAX_HEAD_DIM
+from kvcompress.ops.interface.heads import AppendArgs, AttendArgs
 from kvcompress.ops.rows import rows_struct
 
 
 def covers(layer: HeadsSpec) -> bool:
     """Whether the kernels know this layer's shape and codes."""
     codes = layer.k.unpacked_by("cpu") and layer.v.unpacked_by("cpu")
-    return codes and layer.head_dim <= interface.MAX_HEAD_DIM and layer.head_dim % 8 == 0
+    return codes and layer.head_dim <= MAX_HEAD_DIM and layer.head_dim % 8 == 0
 
 
 class CpuHeads(HeadsOp):
@@ -34,46 +37,31 @@ class CpuHeads(HeadsOp):
     def append(self, pages_NHX: Tensor, keys_THD: Tensor, values_THD: Tensor, slots_T: Tensor) -> None:
         assert keys_THD.shape == values_THD.shape
         assert keys_THD.shape[0] == slots_T.shape[0]
-        k, v = self.plan.codec.k, self.plan.codec.v
         slots_T = slots_T.to(torch.int64).contiguous()
-        args = interface.AppendArgs(
+        args = AppendArgs(
             pages=self.plan.pages_struct(pages_NHX, self.layout(pages_NHX)),
             keys=rows_struct(keys_THD),
             values=rows_struct(values_THD),
-            slots=slots_T.data_ptr(),
+            slots=slots_T,
             num_tokens=slots_T.shape[0],
-            k_mean_HD=k.mean_HD.data_ptr(),
-            k_encode_HDR=k.encode_HDR.data_ptr(),
-            k_weight_HR=k.weight_HR.data_ptr(),
-            v_mean_HD=v.mean_HD.data_ptr(),
-            v_encode_HDR=v.encode_HDR.data_ptr(),
-            v_weight_HR=v.weight_HR.data_ptr(),
-            threads=torch.get_num_threads(),
-            level=library.level(),
+            k=encoder_struct(self.plan.codec.k),
+            v=encoder_struct(self.plan.codec.v),
+            run=library.run(),
         )
-        library.check(self._compiled.kvc_append(ctypes.byref(args)))
+        library.check(self._compiled.kvc_heads_append(ctypes.byref(args)))
 
     def attend(self, call: Call, pages_NHX: Tensor) -> None:
         k, v = self.plan.codec.k, self.plan.codec.v
-        table_RN, starts_R, lengths_R = call.numbers()
-        args = interface.AttendArgs(
+        args = AttendArgs(
             pages=self.plan.pages_struct(pages_NHX, self.layout(pages_NHX)),
             query=rows_struct(call.query_THD),
             output=rows_struct(call.output_THD),
-            lse_TH=None if call.lse_TH is None else call.lse_TH.data_ptr(),
-            k_decode_HDR=self.plan.k_decode_HDR.data_ptr(),
-            k_mean_HD=k.mean_HD.data_ptr(),
-            v_decode_HRD=v.decode_HRD.data_ptr(),
-            v_mean_HD=v.mean_HD.data_ptr(),
-            block_table=table_RN.data_ptr(),
-            block_table_stride=table_stride(table_RN[: len(lengths_R)]),
-            query_starts=starts_R.data_ptr(),
-            seq_lens=lengths_R.data_ptr(),
-            num_requests=len(lengths_R),
-            num_heads=call.query_THD.shape[1],
-            softmax_scale=call.softmax_scale,
-            split_tokens=self.split_tokens,
-            threads=torch.get_num_threads(),
-            level=library.level(),
+            lse_TH=call.lse_TH,
+            k_decode_HDR=self.plan.k_decode_HDR,
+            k_mean_HD=k.mean_HD,
+            v_decode_HRD=v.decode_HRD,
+            v_mean_HD=v.mean_HD,
+            batch=call.batch(),
+            run=library.run(self.split_tokens),
         )
-        library.check(self._compiled.kvc_attend(ctypes.byref(args)))
+        library.check(self._compiled.kvc_heads_attend(ctypes.byref(args)))

@@ -8,23 +8,23 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from kvcompress.codec.bands import SideSpec
-from kvcompress.codec.heads.codec import HeadsCodec, SideCodec
+from kvcompress.codec.heads.codec import HeadsCodec
 from kvcompress.codec.heads.layout import CHUNK_TOKENS, FRAGMENT, PageLayout
 from kvcompress.codec.heads.spec import HeadsSpec
-from kvcompress.ops import cuda_library, gpu, interface
+from kvcompress.ops import cuda_library, gpu
 from kvcompress.ops.call import Call
 from kvcompress.ops.heads import prefill
+from kvcompress.ops.heads.plan import encoder_struct
 from kvcompress.ops.heads.reference import HeadsOp
+from kvcompress.ops.interface.common import MAX_BANDS
+from kvcompress.ops.interface.heads import CUDA_MAX_RANK, CUDA_MAX_TILES, AppendArgs, GatherArgs, Pages
 from kvcompress.ops.rows import DTYPES, int32_rows, rows_struct
 from kvcompress.ops.sides import side_struct
-
-_MAX_TILES = 17
 
 
 def covers_blocks(block_size: int) -> bool:
@@ -43,13 +43,13 @@ def fits(library: ctypes.CDLL, layer: HeadsSpec) -> bool:
     """Whether the GPU's shared memory has room for what attention keeps of a layer that is known: of all it covers on
     an H100 or H200; not of 256 channels in 16 bits each on an A100, nor in 8 bits each on 8.6 and 8.9."""
     layout = PageLayout.of(layer, CHUNK_TOKENS, FRAGMENT)
-    pages = interface.Pages(
+    pages = Pages(
         block_size=layout.block_size,
         num_kv_heads=layout.num_kv_heads,
         k=side_struct(layer.k, layout.k),
         v=side_struct(layer.v, layout.v),
     )
-    return bool(library.kvc_cuda_covers(ctypes.byref(pages)) == 0)
+    return bool(library.kvc_cuda_heads_covers(ctypes.byref(pages)) == 0)
 
 
 def _known(*sides: SideSpec) -> bool:
@@ -58,7 +58,7 @@ def _known(*sides: SideSpec) -> bool:
 
 def _side_known(side: SideSpec) -> bool:
     tiles = sum(-(-band.width // 16) for band in side.bands)
-    small = side.rank <= cuda_library.MAX_RANK and tiles <= _MAX_TILES and len(side.bands) <= 4
+    small = side.rank <= CUDA_MAX_RANK and tiles <= CUDA_MAX_TILES and len(side.bands) <= MAX_BANDS
     return side.unpacked_by("cuda") and small
 
 
@@ -93,18 +93,18 @@ class CudaHeads(HeadsOp):
         whole_blocks: bool,
     ) -> None:
         numbers = numbers.to(pages_NHX.device, torch.int64).contiguous()
-        args = cuda_library.AppendArgs(
+        args = AppendArgs(
             pages=self.plan.pages_struct(pages_NHX, self.layout(pages_NHX)),
             keys=rows_struct(keys_THD),
             values=rows_struct(values_THD),
-            slots=None if whole_blocks else numbers.data_ptr(),
-            blocks=numbers.data_ptr() if whole_blocks else None,
+            slots=None if whole_blocks else numbers,
+            blocks=numbers if whole_blocks else None,
             num_tokens=keys_THD.shape[0],
-            stream=gpu.stream(keys_THD.device),
-            **_encode_tensors("k", self.plan.codec.k),
-            **_encode_tensors("v", self.plan.codec.v),
+            k=encoder_struct(self.plan.codec.k),
+            v=encoder_struct(self.plan.codec.v),
+            run=gpu.run(keys_THD.device, keys_THD.shape[0]),
         )
-        cuda_library.check(self._kernels, self._kernels.kvc_cuda_append(ctypes.byref(args)))
+        cuda_library.check(self._kernels, self._kernels.kvc_cuda_heads_append(ctypes.byref(args)))
 
     def read(
         self, pages_NHX: Tensor, block_table_N: Tensor, length: int, dtype: torch.dtype = torch.float32
@@ -114,16 +114,16 @@ class CudaHeads(HeadsOp):
         k_THR, v_THR = (
             torch.empty(length, spec.num_kv_heads, side.rank, dtype=dtype, device=device) for side in (spec.k, spec.v)
         )
-        args = cuda_library.GatherArgs(
+        args = GatherArgs(
             pages=self.plan.pages_struct(pages_NHX, self.layout(pages_NHX)),
-            keys_THR=k_THR.data_ptr(),
-            values_THR=v_THR.data_ptr(),
+            keys_THR=k_THR,
+            values_THR=v_THR,
             dtype=DTYPES[dtype],
-            block_table=block_table_N.data_ptr(),
+            block_table=block_table_N,
             num_tokens=length,
             stream=gpu.stream(device),
         )
-        cuda_library.check(self._kernels, self._kernels.kvc_cuda_gather(ctypes.byref(args)))
+        cuda_library.check(self._kernels, self._kernels.kvc_cuda_heads_gather(ctypes.byref(args)))
         return k_THR, v_THR
 
     def attend(self, call: Call, pages_NHX: Tensor, splits: int | None = None) -> None:
@@ -159,10 +159,10 @@ class CudaHeads(HeadsOp):
             absorbed_THR: queries times k_decode, float32, contiguous `[tokens, query heads, k rank]`.
         """
         layout = self.layout(pages_NHX)
-        arguments = partial(cuda_library.AttendArgs, pages=self.plan.pages_struct(pages_NHX, layout))
+        pages = self.plan.pages_struct(pages_NHX, layout)
         shape = (layout.num_kv_heads, layout.block_size, self.plan.spec.v.rank)
-        kernel = self._kernels.kvc_cuda_attend
-        return gpu.attend_latents(self._kernels, kernel, arguments, call, absorbed_THR, shape, splits)
+        kernel = self._kernels.kvc_cuda_heads_attend
+        return gpu.attend_latents(self._kernels, kernel, pages, call, absorbed_THR, shape, splits)
 
     def workspace_bytes(self, tokens: int, num_heads: int, longest: int, dtype: torch.dtype) -> int:
         spec, device = self.plan.spec, self.plan.codec.k.mean_HD.device
@@ -173,8 +173,3 @@ class CudaHeads(HeadsOp):
             else super().workspace_bytes(tokens, num_heads, longest, dtype)
         )
         return max(prompt, gpu.workspace_bytes(spec.head_dim, spec.k.rank, spec.v.rank, tokens, num_heads, device))
-
-
-def _encode_tensors(name: str, side: SideCodec) -> dict[str, int]:
-    tensors = {"mean_HD": side.mean_HD, "encode_HDR": side.encode_HDR, "weight_HR": side.weight_HR}
-    return {f"{name}_{tensor}": value.data_ptr() for tensor, value in tensors.items()}

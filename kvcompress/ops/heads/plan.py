@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kvcompress.codec.heads.codec import HeadsCodec
+from kvcompress.codec.heads.codec import HeadsCodec, SideCodec
 from kvcompress.codec.heads.layout import PageLayout
 from kvcompress.codec.heads.spec import HeadsSpec
-from kvcompress.ops import interface
+from kvcompress.ops.interface.heads import Encoder, Pages
 from kvcompress.ops.sides import side_struct
 
 
@@ -25,7 +25,7 @@ class HeadsPlan:
     token_bytes: int = field(init=False)
     """Of one head."""
     _layouts: dict[tuple[int, str], PageLayout] = field(init=False, repr=False, default_factory=dict)
-    _pages: dict[PageLayout, interface.Pages] = field(init=False, repr=False, default_factory=dict)
+    _pages: dict[PageLayout, Pages] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "codec", self.codec.to(self.codec.k.mean_HD.device))
@@ -40,20 +40,24 @@ class HeadsPlan:
             self._layouts[block_size, order] = PageLayout.of(self.spec, block_size, order)
         return self._layouts[block_size, order]
 
-    def pages_struct(self, pages_NHX: Tensor, layout: PageLayout) -> interface.Pages:
+    def pages_struct(self, pages_NHX: Tensor, layout: PageLayout) -> Pages:
         """The C description of a cache; the part that depends on the layout alone is made once."""
         assert pages_NHX.dtype == torch.uint8, pages_NHX.dtype
         assert pages_NHX.shape[1:] == (layout.num_kv_heads, layout.record_bytes), (pages_NHX.shape, layout)
         assert pages_NHX.stride(2) == 1
         if layout not in self._pages:
-            struct = interface.Pages()
+            struct = Pages()
             struct.block_size = layout.block_size
             struct.num_kv_heads, struct.head_dim = self.spec.num_kv_heads, self.spec.head_dim
             struct.k = side_struct(self.spec.k, layout.k)
             struct.v = side_struct(self.spec.v, layout.v)
             self._pages[layout] = struct
-        struct = interface.Pages.from_buffer_copy(self._pages[layout])
-        struct.data = pages_NHX.data_ptr()
+        struct = Pages.from_buffer_copy(self._pages[layout])
+        struct.point("data", pages_NHX)
         struct.num_blocks = pages_NHX.shape[0]
         struct.block_stride, struct.head_stride = pages_NHX.stride(0), pages_NHX.stride(1)
         return struct
+
+
+def encoder_struct(side: SideCodec) -> Encoder:
+    return Encoder(side.mean_HD, side.encode_HDR, side.weight_HR)

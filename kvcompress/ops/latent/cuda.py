@@ -8,8 +8,9 @@ import functools
 import torch
 from torch import Tensor
 
-from kvcompress.ops import cuda_library, gpu, interface
+from kvcompress.ops import cuda_library, gpu
 from kvcompress.ops.call import Call
+from kvcompress.ops.interface.latent import AppendArgs, AttendArgs
 from kvcompress.ops.latent.plan import latent_pages_struct
 from kvcompress.ops.latent.reference import LatentOp
 from kvcompress.ops.rows import rows_struct
@@ -22,37 +23,6 @@ SPLIT_COST = 256
 
 FEW_ROWS = 16
 """Query rows of a request up to which two blocks of threads fit on a multiprocessor."""
-
-
-class AttendArgs(ctypes.Structure):
-    _fields_ = (
-        ("pages", interface.LatentPages),
-        ("query", interface.Rows),
-        ("output", interface.Rows),
-        ("workspace", ctypes.c_void_p),
-        ("block_table", ctypes.c_void_p),
-        ("block_table_stride", ctypes.c_int64),
-        ("query_starts", ctypes.c_void_p),
-        ("seq_lens", ctypes.c_void_p),
-        ("num_tokens", ctypes.c_int64),
-        ("num_requests", ctypes.c_int32),
-        ("max_query_len", ctypes.c_int32),
-        ("num_heads", ctypes.c_int32),
-        ("rank", ctypes.c_int32),
-        ("splits", ctypes.c_int32),
-        ("softmax_scale", ctypes.c_float),
-        ("stream", ctypes.c_void_p),
-    )
-
-
-class AppendArgs(ctypes.Structure):
-    _fields_ = (
-        ("pages", interface.LatentPages),
-        ("keys", interface.Rows),
-        ("slots", ctypes.c_void_p),
-        ("num_tokens", ctypes.c_int64),
-        ("stream", ctypes.c_void_p),
-    )
 
 
 def covers(library: ctypes.CDLL, channels: int, dtype: torch.dtype) -> bool:
@@ -85,9 +55,9 @@ class CudaLatent(LatentOp):
         args = AppendArgs(
             pages=latent_pages_struct(pages_NSC),
             keys=rows_struct(key_TC[:, None]),
-            slots=slots_T.data_ptr(),
+            slots=slots_T,
             num_tokens=slots_T.shape[0],
-            stream=gpu.stream(pages_NSC.device),
+            run=gpu.run(pages_NSC.device, slots_T.shape[0]),
         )
         cuda_library.check(self._kernels, self._kernels.kvc_cuda_latent_append(ctypes.byref(args)))
 
@@ -102,35 +72,23 @@ class CudaLatent(LatentOp):
         query_THC, output_THR = call.query_THD, call.output_THD
         if query_THC.data_ptr() % 4 or query_THC.stride(0) % 2 or query_THC.stride(1) % 2:
             query_THC = query_THC.clone(memory_format=torch.contiguous_format)
-        table_RN, starts_R, lengths_R = call.numbers(query_THC.device)
-        max_query_len = call.most_queries
+        batch, max_query_len = call.batch(query_THC.device), call.most_queries
         tokens, heads, rank = output_THR.shape
-        requests = lengths_R.shape[0]
-        if not tokens or not requests:
+        if not tokens or not batch.num_requests:
             return
-        assert table_RN.stride(-1) == 1
         if splits is None:
-            context = table_RN.shape[1] * pages_NSC.shape[1]
-            splits = choose_splits(requests, max_query_len * heads, context, gpu.multiprocessors(pages_NSC.device))
-        partial = _partial(splits, tokens * heads, rank)
-        workspace = torch.empty(partial, device=pages_NSC.device)
+            context, multiprocessors = (
+                call.block_table_RN.shape[1] * pages_NSC.shape[1],
+                gpu.multiprocessors(self._device),
+            )
+            splits = choose_splits(batch.num_requests, max_query_len * heads, context, multiprocessors)
         args = AttendArgs(
             pages=latent_pages_struct(pages_NSC),
             query=rows_struct(query_THC),
             output=rows_struct(output_THR),
-            workspace=workspace.data_ptr() if partial else None,
-            block_table=table_RN.data_ptr(),
-            block_table_stride=table_RN.stride(0),
-            query_starts=starts_R.data_ptr(),
-            seq_lens=lengths_R.data_ptr(),
-            num_tokens=tokens,
-            num_requests=requests,
-            max_query_len=max_query_len,
-            num_heads=heads,
+            batch=batch,
             rank=rank,
-            splits=splits,
-            softmax_scale=call.softmax_scale,
-            stream=gpu.stream(pages_NSC.device),
+            run=gpu.run(self._device, tokens, heads, max_query_len, splits, _padded(rank)),
         )
         cuda_library.check(self._kernels, self._kernels.kvc_cuda_latent_attend(ctypes.byref(args)))
 
@@ -152,14 +110,13 @@ def _workspace_bytes(tokens: int, heads: int, rank: int, longest: int, device: t
         (requests, choose_splits(requests, heads, longest, multiprocessors))
         for requests in range(1, min(tokens, 1024) + 1)
     )
-    most = max(_partial(splits, queries * heads, rank) for queries, splits in (*prompts, *decoding))
-    return most * torch.float32.itemsize
+    most = max(splits * queries if splits > 1 else 0 for queries, splits in (*prompts, *decoding))
+    return most * heads * (_padded(rank) + 1) * torch.float32.itemsize
 
 
-def _partial(splits: int, rows: int, rank: int) -> int:
-    """Numbers that splits leave to be merged: of every row its sums, and their weight."""
-    padded_rank = -(-rank // 16) * 16
-    return splits * rows * (padded_rank + 1) if splits > 1 else 0
+def _padded(rank: int) -> int:
+    """Numbers that a split leaves of a row."""
+    return -(-rank // 16) * 16
 
 
 @functools.lru_cache(maxsize=4096)

@@ -9,7 +9,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from kvcompress.ops.rows import int32_rows
+from kvcompress.ops.interface.common import Batch
+from kvcompress.ops.interface.shared import Exact
+from kvcompress.ops.rows import batch_struct, int32_rows, rows_struct
 
 
 @dataclass
@@ -59,6 +61,12 @@ class SharedCall:
             stored_lens=int32_rows(self.stored_lens, device),
             exact_rows=int32_rows(self.exact_rows, device),
         )
+
+    def structs(self) -> tuple[Batch, Exact]:
+        """The requests and the step's own tokens for the C interface; numbers are where kernels read them."""
+        batch = batch_struct(self.query_starts, self.seq_lens, self.query_THD.shape[1], self.softmax_scale)
+        rows = (rows_struct(self.keys_THD), rows_struct(self.values_THD))
+        return batch, Exact(*rows, self.stored_lens, self.exact_rows, self.exact_starts_R)
 
     @property
     def most_queries(self) -> int:

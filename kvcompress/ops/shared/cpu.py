@@ -9,7 +9,9 @@ from torch import Tensor
 
 from kvcompress.codec.bands import SideSpec
 from kvcompress.codec.shared.codec import SharedCodec
-from kvcompress.ops import interface, library
+from kvcompress.ops import library
+from kvcompress.ops.interface.common import LEVELS, MAX_HEAD_DIM, MAX_LATENT_CHANNELS
+from kvcompress.ops.interface.shared import AttendArgs, StoreArgs
 from kvcompress.ops.rows import rows_struct
 from kvcompress.ops.shared.call import SharedCall
 from kvcompress.ops.shared.records import records_array, records_struct
@@ -20,7 +22,7 @@ from kvcompress.ops.sides import record_struct
 def covers(codec: SharedCodec) -> bool:
     """Whether the kernels know this layer's shape and codes."""
     head_dim, ranks = codec.spec.head_dim, (codec.k.decode_HRD.shape[1], codec.v.decode_HRD.shape[1])
-    known = head_dim <= interface.MAX_HEAD_DIM and head_dim % 8 == 0 and max(ranks) <= interface.MAX_LATENT_CHANNELS
+    known = head_dim <= MAX_HEAD_DIM and head_dim % 8 == 0 and max(ranks) <= MAX_LATENT_CHANNELS
     sides = (codec.spec.k, codec.spec.v)
     return known and all(side.unpacked_by("cpu") and not side.outliers for side in sides)
 
@@ -44,22 +46,21 @@ class CpuShared(SharedOp):
     def store(
         self, records_NHSX: Tensor, spec: SideSpec, latent_THR: Tensor, weight_HR: Tensor, slots_T: Tensor
     ) -> None:
-        if spec.rank > interface.MAX_HEAD_DIM:
+        if spec.rank > MAX_HEAD_DIM:
             super().store(records_NHSX, spec, latent_THR, weight_HR, slots_T)
             return
         assert latent_THR.dtype == torch.float32
         assert latent_THR.shape == (slots_T.shape[0], records_NHSX.shape[1], spec.rank)
         slots_T, weight_HR = slots_T.to(torch.int64).contiguous(), weight_HR.float().contiguous()
-        args = interface.StoreArgs(
+        args = StoreArgs(
             records=records_struct(records_NHSX, record_struct(spec)),
             latents=rows_struct(latent_THR),
-            weight_HR=weight_HR.data_ptr(),
-            slots=slots_T.data_ptr(),
+            weight_HR=weight_HR,
+            slots=slots_T,
             num_tokens=slots_T.shape[0],
-            threads=torch.get_num_threads(),
-            level=library.level(),
+            run=library.run(),
         )
-        library.check(self._compiled.kvc_store(ctypes.byref(args)))
+        library.check(self._compiled.kvc_shared_store(ctypes.byref(args)))
 
     def attend(self, call: SharedCall) -> None:
         call = call.on("cpu")
@@ -71,40 +72,30 @@ class CpuShared(SharedOp):
     def _attend(self, call: SharedCall) -> None:
         plan, codec = self.plan, self.plan.codec
         codes, scale = None, None
-        if codec.rope is not None and library.level() >= library.LEVELS.index("avx512vnni"):
+        if codec.rope is not None and library.level() >= LEVELS.index("avx512vnni"):
             codes, scale = plan.k_codes_blocked or (None, None)
         own = codec.rope is None
-        exact_starts_R = call.exact_starts_R
-        args = interface.SharedAttendArgs(
+        batch, exact = call.structs()
+        args = AttendArgs(
             k=records_array(call.k_records, call.k_tables, plan.k_struct),
             v=records_array(call.v_records, call.v_tables, plan.v_struct),
             num_k=len(call.k_records),
             num_stripes=len(call.v_records),
             query=rows_struct(call.query_THD),
             output=rows_struct(call.output_THD),
-            keys=rows_struct(call.keys_THD),
-            values=rows_struct(call.values_THD),
-            k_mean_HD=codec.k.mean_HD.data_ptr(),
-            k_decode_HDR=plan.k_decode_HDR.data_ptr() if own else None,
-            k_decode_blocked=None if own or codes is not None else plan.k_decode_blocked.data_ptr(),
-            k_codes_blocked=None if codes is None else codes.data_ptr(),
-            k_scale_HD=None if scale is None else scale.data_ptr(),
-            v_decode_HRD=codec.v.decode_HRD.data_ptr(),
-            v_mean_HD=codec.v.mean_HD.data_ptr(),
-            rope_frequency_F=None if codec.rope is None else codec.rope.frequency_F.data_ptr(),
+            exact=exact,
+            k_mean_HD=codec.k.mean_HD,
+            k_decode_HDR=plan.k_decode_HDR if own else None,
+            k_decode_blocked=None if own or codes is not None else plan.k_decode_blocked,
+            k_codes_blocked=codes,
+            k_scale_HD=scale,
+            v_decode_HRD=codec.v.decode_HRD,
+            v_mean_HD=codec.v.mean_HD,
+            rope_frequency_F=None if codec.rope is None else codec.rope.frequency_F,
             rope_amplitude=plan.amplitude,
-            query_starts=call.query_starts.data_ptr(),
-            seq_lens=call.seq_lens.data_ptr(),
-            stored_lens=call.stored_lens.data_ptr(),
-            exact_rows=call.exact_rows.data_ptr(),
-            exact_starts=exact_starts_R.data_ptr(),
-            num_requests=call.seq_lens.shape[0],
-            num_heads=call.query_THD.shape[1],
+            batch=batch,
             num_kv_heads=codec.k.mean_HD.shape[0],
             head_dim=codec.k.mean_HD.shape[1],
-            softmax_scale=call.softmax_scale,
-            split_tokens=self.split_tokens,
-            threads=torch.get_num_threads(),
-            level=library.level(),
+            run=library.run(self.split_tokens),
         )
         library.check(self._compiled.kvc_shared_attend(ctypes.byref(args)))

@@ -15,17 +15,15 @@ from torch import Tensor
 from kvcompress.codec.bands import SideSpec
 from kvcompress.codec.shared.codec import SharedCodec
 from kvcompress.ops import cuda_library, gpu
+from kvcompress.ops.interface.shared import CUDA_MAX_STRIPES, CUDA_MAX_TILES, CudaAttendArgs, StoreArgs
 from kvcompress.ops.rows import rows_struct
 from kvcompress.ops.shared import fragments
 from kvcompress.ops.shared.call import SharedCall
-from kvcompress.ops.shared.interface import SharedAttendArgs, StoreArgs
 from kvcompress.ops.shared.plan import SharedPlan
 from kvcompress.ops.shared.records import records_array, records_struct
 from kvcompress.ops.shared.reference import SharedOp
 from kvcompress.ops.sides import merged_bands, record_struct
 
-MAX_STRIPES = 32
-MAX_TILES = 64
 MAX_TOKEN_BYTES = 1024
 """Of a record: what kernels hold of wider ones has no room in the shared memory of the smallest GPU, 99 KiB."""
 
@@ -42,14 +40,14 @@ _BLOCKS = {"score": 2, "mix": 8}
 def covers(codec: SharedCodec) -> bool:
     """Whether the kernels attend layers like this one."""
     spec = codec.spec
-    shape = fragments.covers(spec.head_dim) and len(spec.group) <= MAX_STRIPES
+    shape = fragments.covers(spec.head_dim) and len(spec.group) <= CUDA_MAX_STRIPES
     return shape and _known(spec.k) and _known(spec.v)
 
 
 def _known(side: SideSpec) -> bool:
     bands = merged_bands(side)
     tiles = sum(fragments.padded(*band) for band in bands) // fragments.TILE
-    small = tiles <= MAX_TILES and side.bytes_per_token <= MAX_TOKEN_BYTES
+    small = tiles <= CUDA_MAX_TILES and side.bytes_per_token <= MAX_TOKEN_BYTES
     return side.unpacked_by("cuda") and small and not side.outliers
 
 
@@ -79,12 +77,12 @@ class CudaShared(SharedOp):
         args = StoreArgs(
             records=records_struct(records_NHSX, record_struct(spec)),
             latents=rows_struct(latent_THR),
-            weight_HR=weight_HR.data_ptr(),
-            slots=slots_T.data_ptr(),
+            weight_HR=weight_HR,
+            slots=slots_T,
             num_tokens=slots_T.shape[0],
-            stream=gpu.stream(latent_THR.device),
+            run=gpu.run(latent_THR.device, slots_T.shape[0]),
         )
-        cuda_library.check(self._kernels, self._kernels.kvc_cuda_store(ctypes.byref(args)))
+        cuda_library.check(self._kernels, self._kernels.kvc_cuda_shared_store(ctypes.byref(args)))
 
     def attend(self, call: SharedCall) -> None:
         assert all(_aligned(records) for records in (*call.k_records, *call.v_records))
@@ -128,44 +126,28 @@ class CudaShared(SharedOp):
                     _splits("score", score_blocks, context, query_THD),
                     _splits("mix", mix_blocks, context, query_THD),
                 )
-            partial = splits[1] * tokens * heads * (mixed_THR.shape[2] + 1) if splits[1] > 1 else 0
-            workspace = mixed_THR.new_empty(partial)
-            exact_starts_R = call.exact_starts_R
-            described, kept = _described_keys(plan, query_THD)
-            args = SharedAttendArgs(
+            batch, exact = call.structs()
+            args = CudaAttendArgs(
                 k=records_array(call.k_records, call.k_tables, plan.k_struct),
                 v=records_array(call.v_records, call.v_tables, plan.v_struct),
                 num_k=len(call.k_records),
                 num_stripes=len(call.v_records),
-                keys=rows_struct(call.keys_THD),
-                values=rows_struct(call.values_THD),
-                scores=scores.data_ptr(),
+                exact=exact,
+                scores=scores,
                 score_stride=stride,
-                mixed_THR=mixed_THR.data_ptr(),
-                mixed_lse_TH=mixed_lse_TH.data_ptr(),
-                exact_THD=exact_THD.data_ptr(),
-                exact_lse_TH=exact_lse_TH.data_ptr(),
-                workspace=workspace.data_ptr() if partial else None,
-                query_starts=call.query_starts.data_ptr(),
-                seq_lens=call.seq_lens.data_ptr(),
-                stored_lens=call.stored_lens.data_ptr(),
-                exact_rows=call.exact_rows.data_ptr(),
-                exact_starts=exact_starts_R.data_ptr(),
-                num_tokens=tokens,
-                num_requests=requests,
+                mixed_THR=mixed_THR,
+                mixed_lse_TH=mixed_lse_TH,
+                exact_THD=exact_THD,
+                exact_lse_TH=exact_lse_TH,
+                batch=batch,
                 requests_at_once=at_once,
-                max_query_len=max_query_len,
-                num_heads=heads,
                 num_kv_heads=kv_heads,
                 head_dim=head_dim,
                 score_splits=splits[0],
-                mix_splits=splits[1],
-                softmax_scale=call.softmax_scale,
-                stream=gpu.stream(query_THD.device),
-                **described,
+                run=gpu.run(query_THD.device, tokens, heads, max_query_len, splits[1], mixed_THR.shape[2]),
+                **_described_keys(plan, query_THD),
             )
             cuda_library.check(self._kernels, self._kernels.kvc_cuda_shared_attend(ctypes.byref(args)))
-            del kept
         mixed_THGR = mixed_THR.unflatten(1, (kv_heads, -1))
         stored_THGD = torch.einsum("thgr,hrd->thgd", mixed_THGR, codec.v.decode_HRD) + codec.v.mean_HD[:, None, :]
         share_TH1 = torch.sigmoid(mixed_lse_TH - exact_lse_TH)[..., None]
@@ -182,23 +164,23 @@ class CudaShared(SharedOp):
         return max(super().workspace_bytes(tokens, num_heads, longest), kernels)
 
 
-def _described_keys(plan: SharedPlan, query_THD: Tensor) -> tuple[dict[str, object], list[Tensor]]:
-    """What the kernels need of queries and decoders, and the tensors that it points to."""
+def _described_keys(plan: SharedPlan, query_THD: Tensor) -> dict[str, object]:
+    """What the kernels need of queries and decoders."""
     codec = plan.codec
     if codec.rope is None:
         grouped_THGD = query_THD.float().unflatten(1, (codec.k.mean_HD.shape[0], -1))
         absorbed_THP = torch.einsum("thgd,hdp->thgp", grouped_THGD, plan.k_absorb_HDP).flatten(1, 2).contiguous()
-        return {"query": rows_struct(absorbed_THP), "k_channels": absorbed_THP.shape[2]}, [absorbed_THP]
+        return {"query": rows_struct(absorbed_THP), "k_channels": absorbed_THP.shape[2]}
     keys = plan.k_fragments
-    tensors = {
+    return {
+        "query": rows_struct(query_THD),
+        "k_channels": keys.width,
         "k_decode": keys.decode,
         "k_decode_unit": keys.unit_H,
         "k_mean": keys.mean_HW,
         "rope_frequency": keys.frequency_F,
         "rope_amplitude": keys.amplitude_1,
     }
-    pointers = {name: tensor.data_ptr() for name, tensor in tensors.items()}
-    return {"query": rows_struct(query_THD), "k_channels": keys.width, **pointers}, list(tensors.values())
 
 
 def _splits(what: str, blocks: int, context: int, query_THD: Tensor) -> int:

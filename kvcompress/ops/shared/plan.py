@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvcompress.codec.bands import SideSpec
 from kvcompress.codec.shared.codec import SharedCodec
-from kvcompress.ops import interface
+from kvcompress.ops.interface.common import Side
 from kvcompress.ops.shared import fragments
 from kvcompress.ops.sides import merged_bands, record_struct
 
@@ -31,11 +31,11 @@ class SharedPlan:
         return len(self.codec.spec.group)
 
     @cached_property
-    def k_struct(self) -> interface.Side:
+    def k_struct(self) -> Side:
         return record_struct(self.codec.k.spec)
 
     @cached_property
-    def v_struct(self) -> interface.Side:
+    def v_struct(self) -> Side:
         return record_struct(self.codec.v.spec)
 
     @cached_property

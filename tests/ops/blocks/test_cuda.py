@@ -17,6 +17,7 @@ from kvcompress.ops.blocks.attention import bind
 from kvcompress.ops.blocks.cuda import CudaBlocks
 from kvcompress.ops.blocks.reference import BlocksOp, newest
 from kvcompress.ops.call import Call
+from kvcompress.ops.interface.blocks import CUDA_WIDTHS
 from tests.ops import emulated
 from tests.ops.blocks.cases import Batch, batch_of, random_batch, random_codec
 from tests.ops.blocks.cuda_sides import BAR, SHAPES, cuda_sides, random_query
@@ -56,7 +57,7 @@ def test_every_instance(kernels: ctypes.CDLL, head_dim: int, specs: Specs) -> No
 
 
 def test_every_listed_pair_of_widths_is_tried() -> None:
-    assert {(k.bits, v.bits) for _, (k, v) in SHAPES} == set(cuda_blocks.BITS)
+    assert {(k.bits, v.bits) for _, (k, v) in SHAPES} == set(CUDA_WIDTHS)
 
 
 @pytest.mark.parametrize("group", [1, 7, 12])
@@ -245,13 +246,6 @@ def test_what_the_kernels_refuse(kernels: ctypes.CDLL, change: dict[str, Any], p
     call = Call(torch.zeros(1, 1, 256), torch.zeros(1, 1, 256), numbers([0])[0][None], *numbers([0, 1], [1]), 1.0)
     with pytest.raises(ValueError, match="shape"):
         CudaBlocks(kernels, codec).attend_blocks(call, torch.zeros(1, 1, k.rank), pages_NHMB)
-
-
-def test_structs_have_the_sizes_the_library_was_built_with(kernels: ctypes.CDLL) -> None:
-    sizes = (ctypes.c_int64 * 3)()
-    kernels.kvc_cuda_block_struct_sizes(sizes)
-    structs = (cuda_blocks.BlockAttendArgs, cuda_blocks.NewestArgs, cuda_blocks.KeepArgs)
-    assert list(sizes) == [ctypes.sizeof(struct) for struct in structs]
 
 
 @pytest.fixture

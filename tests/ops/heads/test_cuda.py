@@ -12,7 +12,7 @@ from kvcompress.codec.bands import SideSpec
 from kvcompress.codec.heads import fragment, pages
 from kvcompress.codec.heads.layout import FRAGMENT, PageLayout
 from kvcompress.codec.heads.spec import HeadsSpec
-from kvcompress.ops import cuda_library, gpu
+from kvcompress.ops import gpu
 from kvcompress.ops.heads import cuda
 from kvcompress.ops.heads.cuda import CudaHeads
 from tests.golden import pages as golden
@@ -281,13 +281,6 @@ def test_what_the_kernels_refuse(kernels: ctypes.CDLL, monkeypatch: pytest.Monke
     monkeypatch.setattr(cuda, "covers_blocks", lambda block_size: True)
     with pytest.raises(ValueError, match="shape"):
         op.compress(pages_NHX, tokens, tokens, torch.tensor([0]))
-
-
-def test_structs_have_the_sizes_the_library_was_built_with(kernels: ctypes.CDLL) -> None:
-    sizes = (ctypes.c_int64 * 3)()
-    kernels.kvc_cuda_struct_sizes(sizes)
-    structs = (cuda_library.AttendArgs, cuda_library.AppendArgs, cuda_library.GatherArgs)
-    assert list(sizes) == [ctypes.sizeof(struct) for struct in structs]
 
 
 def test_splits_fill_the_device() -> None:

@@ -161,12 +161,6 @@ def test_append_writes_what_torch_does(kernels: ctypes.CDLL, channels: int, dtyp
     torch.testing.assert_close(written, expected, rtol=0, atol=0, equal_nan=True)
 
 
-def test_structs_have_the_sizes_the_library_was_built_with(kernels: ctypes.CDLL) -> None:
-    sizes = (ctypes.c_int64 * 2)()
-    kernels.kvc_cuda_latent_struct_sizes(sizes)
-    assert list(sizes) == [ctypes.sizeof(struct) for struct in (cuda_latent.AttendArgs, cuda_latent.AppendArgs)]
-
-
 @pytest.mark.parametrize(("kilobytes", "channels"), [(227, 2272), (163, 1584), (99, 896)])
 def test_most_channels(kernels: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, kilobytes: int, channels: int) -> None:
     """Of an H200, an A100 and an RTX 4090; the kernels keep to it, with fewer tiles on their way."""

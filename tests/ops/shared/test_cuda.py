@@ -11,7 +11,6 @@ from torch import Tensor
 from kvcompress.codec.bands import SideSpec
 from kvcompress.ops import gpu, library
 from kvcompress.ops.shared import cuda as cuda_shared
-from kvcompress.ops.shared import interface as cuda_shared_interface
 from kvcompress.ops.shared.attention import bind
 from kvcompress.ops.shared.call import SharedCall
 from kvcompress.ops.shared.cpu import CpuShared
@@ -269,10 +268,3 @@ def test_records_that_are_not_aligned_are_refused(kernels: ctypes.CDLL, monkeypa
     monkeypatch.setattr(cuda_shared, "_aligned", lambda records_NHSX: True)
     with pytest.raises(ValueError, match="shape"):
         op.store(*stored)
-
-
-def test_structs_have_the_sizes_the_library_was_built_with(kernels: ctypes.CDLL) -> None:
-    sizes = (ctypes.c_int64 * 2)()
-    kernels.kvc_cuda_shared_struct_sizes(sizes)
-    structs = (cuda_shared_interface.SharedAttendArgs, cuda_shared_interface.StoreArgs)
-    assert list(sizes) == [ctypes.sizeof(struct) for struct in structs]
