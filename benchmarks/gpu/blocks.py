@@ -14,7 +14,7 @@ from benchmarks.gpu.graphs import capture
 from benchmarks.gpu.sweep import COLD_BYTES, HEAD_DIM, HEADS, KV_HEADS, Step, timed
 from kvcompress.codec.blocks.codec import BlocksCodec, BlockSideCodec
 from kvcompress.codec.blocks.spec import BlockSide
-from kvcompress.codec.heads.layout import CHUNK_TOKENS
+from kvcompress.codec.layout import CHUNK_TOKENS
 from kvcompress.ops.blocks.attention import bind
 from kvcompress.ops.blocks.cuda import CudaBlocks
 from kvcompress.ops.call import Call

@@ -18,7 +18,7 @@ from benchmarks.gpu import blocks, latents, shared
 from benchmarks.gpu.graphs import capture
 from kvcompress.codec.bands import SideSpec
 from kvcompress.codec.heads import fragment
-from kvcompress.codec.heads.layout import FRAGMENT
+from kvcompress.codec.layout import FRAGMENT
 from kvcompress.ops.call import Call
 from kvcompress.ops.heads import prefill
 from kvcompress.ops.heads.attention import bind

@@ -13,7 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.gpu.timing import microseconds
 from kvcompress.codec.bands import Band, SideSpec
 from kvcompress.codec.heads.codec import HeadsCodec, SideCodec
-from kvcompress.codec.heads.layout import CHUNK_TOKENS, FRAGMENT, PageLayout
+from kvcompress.codec.heads.layout import PageLayout
+from kvcompress.codec.layout import CHUNK_TOKENS, FRAGMENT
 from kvcompress.ops.call import Call
 from kvcompress.ops.heads.attention import bind
 from kvcompress.ops.heads.cuda import CudaHeads

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kvcompress.codec.heads.layout import CHUNK_TOKENS
+from kvcompress.codec.layout import CHUNK_TOKENS
 from kvcompress.ops import cuda_library
 from kvcompress.ops.call import Call
 from kvcompress.ops.interface.common import Absorbed, Run

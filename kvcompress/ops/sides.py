@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvcompress.codec.bands import Band, SideSpec
-from kvcompress.codec.heads.layout import SideLayout
+from kvcompress.codec.layout import SideLayout
 from kvcompress.ops.interface.common import Side
 
 

@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 
 from kvcompress.codec.bands import Band, SideSpec
 from kvcompress.codec.blocks.spec import Axis, BlockSide, BlocksSpec
-from kvcompress.codec.heads.layout import PART_ALIGNMENT, PageLayout
+from kvcompress.codec.heads.layout import PageLayout
 from kvcompress.codec.heads.spec import HeadsSpec
 from kvcompress.codec.latent.spec import LatentSpec
+from kvcompress.codec.layout import PART_ALIGNMENT
 from kvcompress.codec.prompt.spec import PromptSpec
 from kvcompress.codec.shared.spec import SharedSpec
 from kvcompress.codec.spec import CacheSpec, CodecSpec

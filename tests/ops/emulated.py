@@ -19,7 +19,7 @@ import pytest
 from torch import Tensor
 
 from kvcompress.codec.heads import fragment
-from kvcompress.codec.heads.layout import FRAGMENT
+from kvcompress.codec.layout import FRAGMENT
 from kvcompress.ops import cuda_library, gpu
 from kvcompress.ops.heads import cuda
 from kvcompress.ops.heads.reference import HeadsOp

@@ -26,8 +26,9 @@ import torch
 from torch import Tensor
 
 from kvcompress.codec.bands import CHANNEL_GROUP, Band, SideSpec
-from kvcompress.codec.heads.layout import CHUNK_TOKENS, FRAGMENT, PageLayout
+from kvcompress.codec.heads.layout import PageLayout
 from kvcompress.codec.heads.spec import HeadsSpec
+from kvcompress.codec.layout import CHUNK_TOKENS, FRAGMENT
 
 _LANES = 32
 

@@ -20,28 +20,10 @@ bytes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from kvcompress.codec.codes.registry import listed, widths
 from kvcompress.codec.heads.spec import HeadsSpec
-
-TOKEN_MAJOR, FRAGMENT = "token_major", "fragment"
-"""Orders of the bytes in a record: token by token (CPU, reference), or as a warp's lanes load them (CUDA)."""
-
-CHUNK_TOKENS = 64
-"""Tokens of a `fragment` record that lie together."""
-
-PART_ALIGNMENT = 16
-"""Bulk copies need parts on 16-byte boundaries; a block of a multiple of 16 tokens gives them without padding."""
-
-
-class SideLayout(NamedTuple):
-    """Where one side's parts begin inside a record, in the order of `SideSpec.part_bytes`; -1 for an absent one."""
-
-    gain_offset: int
-    outlier_offset: int
-    channel_offset: int
-    code_offset: int
+from kvcompress.codec.layout import CHUNK_TOKENS, FRAGMENT, PART_ALIGNMENT, TOKEN_MAJOR, SideLayout
 
 
 @dataclass(frozen=True)

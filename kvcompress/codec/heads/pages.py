@@ -12,7 +12,8 @@ from torch import Tensor
 
 from kvcompress.codec.heads import fragment
 from kvcompress.codec.heads.codec import HeadsCodec
-from kvcompress.codec.heads.layout import FRAGMENT, PageLayout
+from kvcompress.codec.heads.layout import PageLayout
+from kvcompress.codec.layout import FRAGMENT
 from kvcompress.codec.record import Record
 
 

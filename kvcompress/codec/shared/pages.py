@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kvcompress.codec.bands import SideSpec
-from kvcompress.codec.heads.layout import PART_ALIGNMENT
+from kvcompress.codec.layout import PART_ALIGNMENT
 from kvcompress.codec.record import Record
 from kvcompress.codec.shared.spec import SharedSpec
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvcompress.codec.blocks.codec import BlocksCodec
 from kvcompress.codec.blocks.spec import BlockSide, BlocksSpec
-from kvcompress.codec.heads.layout import CHUNK_TOKENS
+from kvcompress.codec.layout import CHUNK_TOKENS
 from kvcompress.ops import cuda_library, gpu
 from kvcompress.ops.blocks.plan import rings_struct
 from kvcompress.ops.blocks.reference import BlocksOp

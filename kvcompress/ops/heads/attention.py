@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from kvcompress.codec.heads.codec import HeadsCodec
-from kvcompress.codec.heads.layout import FRAGMENT, TOKEN_MAJOR
 from kvcompress.codec.heads.spec import HeadsSpec
+from kvcompress.codec.layout import FRAGMENT, TOKEN_MAJOR
 from kvcompress.ops import gpu, library
 from kvcompress.ops.heads import cpu, cuda
 from kvcompress.ops.heads.reference import HeadsOp

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from kvcompress.codec.bands import SideSpec
 from kvcompress.codec.heads.codec import HeadsCodec
-from kvcompress.codec.heads.layout import CHUNK_TOKENS, FRAGMENT, PageLayout
+from kvcompress.codec.heads.layout import PageLayout
 from kvcompress.codec.heads.spec import HeadsSpec
+from kvcompress.codec.layout import CHUNK_TOKENS, FRAGMENT
 from kvcompress.ops import cuda_library, gpu
 from kvcompress.ops.call import Call
 from kvcompress.ops.heads import prefill

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from kvcompress.codec.heads import attention, pages
 from kvcompress.codec.heads.codec import HeadsCodec
-from kvcompress.codec.heads.layout import TOKEN_MAJOR, PageLayout
+from kvcompress.codec.heads.layout import PageLayout
+from kvcompress.codec.layout import TOKEN_MAJOR
 from kvcompress.ops.call import SCORE_BYTES, Call
 from kvcompress.ops.heads.plan import HeadsPlan
 

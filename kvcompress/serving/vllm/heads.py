@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from kvcompress.codec.heads.codec import HeadsCodec
-from kvcompress.codec.heads.layout import CHUNK_TOKENS, FRAGMENT, PageLayout
+from kvcompress.codec.heads.layout import PageLayout
 from kvcompress.codec.heads.spec import HeadsSpec
+from kvcompress.codec.layout import CHUNK_TOKENS, FRAGMENT
 from kvcompress.codec.spec import CodecSpec
 from kvcompress.ops import cuda_library
 from kvcompress.ops.heads import cuda

@@ -5,7 +5,7 @@ weights load.
 from __future__ import annotations
 
 from kvcompress.codec.groups import check_groups
-from kvcompress.codec.heads.layout import PART_ALIGNMENT
+from kvcompress.codec.layout import PART_ALIGNMENT
 from kvcompress.codec.spec import CacheSpec, CodecSpec
 from kvcompress.forms import FORMS
 from kvcompress.serving.loading import CANARY, canary_is_asked_for

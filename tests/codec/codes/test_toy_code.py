@@ -22,8 +22,9 @@ from kvcompress.codec.codes.code import Code
 from kvcompress.codec.codes.registry import CODES
 from kvcompress.codec.codes.uniform import Uniform
 from kvcompress.codec.heads.codec import HeadsCodec
-from kvcompress.codec.heads.layout import FRAGMENT, PageLayout
+from kvcompress.codec.heads.layout import PageLayout
 from kvcompress.codec.heads.spec import HeadsSpec
+from kvcompress.codec.layout import FRAGMENT
 from kvcompress.codec.nested import cut_spec
 from kvcompress.codec.shared.codec import SharedCodec
 from kvcompress.codec.spec import CodecSpec

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from kvcompress.codec.bands import Band, SideSpec
 from kvcompress.codec.heads import fragment, pages
-from kvcompress.codec.heads.layout import FRAGMENT, PageLayout
+from kvcompress.codec.heads.layout import PageLayout
 from kvcompress.codec.heads.spec import HeadsSpec
+from kvcompress.codec.layout import FRAGMENT
 from kvcompress.ops.heads.attention import bind
 from tests.golden import pages as golden
 from tests.ops.heads.cases import bands, random_codec

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from kvcompress.codec.bands import SideSpec
 from kvcompress.codec.heads import fragment, pages
-from kvcompress.codec.heads.layout import FRAGMENT, PageLayout
+from kvcompress.codec.heads.layout import PageLayout
 from kvcompress.codec.heads.spec import HeadsSpec
+from kvcompress.codec.layout import FRAGMENT
 from kvcompress.ops import gpu
 from kvcompress.ops.heads import cuda
 from kvcompress.ops.heads.cuda import CudaHeads

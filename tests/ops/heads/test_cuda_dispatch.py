@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvcompress.codec.heads.layout import FRAGMENT, TOKEN_MAJOR, PageLayout
+from kvcompress.codec.heads.layout import PageLayout
+from kvcompress.codec.layout import FRAGMENT, TOKEN_MAJOR
 from kvcompress.ops import cuda_library, gpu
 from kvcompress.ops.call import Call
 from kvcompress.ops.heads import prefill

@@ -21,7 +21,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
-from kvcompress.codec.heads.layout import PART_ALIGNMENT
+from kvcompress.codec.layout import PART_ALIGNMENT
 
 _OWN_NAMES = hasattr(AttentionBackendEnum, "register")
 """From 0.32 on a plug-in's backends have names; before, all of everybody's have one."""
