@@ -79,12 +79,11 @@ def run(
     Args:
         width: numbers that a split leaves of a row, beside their weight.
     """
-    room = (
-        torch.empty(splits * tokens * num_heads * (width + 1), dtype=torch.float32, device=device)
-        if splits > 1
-        else None
-    )
-    return Run(stream=stream(device), num_tokens=tokens, max_query_len=max_query_len, splits=splits, workspace=room)
+    run = Run(stream=stream(device), num_tokens=tokens, max_query_len=max_query_len, splits=splits)
+    if splits > 1:
+        room = splits * tokens * num_heads * (width + 1)
+        run.point("workspace", torch.empty(room, dtype=torch.float32, device=device))
+    return run
 
 
 def workspace_bytes(head_dim: int, k_rank: int, v_rank: int, tokens: int, num_heads: int, device: torch.device) -> int:
