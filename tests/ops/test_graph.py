@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from kvcompress.ops import graph
+from kvcompress.ops.blocks import graph as blocks_graph
+from kvcompress.ops.heads import graph as heads_graph
 from kvcompress.ops.heads.attention import bind
 from tests.ops import emulated
 from tests.ops.blocks import cases as blocks_cases
@@ -67,7 +69,7 @@ def test_heads_attend() -> None:
     described = graph.flatten(cache.codec)
     batch = (cache.block_table_RN, *numbers([0, 1, 3], cache.seq_lens))
     arguments = (query_THD, cache.pages_NHX, *batch, 32**-0.5, *described)
-    torch.library.opcheck(graph.heads_attend, arguments, test_utils=CHECKS)
+    torch.library.opcheck(heads_graph.heads_attend, arguments, test_utils=CHECKS)
     found = OPS.heads_attend(*arguments)
     for one, other in zip(found, cache.attend(query_THD, [1, 2]), strict=True):
         assert torch.equal(one, other)
@@ -91,7 +93,7 @@ def test_heads_read(dtype: torch.dtype) -> None:
     cache = a_cache()
     arguments = (cache.pages_NHX, cache.block_table_RN[0], 70)
     described = (*graph.flatten(cache.codec), dtype)
-    torch.library.opcheck(graph.heads_read, (*arguments, *described), test_utils=CHECKS)
+    torch.library.opcheck(heads_graph.heads_read, (*arguments, *described), test_utils=CHECKS)
     found = OPS.heads_read(*arguments, *described)
     for one, other in zip(found, cache.op.read(*arguments, dtype), strict=True):
         assert one.dtype == dtype
@@ -103,6 +105,6 @@ def test_blocks_attend() -> None:
     caches = (batch.newest(0), batch.newest(1), batch.pages_NHMB, batch.rings_NHXPD, *numbers(batch.ring_R))
     requests = (batch.block_table_RN, *numbers(batch.query_starts, batch.seq_lens), 64**-0.5)
     arguments = (query_THD, *caches, *requests, *graph.flatten(batch.op.plan.codec))
-    torch.library.opcheck(graph.blocks_attend, arguments, test_utils=CHECKS)
+    torch.library.opcheck(blocks_graph.blocks_attend, arguments, test_utils=CHECKS)
     for one, other in zip(OPS.blocks_attend(*arguments), batch.attend(query_THD), strict=True):
         assert torch.equal(one, other)

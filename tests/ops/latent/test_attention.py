@@ -7,9 +7,9 @@ import torch
 
 from kvcompress.ops import library
 from kvcompress.ops.call import Call
-from kvcompress.ops.graph import latent_append, latent_attend
 from kvcompress.ops.interface.common import MAX_LATENT_CHANNELS
 from kvcompress.ops.latent.cpu import CpuLatent
+from kvcompress.ops.latent.graph import latent_append, latent_attend
 from kvcompress.ops.latent.reference import LatentOp
 from tests.ops.heads.cases import relative_error
 from tests.ops.latent.cases import Cache

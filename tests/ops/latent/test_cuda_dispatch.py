@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from kvcompress.ops.call import Call
-from kvcompress.ops.graph import latent_append, latent_attend
 from kvcompress.ops.latent.cuda import CudaLatent
+from kvcompress.ops.latent.graph import latent_append, latent_attend
 from tests.ops import emulated
 from tests.ops.heads.cases import relative_error
 from tests.ops.latent.cases import Cache, bar

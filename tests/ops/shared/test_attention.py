@@ -8,10 +8,11 @@ import torch
 from kvcompress.codec.bands import SideSpec
 from kvcompress.codec.record import Record
 from kvcompress.ops import library
-from kvcompress.ops.graph import flatten, shared_attend, shared_store
+from kvcompress.ops.graph import flatten
 from kvcompress.ops.shared.attention import bind
 from kvcompress.ops.shared.call import SharedCall
 from kvcompress.ops.shared.cpu import CpuShared
+from kvcompress.ops.shared.graph import shared_attend, shared_store
 from kvcompress.ops.shared.reference import SharedOp
 from tests.ops.heads.cases import POISON, bands, relative_error
 from tests.ops.shared.cases import Group, a_group
