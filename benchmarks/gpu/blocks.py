@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.cases.blocks import Batch, random_batch, random_codec
+from benchmarks.cases.blocks_sides import BAR, SHAPES, cuda_sides, random_query
+from benchmarks.cases.heads import relative_error
 from benchmarks.gpu.graphs import capture
 from benchmarks.gpu.sweep import COLD_BYTES, HEAD_DIM, HEADS, KV_HEADS, Step, timed
 from kvcompress.codec.blocks.codec import BlocksCodec, BlockSideCodec
@@ -18,9 +21,6 @@ from kvcompress.codec.layout import CHUNK_TOKENS
 from kvcompress.ops.blocks.attention import bind
 from kvcompress.ops.blocks.cuda import CudaBlocks
 from kvcompress.ops.call import Call
-from tests.ops.blocks.cases import Batch, random_batch, random_codec
-from tests.ops.blocks.cuda_sides import BAR, SHAPES, cuda_sides, random_query
-from tests.ops.heads.cases import relative_error
 
 OUTLIERS = 168
 """Two in a hundred."""

@@ -14,6 +14,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from benchmarks.cases import golden
+from benchmarks.cases.heads import POISON, Cache, bands, exact, random_cache, random_codec, relative_error, starts
+from benchmarks.cases.heads_sides import MIXED_K, MIXED_V, SIDES, bar
 from benchmarks.gpu import blocks, latents, shared
 from benchmarks.gpu.graphs import capture
 from kvcompress.codec.bands import SideSpec
@@ -23,9 +26,6 @@ from kvcompress.ops.call import Call
 from kvcompress.ops.heads import prefill
 from kvcompress.ops.heads.attention import bind
 from kvcompress.ops.heads.reference import HeadsOp
-from tests.golden import pages as golden
-from tests.ops.heads.cases import POISON, Cache, bands, exact, random_cache, random_codec, relative_error, starts
-from tests.ops.heads.cuda_sides import MIXED_K, MIXED_V, SIDES, bar
 
 Check = Callable[[], None]
 
@@ -116,7 +116,7 @@ def gather(cache: Cache) -> None:
 
 
 def golden_bytes(name: str) -> None:
-    stored = golden.read(name)
+    stored = golden.make(name)
     op = bind(stored.codec, DEVICE)
     tokens = stored.keys_THD.to(DEVICE), stored.values_THD.to(DEVICE)
     pages_NHX = torch.full((4, *stored.fragment_HX.shape), POISON, dtype=torch.uint8, device=DEVICE)

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.cases.heads import relative_error
+from benchmarks.cases.latent import SHAPES, Cache, bar, bind_pages
 from benchmarks.gpu.graphs import capture
 from benchmarks.gpu.sweep import BLOCK_SIZE, COLD_BYTES, Step
 from benchmarks.gpu.timing import microseconds
 from kvcompress.ops import gpu
 from kvcompress.ops.call import Call
 from kvcompress.ops.latent.cuda import CudaLatent
-from tests.ops.heads.cases import relative_error
-from tests.ops.latent.cases import SHAPES, Cache, bar, bind_pages
 
 CHANNELS, RANK = 576, 512
 HEADS = (16, 32, 128)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.cases.heads import POISON, bands, relative_error
+from benchmarks.cases.shared import CUDA_SIDES, HALVES_BAR, Group, a_group
 from benchmarks.gpu.graphs import capture
 from benchmarks.gpu.sweep import BLOCK_SIZE, COLD_BYTES, HEAD_DIM, HEADS, KV_HEADS, Step
 from benchmarks.gpu.timing import microseconds
@@ -22,8 +24,6 @@ from kvcompress.ops.shared.attention import bind
 from kvcompress.ops.shared.call import SharedCall
 from kvcompress.ops.shared.cuda import CudaShared
 from kvcompress.ops.shared.reference import SharedOp
-from tests.ops.heads.cases import POISON, bands, relative_error
-from tests.ops.shared.cases import CUDA_SIDES, HALVES_BAR, Group, a_group
 
 LAYERS = 4
 INSTANCES = {

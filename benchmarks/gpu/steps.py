@@ -8,11 +8,11 @@ from dataclasses import replace
 
 import torch
 
+from benchmarks.cases.heads import bands, exact, random_cache, random_codec, relative_error, starts
+from benchmarks.cases.heads_sides import MIXED_K, MIXED_V
 from benchmarks.gpu import check
 from benchmarks.gpu.graphs import capture
 from kvcompress.ops.call import Call
-from tests.ops.heads.cases import bands, exact, random_cache, random_codec, relative_error, starts
-from tests.ops.heads.cuda_sides import MIXED_K, MIXED_V
 
 
 def decoding(small: bool) -> None:

@@ -18,12 +18,12 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
+from benchmarks.cases.heads import Cache
 from kvcompress.codec.heads import fragment
 from kvcompress.codec.layout import FRAGMENT
 from kvcompress.ops import cuda_library, gpu
 from kvcompress.ops.heads import cuda
 from kvcompress.ops.heads.reference import HeadsOp
-from tests.ops.heads.cases import Cache
 
 ROOT = Path(__file__).parents[2]
 COPIES = {"sm_80": 0, "sm_90": 1}

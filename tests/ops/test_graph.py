@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.cases.blocks_sides import cuda_sides
+from benchmarks.cases.heads import Cache, bands, random_cache, random_codec
 from kvcompress.ops import graph
 from kvcompress.ops.blocks import graph as blocks_graph
 from kvcompress.ops.heads import graph as heads_graph
 from kvcompress.ops.heads.attention import bind
 from tests.ops import emulated
 from tests.ops.blocks import cases as blocks_cases
-from tests.ops.blocks.cuda_sides import cuda_sides
-from tests.ops.heads.cases import Cache, bands, random_cache, random_codec
 
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
 OPS = torch.ops.kvcompress
@@ -81,7 +81,7 @@ def test_heads_that_store(name: str) -> None:
     where_N = torch.tensor([3, -1, 20, 21, 40] if name == "append" else [1])
     rows = (*tokens(5 if name == "append" else 64), where_N)
     arguments = (cache.pages_NHX, *rows, *graph.flatten(cache.codec))
-    torch.library.opcheck(getattr(graph, f"heads_{name}"), arguments, test_utils=CHECKS)
+    torch.library.opcheck(getattr(heads_graph, f"heads_{name}"), arguments, test_utils=CHECKS)
     expected_NHX = cache.pages_NHX.clone()
     getattr(cache.op, name)(expected_NHX, *rows)
     getattr(OPS, f"heads_{name}")(*arguments)

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.cases.heads import bands, exact, random_cache, random_codec, relative_error
 from kvcompress.ops import library
 from kvcompress.ops.heads.attention import bind
 from kvcompress.ops.heads.cpu import CpuHeads
 from kvcompress.ops.heads.reference import HeadsOp
-from tests.ops.heads.cases import bands, exact, random_cache, random_codec, relative_error
 
 
 @pytest.fixture

@@ -7,14 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.cases import golden
+from benchmarks.cases.heads import bands, random_codec
 from kvcompress.codec.bands import Band, SideSpec
 from kvcompress.codec.heads import fragment, pages
 from kvcompress.codec.heads.layout import PageLayout
 from kvcompress.codec.heads.spec import HeadsSpec
 from kvcompress.codec.layout import FRAGMENT
 from kvcompress.ops.heads.attention import bind
-from tests.golden import pages as golden
-from tests.ops.heads.cases import bands, random_codec
+from tests.golden import pages as committed
 
 
 @st.composite
@@ -68,7 +69,7 @@ def test_every_code_is_where_the_docstring_says(bits: int, keys: bool) -> None:
 
 @pytest.mark.parametrize("name", golden.SIDES)
 def test_golden_bytes_of_the_reference(name: str) -> None:
-    stored, made = golden.read(name), golden.make(name)
+    stored, made = committed.read(name), golden.make(name)
     assert torch.equal(made.token_major_HX, stored.token_major_HX)
     assert torch.equal(made.fragment_HX, stored.fragment_HX)
     back_NHX = fragment.to_token_major(stored.fragment_HX[None], stored.codec.spec, golden.BLOCK_SIZE)
@@ -77,7 +78,7 @@ def test_golden_bytes_of_the_reference(name: str) -> None:
 
 @pytest.mark.parametrize("name", golden.SIDES)
 def test_golden_bytes_of_the_cpu_kernels(name: str) -> None:
-    stored = golden.read(name)
+    stored = committed.read(name)
     pages_NHX = torch.zeros_like(stored.token_major_HX)[None]
     bind(stored.codec, "cpu").append(pages_NHX, stored.keys_THD, stored.values_THD, torch.arange(golden.BLOCK_SIZE))
     assert torch.equal(pages_NHX[0], stored.token_major_HX)

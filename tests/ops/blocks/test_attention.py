@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.cases.blocks import Batch, batch_of, random_batch, random_codec, sides
+from benchmarks.cases.heads import POISON, relative_error
 from kvcompress.codec.blocks.spec import BlockSide
 from kvcompress.ops.blocks.attention import bind
 from kvcompress.ops.blocks.cpu import CpuBlocks
 from kvcompress.ops.blocks.reference import BlocksOp
 from kvcompress.ops.call import Call
-from tests.ops.blocks.cases import Batch, batch_of, random_batch, random_codec, sides
-from tests.ops.heads.cases import POISON, relative_error
 
 BAR = 1e-5
 """Relative error of the output: float32's, not the codes'."""

@@ -10,6 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.cases.blocks import Batch, batch_of, random_batch, random_codec
+from benchmarks.cases.blocks_sides import BAR, SHAPES, cuda_sides, random_query
+from benchmarks.cases.heads import POISON, relative_error
 from kvcompress.codec.blocks.spec import BlockSide
 from kvcompress.ops import gpu
 from kvcompress.ops.blocks import cuda as cuda_blocks
@@ -19,9 +22,6 @@ from kvcompress.ops.blocks.reference import BlocksOp, newest
 from kvcompress.ops.call import Call
 from kvcompress.ops.interface.blocks import CUDA_WIDTHS
 from tests.ops import emulated
-from tests.ops.blocks.cases import Batch, batch_of, random_batch, random_codec
-from tests.ops.blocks.cuda_sides import BAR, SHAPES, cuda_sides, random_query
-from tests.ops.heads.cases import POISON, relative_error
 
 Specs = tuple[BlockSide, BlockSide]
 

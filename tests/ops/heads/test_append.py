@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.cases.heads import POISON, bands, random_codec
 from kvcompress.codec.bands import SideSpec
 from kvcompress.codec.heads import pages
 from kvcompress.codec.heads.codec import HeadsCodec, SideCodec
 from kvcompress.codec.heads.layout import PageLayout
 from kvcompress.ops.heads.attention import bind
-from tests.ops.heads.cases import POISON, bands, random_codec
 
 SPECS = [
     bands((32, 40)),

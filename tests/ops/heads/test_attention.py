@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.cases.heads import Cache, bands, exact, fill, random_cache, random_codec, relative_error, starts
 from kvcompress.codec.bands import SideSpec
 from kvcompress.ops.call import Call
 from kvcompress.ops.heads.attention import bind
 from kvcompress.ops.heads.cpu import CpuHeads
-from tests.ops.heads.cases import Cache, bands, exact, fill, random_cache, random_codec, relative_error, starts
 
 BAR = 1e-5
 """Relative error of the output. The products are exact to 24 bits, so this is float32's, not the codes'."""

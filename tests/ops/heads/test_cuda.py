@@ -8,6 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.cases import golden
+from benchmarks.cases.heads import POISON, Cache, bands, exact, fill, random_cache, random_codec, relative_error, starts
+from benchmarks.cases.heads_sides import MIXED_K, MIXED_V, SIDES, bar
 from kvcompress.codec.bands import SideSpec
 from kvcompress.codec.heads import fragment, pages
 from kvcompress.codec.heads.layout import PageLayout
@@ -16,10 +19,8 @@ from kvcompress.codec.layout import FRAGMENT
 from kvcompress.ops import gpu
 from kvcompress.ops.heads import cuda
 from kvcompress.ops.heads.cuda import CudaHeads
-from tests.golden import pages as golden
+from tests.golden import pages as committed
 from tests.ops import emulated
-from tests.ops.heads.cases import POISON, Cache, bands, exact, fill, random_cache, random_codec, relative_error, starts
-from tests.ops.heads.cuda_sides import MIXED_K, MIXED_V, SIDES, bar
 
 
 def random_query(tokens: int, heads: int, head_dim: int) -> Tensor:
@@ -166,7 +167,7 @@ def test_damaged_channel_numbers_are_ignored(kernels: ctypes.CDLL) -> None:
 @pytest.mark.parametrize("whole", [False, True])
 def test_golden_bytes(kernels: ctypes.CDLL, name: str, whole: bool) -> None:
     """Tokens stored one by one in any order, or as a block, over memory that held something else."""
-    stored = golden.read(name)
+    stored = committed.read(name)
     pages_NHX = torch.full((3, *stored.fragment_HX.shape), POISON, dtype=torch.uint8)
     op = CudaHeads(kernels, stored.codec)
     if whole:

@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.cases.heads import Cache, bands, exact, random_cache, random_codec, relative_error, starts
+from benchmarks.cases.heads_sides import bar
 from kvcompress.codec.heads.layout import PageLayout
 from kvcompress.codec.layout import FRAGMENT, TOKEN_MAJOR
 from kvcompress.ops import cuda_library, gpu
@@ -19,8 +21,6 @@ from kvcompress.ops.heads.attention import bind, order
 from kvcompress.ops.heads.cuda import CudaHeads
 from kvcompress.ops.heads.reference import HeadsOp
 from tests.ops import emulated
-from tests.ops.heads.cases import Cache, bands, exact, random_cache, random_codec, relative_error, starts
-from tests.ops.heads.cuda_sides import bar
 
 K_SIDE, V_SIDE = bands((8, 16), (4, 48), outliers=1), bands((4, 40))
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.cases.heads import relative_error
+from benchmarks.cases.latent import Cache
 from kvcompress.ops import library
 from kvcompress.ops.call import Call
 from kvcompress.ops.interface.common import MAX_LATENT_CHANNELS
 from kvcompress.ops.latent.cpu import CpuLatent
 from kvcompress.ops.latent.graph import latent_append, latent_attend
 from kvcompress.ops.latent.reference import LatentOp
-from tests.ops.heads.cases import relative_error
-from tests.ops.latent.cases import Cache
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.cases.heads import relative_error
+from benchmarks.cases.latent import SHAPES, Cache, bar
 from kvcompress.ops.call import Call
 from kvcompress.ops.latent import cuda as cuda_latent
 from kvcompress.ops.latent.cuda import CudaLatent
 from kvcompress.ops.latent.reference import LatentOp
 from tests.ops import emulated
-from tests.ops.heads.cases import relative_error
-from tests.ops.latent.cases import SHAPES, Cache, bar
 
 DTYPES = [torch.bfloat16, torch.float16]
 

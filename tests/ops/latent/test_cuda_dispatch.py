@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.cases.heads import relative_error
+from benchmarks.cases.latent import Cache, bar
 from kvcompress.ops.call import Call
 from kvcompress.ops.latent.cuda import CudaLatent
 from kvcompress.ops.latent.graph import latent_append, latent_attend
 from tests.ops import emulated
-from tests.ops.heads.cases import relative_error
-from tests.ops.latent.cases import Cache, bar
 
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
 

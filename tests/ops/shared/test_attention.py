@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.cases.heads import POISON, bands, relative_error
+from benchmarks.cases.shared import Group, a_group
 from kvcompress.codec.bands import SideSpec
 from kvcompress.codec.record import Record
 from kvcompress.ops import library
@@ -14,8 +16,6 @@ from kvcompress.ops.shared.call import SharedCall
 from kvcompress.ops.shared.cpu import CpuShared
 from kvcompress.ops.shared.graph import shared_attend, shared_store
 from kvcompress.ops.shared.reference import SharedOp
-from tests.ops.heads.cases import POISON, bands, relative_error
-from tests.ops.shared.cases import Group, a_group
 
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
 BAR = 2e-5

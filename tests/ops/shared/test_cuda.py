@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.cases.heads import POISON, bands, relative_error
+from benchmarks.cases.shared import CUDA_SIDES, HALVES_BAR, Group, a_group
 from kvcompress.codec.bands import SideSpec
 from kvcompress.ops import gpu, library
 from kvcompress.ops.shared import cuda as cuda_shared
@@ -17,8 +19,6 @@ from kvcompress.ops.shared.cpu import CpuShared
 from kvcompress.ops.shared.cuda import CudaShared
 from kvcompress.ops.shared.reference import SharedOp
 from tests.ops import emulated
-from tests.ops.heads.cases import POISON, bands, relative_error
-from tests.ops.shared.cases import CUDA_SIDES, HALVES_BAR, Group, a_group
 
 
 @pytest.fixture

@@ -18,6 +18,8 @@ from tests import require
 require.need("vllm")
 
 
+from benchmarks.cases.heads import bands, random_codec, relative_error
+from benchmarks.cases.heads_sides import bar
 from kvcompress.codec.bands import SideSpec
 from kvcompress.codec.heads.spec import HeadsSpec
 from kvcompress.ops import gpu
@@ -31,8 +33,6 @@ from kvcompress.serving.vllm.metrics import Numbers
 from kvcompress.serving.vllm.sentinel import Sentinel
 from kvcompress.serving.vllm.served import Served
 from tests.ops import emulated
-from tests.ops.heads.cases import bands, random_codec, relative_error
-from tests.ops.heads.cuda_sides import bar
 from tests.serving.vllm import canary_layers, engines
 from tests.serving.vllm.device_engine import BLOCK, HEADS, KV_HEADS, MOST_TOKENS, POISON, DeviceEngine
 from tests.serving.vllm.no_waits import NoWaits

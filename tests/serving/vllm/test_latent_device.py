@@ -12,6 +12,7 @@ from tests import require
 
 require.need("vllm")
 
+from benchmarks.cases.heads import relative_error
 from kvcompress.codec.latent.codec import LatentCodec
 from kvcompress.codec.latent.spec import LatentSpec
 from kvcompress.codec.spec import CodecSpec
@@ -23,7 +24,6 @@ from kvcompress.serving.vllm import compat, latent
 from kvcompress.serving.vllm.latent import DeviceLatentBackend, LatentBackend, LatentImpl
 from kvcompress.serving.vllm.metadata import DeviceBuilder
 from tests.ops import emulated
-from tests.ops.heads.cases import relative_error
 from tests.serving.vllm import engines
 from tests.serving.vllm.no_waits import NoWaits
 

@@ -12,14 +12,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from benchmarks.cases.blocks import random_codec
+from benchmarks.cases.blocks_sides import cuda_sides
 from kvcompress.codec.heads.layout import PageLayout
 from kvcompress.codec.heads.spec import HeadsSpec
 from kvcompress.codec.latent.codec import LatentCodec
 from kvcompress.codec.latent.spec import LatentSpec
 from tests import require, tiny
 from tests.ops import emulated
-from tests.ops.blocks.cases import random_codec
-from tests.ops.blocks.cuda_sides import cuda_sides
 
 require.need("vllm")
 

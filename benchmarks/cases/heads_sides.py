@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from benchmarks.cases.heads import bands
 from kvcompress.codec.bands import SideSpec
-from tests.ops.heads.cases import bands
 
 MIXED_K = bands((8, 24), (4, 16), (2, 8))
 MIXED_V = bands((8, 8), (4, 8), (2, 40))

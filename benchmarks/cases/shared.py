@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from benchmarks.cases.heads import POISON, bands, starts
 from kvcompress.codec.bands import SideSpec
 from kvcompress.codec.heads.codec import SideCodec
 from kvcompress.codec.rope import Rope
@@ -18,7 +19,6 @@ from kvcompress.ops.rows import int32_rows
 from kvcompress.ops.shared.attention import bind
 from kvcompress.ops.shared.call import SharedCall
 from kvcompress.ops.shared.cpu import CpuShared
-from tests.ops.heads.cases import POISON, bands, starts
 
 HALVES_BAR = 1e-3
 """Relative error of the CUDA kernels' output: decoders, keys, queries and weights are halves."""

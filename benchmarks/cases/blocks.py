@@ -9,12 +9,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from benchmarks.cases.heads import POISON, starts
 from kvcompress.codec.blocks.codec import BlocksCodec, BlockSideCodec
 from kvcompress.codec.blocks.spec import BlockSide
 from kvcompress.ops.blocks.attention import bind
 from kvcompress.ops.blocks.reference import BlocksOp
 from kvcompress.ops.call import Call
-from tests.ops.heads.cases import POISON, starts
 
 DRAFTS = 3
 

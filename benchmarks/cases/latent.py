@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from benchmarks.cases.heads import starts
 from kvcompress.codec.latent.codec import LatentCodec
 from kvcompress.codec.latent.spec import LatentSpec
 from kvcompress.ops.call import Call
 from kvcompress.ops.latent.attention import bind
 from kvcompress.ops.latent.reference import LatentOp
-from tests.ops.heads.cases import starts
 
 # Channels, rank and heads for every instance of csrc/cuda/latent/api.cu, with two queries: 32 rows, 16 rows, more
 # channels or a longer output than these have room for; ranks and heads that fill no tile. On an H200, rings of 2 to 4
