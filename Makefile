@@ -50,6 +50,8 @@ lint: setup
 	@echo "== ruff"
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@echo "== clang-format"
+	@find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' | xargs $(BIN)/clang-format --dry-run --Werror
 
 types: setup
 	@echo "== mypy"

@@ -1,8 +1,8 @@
 // One instruction-set level; CMake compiles this file once per level with its flags, KVC_LEVEL (the namespace) and
 // KVC_LEVEL_NUMBER (enum kvc_level).
-#include "cpu/heads/attend.h"
 #include "cpu/blocks/attend.h"
 #include "cpu/heads/append.h"
+#include "cpu/heads/attend.h"
 #include "cpu/latent/attend.h"
 #include "cpu/shared/attend.h"
 

@@ -111,8 +111,8 @@ struct Block {
 inline Block* block = nullptr;
 
 [[noreturn]] inline void fail(const char* what, const char* name) {
-    fprintf(stderr, "emulated CUDA: %s (%s), thread %d of block (%d, %d, %d)\n", what, name, block->current, block->index.x,
-            block->index.y, block->index.z);
+    fprintf(stderr, "emulated CUDA: %s (%s), thread %d of block (%d, %d, %d)\n", what, name, block->current,
+            block->index.x, block->index.y, block->index.z);
     abort();
 }
 
@@ -302,23 +302,28 @@ template <uint32_t SELECTOR>
 uint32_t bytes_of(uint32_t a, uint32_t b) {
     const uint64_t both = static_cast<uint64_t>(b) << 32 | a;
     uint32_t result = 0;
-    for (int i = 0; i < 4; ++i) result |= static_cast<uint32_t>(both >> (8 * (SELECTOR >> (4 * i) & 7)) & 0xff) << (8 * i);
+    for (int i = 0; i < 4; ++i)
+        result |= static_cast<uint32_t>(both >> (8 * (SELECTOR >> (4 * i) & 7)) & 0xff) << (8 * i);
     return result;
 }
 
 inline float half_to_float(uint16_t half) { return emulate::half_value(half, 0); }
 inline uint16_t float_to_half(float x) { return emulate::nearest_half(x); }
-inline uint32_t halves_of(float low, float high) { return float_to_half(low) | static_cast<uint32_t>(float_to_half(high)) << 16; }
+inline uint32_t halves_of(float low, float high) {
+    return float_to_half(low) | static_cast<uint32_t>(float_to_half(high)) << 16;
+}
 inline uint32_t fma_halves(uint32_t a, uint32_t b, uint32_t c) {
     float x[2];
     for (int e = 0; e < 2; ++e) {
-        const double product = static_cast<double>(emulate::half_value(a, e)) * static_cast<double>(emulate::half_value(b, e));
+        const double product =
+            static_cast<double>(emulate::half_value(a, e)) * static_cast<double>(emulate::half_value(b, e));
         x[e] = static_cast<float>(product + static_cast<double>(emulate::half_value(c, e)));
     }
     return halves_of(x[0], x[1]);
 }
 inline uint32_t halves_times(uint32_t a, uint32_t b) {
-    return halves_of(emulate::half_value(a, 0) * emulate::half_value(b, 0), emulate::half_value(a, 1) * emulate::half_value(b, 1));
+    return halves_of(emulate::half_value(a, 0) * emulate::half_value(b, 0),
+                     emulate::half_value(a, 1) * emulate::half_value(b, 1));
 }
 inline float exp2_of(float x) { return exp2f(x); }
 inline float log2_of(float x) { return log2f(x); }
@@ -363,7 +368,8 @@ void load_matrices(uint32_t (&matrix)[4], const void* row) {
         return static_cast<uint32_t>(x);
     };
     for (int i = 0; i < 4; ++i)
-        matrix[i] = TRANSPOSED ? entry(i, 2 * t, g) | entry(i, 2 * t + 1, g) << 16 : entry(i, g, 2 * t) | entry(i, g, 2 * t + 1) << 16;
+        matrix[i] = TRANSPOSED ? entry(i, 2 * t, g) | entry(i, 2 * t + 1, g) << 16
+                               : entry(i, g, 2 * t) | entry(i, g, 2 * t + 1) << 16;
     emulate::meet(w.meeting, "load_matrices", [] {});
 }
 
@@ -372,7 +378,9 @@ inline uint32_t transpose(uint32_t a) {
     const int lane = emulate::lane(), g = lane / 4, t = lane % 4;
     w.word[lane] = a;
     emulate::meet(w.meeting, "transpose", [] {});
-    const auto entry = [&](int row, int column) { return w.word[4 * row + column / 2] >> (16 * (column % 2)) & 0xffff; };
+    const auto entry = [&](int row, int column) {
+        return w.word[4 * row + column / 2] >> (16 * (column % 2)) & 0xffff;
+    };
     const uint32_t result = entry(2 * t, g) | entry(2 * t + 1, g) << 16;
     emulate::meet(w.meeting, "transpose", [] {});
     return result;

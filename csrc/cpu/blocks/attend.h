@@ -6,50 +6,50 @@
 // mean of values counts by the share of the weights that compressed tokens have.
 #pragma once
 
-#include "cpu/heads/attend.h"
 #include "cpu/blocks/codes.h"
+#include "cpu/heads/attend.h"
 
 namespace kvcompress::cpu::KVC_LEVEL {
 namespace {
 
 // Where each thread's temporary arrays start.
 struct BlockScratch {
-    float* row;            // a few rows of queries or outputs
-    float* query;          // [rows][padded head_dim], scaled
-    float* absorbed;       // [rows][padded key rank]
-    float* ordered;        // the same in fold order
-    float* side_by_side;   // the same as [rows / 4][key rank][4], for outliers
-    float* constant;       // [rows]: query . mean
-    float* poison;         // [rows]: NaN for a query that is not finite, else 0
-    float* low;            // [rows][kMaxLowRank]
-    float* scores;         // [rows][tile]: scores, then weights
-    float* whole;          // [rows][tile]
-    float* decay;          // [rows]
-    float* k_scale;        // [groups of tokens][padded key rank], in fold order
+    float* row;  // a few rows of queries or outputs
+    float* query;  // [rows][padded head_dim], scaled
+    float* absorbed;  // [rows][padded key rank]
+    float* ordered;  // the same in fold order
+    float* side_by_side;  // the same as [rows / 4][key rank][4], for outliers
+    float* constant;  // [rows]: query . mean
+    float* poison;  // [rows]: NaN for a query that is not finite, else 0
+    float* low;  // [rows][kMaxLowRank]
+    float* scores;  // [rows][tile]: scores, then weights
+    float* whole;  // [rows][tile]
+    float* decay;  // [rows]
+    float* k_scale;  // [groups of tokens][padded key rank], in fold order
     float* k_zero;
-    float* v_scale;        // [groups of channels][tile]
+    float* v_scale;  // [groups of channels][tile]
     float* v_zero;
-    float* k_channels;     // [low rank][padded rank]
+    float* k_channels;  // [low rank][padded rank]
     float* v_channels;
-    float* tokens;         // [low rank][tile]
+    float* tokens;  // [low rank][tile]
     Sparse k_sparse;
     Sparse v_sparse;
-    Folded* folded;        // [rows]
-    uint8_t* factors;      // folded queries
-    KeyCode* keys;         // unpacked tile
+    Folded* folded;  // [rows]
+    uint8_t* factors;  // folded queries
+    KeyCode* keys;  // unpacked tile
     ValueCode* values;
     MixScratch mix;
-    float* sums;           // [rows][value positions]: what codes add
-    float* residual;       // [rows][padded value rank]: what low-rank residuals add
-    float* outliers;       // [rows / 4][value rank][4]: what outliers add
-    float* mass;           // [rows]: weights of compressed tokens
-    float* exact_rows;     // [tile][padded head_dim]
-    float* exact_sums;     // [rows][padded head_dim]
+    float* sums;  // [rows][value positions]: what codes add
+    float* residual;  // [rows][padded value rank]: what low-rank residuals add
+    float* outliers;  // [rows / 4][value rank][4]: what outliers add
+    float* mass;  // [rows]: weights of compressed tokens
+    float* exact_rows;  // [tile][padded head_dim]
+    float* exact_sums;  // [rows][padded head_dim]
     int key_width;
     int value_width;
     int head_width;
-    int k_groups;          // of a block's tokens
-    int v_groups;          // of a token's channels
+    int k_groups;  // of a block's tokens
+    int v_groups;  // of a token's channels
 };
 
 KVC_INLINE int groups_of(int values, int group) { return (values + group - 1) / group; }
@@ -59,7 +59,9 @@ KVC_INLINE kvc_side value_group(const kvc_blocks_side& side, int group) {
 
 inline size_t lay_out(const kvc_blocks_pages& pages, char* base, BlockScratch& s) {
     Arena arena{base};
-    const auto floats = [&](int rows, int columns) { return arena.take<float>(static_cast<size_t>(rows) * static_cast<size_t>(columns)); };
+    const auto floats = [&](int rows, int columns) {
+        return arena.take<float>(static_cast<size_t>(rows) * static_cast<size_t>(columns));
+    };
     const auto sparse = [&](const kvc_blocks_side& side) {
         const auto count = static_cast<size_t>(round_up(side.outliers, 16));
         return Sparse{arena.take<int32_t>(count), arena.take<int32_t>(count), arena.take<float>(count), 0};
@@ -135,19 +137,21 @@ inline void absorb_queries(const kvc_blocks_attend_args& args, const Item& item,
         }
     }
     for (int first = 0; first < rows; first += kMatrixRows)
-        rows_times_matrix(s.query + first * s.head_width, min_of(rows - first, kMatrixRows), s.head_width, decode, head_dim, side.rank,
-                          s.absorbed + first * width, width);
+        rows_times_matrix(s.query + first * s.head_width, min_of(rows - first, kMatrixRows), s.head_width, decode,
+                          head_dim, side.rank, s.absorbed + first * width, width);
     std::memcpy(s.ordered, s.absorbed, sizeof(float) * static_cast<size_t>(rows * width));
     for (int row = 0; row < rows; ++row) {
         fold_order(side, s.ordered + row * width);
         if (side.outliers)
-            for (int c = 0; c < side.rank; ++c) s.side_by_side[at_row(row, side.rank) + 4 * c] = s.absorbed[row * width + c];
+            for (int c = 0; c < side.rank; ++c)
+                s.side_by_side[at_row(row, side.rank) + 4 * c] = s.absorbed[row * width + c];
     }
 }
 
 KVC_INLINE const uint8_t* record_of(const kvc_blocks_attend_args& args, const Item& item, int token) {
     const kvc_blocks_pages& pages = args.pages;
-    const int32_t page = args.batch.block_table[item.request * args.batch.block_table_stride + token / pages.block_size];
+    const int32_t page =
+        args.batch.block_table[item.request * args.batch.block_table_stride + token / pages.block_size];
     return pages.data + page * pages.block_stride + item.kv_head * pages.head_stride +
            token % pages.block_size / pages.block * pages.record_bytes;
 }
@@ -158,7 +162,8 @@ inline void soften_rows(const Partial& partial, int rows, const int* seen, float
     for (int i = 0; i < kTile; ++i) ones[i] = 1;
     for (int row = 0; row < rows; ++row) {
         float largest, weight_sum;
-        decay[row] = soften(scores + row * kTile, ones, ones, seen[row], partial.max[row], partial.sum[row], largest, weight_sum);
+        decay[row] = soften(scores + row * kTile, ones, ones, seen[row], partial.max[row], partial.sum[row], largest,
+                            weight_sum);
         mass[row] = mass[row] * decay[row] + weight_sum;
     }
 }
@@ -180,17 +185,22 @@ KVC_NOINLINE void read_block(const kvc_blocks_pages& pages, const uint8_t* recor
 }
 
 // Scores of a tile; groups of tokens that share their scales are taken together.
-KVC_NOINLINE void score_sealed(const kvc_blocks_pages& pages, const uint8_t* record, int start, int tokens, int rows, int& folded_group, BlockScratch& s, Ahead& ahead) {
+KVC_NOINLINE void score_sealed(const kvc_blocks_pages& pages, const uint8_t* record, int start, int tokens, int rows,
+                               int& folded_group, BlockScratch& s, Ahead& ahead) {
     const kvc_blocks_side& k = pages.k;
     const kvc_side band = band_of(k, k.rank);
     for (int group = 0; group * kGroup < tokens; ++group)
-        unpack_block_keys(band, record + k.code_offset + (start + group * kGroup) * band.code_bytes, key_group(s.keys, group, s.key_width));
+        unpack_block_keys(band, record + k.code_offset + (start + group * kGroup) * band.code_bytes,
+                          key_group(s.keys, group, s.key_width));
     for (int first = 0; first < tokens;) {
-        const int scales = (start + first) / k.group, end = static_cast<int>(min_of(tokens, (scales + 1) * k.group - start));
+        const int scales = (start + first) / k.group,
+                  end = static_cast<int>(min_of(tokens, (scales + 1) * k.group - start));
         if (scales != folded_group)
-            fold_queries(k, s.ordered, rows, s.k_scale + scales * padded_rank(k), s.k_zero + scales * padded_rank(k), s.folded, s.factors);
+            fold_queries(k, s.ordered, rows, s.k_scale + scales * padded_rank(k), s.k_zero + scales * padded_rank(k),
+                         s.folded, s.factors);
         folded_group = scales;
-        score_codes(k, s.folded, s.factors, rows, key_group(s.keys, first / kGroup, s.key_width), (end - first) / kGroup, s.whole, s.scores + first, ahead);
+        score_codes(k, s.folded, s.factors, rows, key_group(s.keys, first / kGroup, s.key_width),
+                    (end - first) / kGroup, s.whole, s.scores + first, ahead);
         first = end;
     }
     read_halves(record + k.token_offset + 2 * k.low_rank * start, tokens, k.low_rank, s.tokens, kTile);
@@ -203,7 +213,8 @@ KVC_NOINLINE void score_sealed(const kvc_blocks_pages& pages, const uint8_t* rec
     if (k.outliers) score_sparse(s.k_sparse, outliers, start, s.side_by_side, k.rank, rows, s.scores);
 }
 
-KVC_NOINLINE void mix_sealed(const kvc_blocks_pages& pages, const uint8_t* record, int start, int tokens, int rows, BlockScratch& s, Ahead& ahead) {
+KVC_NOINLINE void mix_sealed(const kvc_blocks_pages& pages, const uint8_t* record, int start, int tokens, int rows,
+                             BlockScratch& s, Ahead& ahead) {
     const kvc_blocks_side& v = pages.v;
     read_halves(record + v.scale_offset + 2 * s.v_groups * start, tokens, s.v_groups, s.v_scale, kTile);
     read_halves(record + v.zero_offset + 2 * s.v_groups * start, tokens, s.v_groups, s.v_zero, kTile);
@@ -211,9 +222,10 @@ KVC_NOINLINE void mix_sealed(const kvc_blocks_pages& pages, const uint8_t* recor
         const kvc_side band = value_group(v, group);
         const uint8_t* codes = record + v.code_offset + start * band.code_bytes + group * v.group * v.bits / 8;
         for (int first = 0; first < tokens; first += kGroup)
-            unpack_block_values(band, codes + first * band.code_bytes, s.value_width, s.values + first * s.value_width + kValueUnit * place);
-        mix_codes(band, s.mix, s.scores, s.decay, rows, s.v_scale + group * kTile, s.v_zero + group * kTile, s.values + kValueUnit * place, tokens,
-                  s.value_width, s.sums + place, ahead);
+            unpack_block_values(band, codes + first * band.code_bytes, s.value_width,
+                                s.values + first * s.value_width + kValueUnit * place);
+        mix_codes(band, s.mix, s.scores, s.decay, rows, s.v_scale + group * kTile, s.v_zero + group * kTile,
+                  s.values + kValueUnit * place, tokens, s.value_width, s.sums + place, ahead);
         place += value_code_width(band);
     }
     const int outliers = of_tile(s.v_sparse, v.outliers, start);
@@ -230,7 +242,8 @@ KVC_NOINLINE void mix_sealed(const kvc_blocks_pages& pages, const uint8_t* recor
 }
 
 // Bytes of a side in the block that comes after, to be asked for while this one is computed.
-KVC_INLINE Ahead bytes_ahead([[maybe_unused]] const uint8_t* record, [[maybe_unused]] int64_t offset, [[maybe_unused]] int nbytes) {
+KVC_INLINE Ahead bytes_ahead([[maybe_unused]] const uint8_t* record, [[maybe_unused]] int64_t offset,
+                             [[maybe_unused]] int nbytes) {
 #if KVC_LEVEL_NUMBER >= 3
     return {record + offset, record + offset + nbytes};
 #else
@@ -238,11 +251,13 @@ KVC_INLINE Ahead bytes_ahead([[maybe_unused]] const uint8_t* record, [[maybe_unu
 #endif
 }
 
-inline void attend_sealed(const kvc_blocks_attend_args& args, const Item& item, int block_start, int next, int rows, const Partial& partial, BlockScratch& s) {
+inline void attend_sealed(const kvc_blocks_attend_args& args, const Item& item, int block_start, int next, int rows,
+                          const Partial& partial, BlockScratch& s) {
     const kvc_blocks_pages& pages = args.pages;
     const uint8_t* record = record_of(args, item, block_start);
     const uint8_t* after = record_of(args, item, next);
-    Ahead keys = bytes_ahead(after, pages.k.code_offset, pages.k.nbytes), values = bytes_ahead(after, pages.v.code_offset, pages.v.nbytes);
+    Ahead keys = bytes_ahead(after, pages.k.code_offset, pages.k.nbytes),
+          values = bytes_ahead(after, pages.v.code_offset, pages.v.nbytes);
     read_block(pages, record, s);
     const int width = padded_rank(pages.k);
     for (int row = 0; row < rows; ++row)
@@ -252,7 +267,8 @@ inline void attend_sealed(const kvc_blocks_attend_args& args, const Item& item, 
         const int tokens = min_of(pages.block - start, kTile);
         score_sealed(pages, record, start, tokens, rows, folded_group, s, keys);
         int seen[kMaxRows];
-        for (int row = 0; row < rows; ++row) seen[row] = visible(args, item, row) >= block_start + pages.block ? tokens : 0;
+        for (int row = 0; row < rows; ++row)
+            seen[row] = visible(args, item, row) >= block_start + pages.block ? tokens : 0;
         soften_rows(partial, rows, seen, s.scores, s.decay, s.mass);
         for (int row = 0; row < rows; ++row) scale_row(s.exact_sums + row * s.head_width, s.head_width, s.decay[row]);
         mix_sealed(pages, record, start, tokens, rows, s, values);
@@ -262,11 +278,13 @@ inline void attend_sealed(const kvc_blocks_attend_args& args, const Item& item, 
 // ---- exact tokens --------------------------------------------------------------------------------------------------
 
 // Keys or values of tokens [start, start + tokens) to exact_rows: the step's own, or from the ring what came before.
-inline void read_exact(const kvc_blocks_attend_args& args, const Item& item, const kvc_rows& rows, int side, int start, int tokens, BlockScratch& s) {
+inline void read_exact(const kvc_blocks_attend_args& args, const Item& item, const kvc_rows& rows, int side, int start,
+                       int tokens, BlockScratch& s) {
     const int head_dim = args.pages.head_dim, first_query = args.batch.query_starts[item.request];
     const int before = args.batch.seq_lens[item.request] - (args.batch.query_starts[item.request + 1] - first_query);
     const kvc_blocks_rings& rings = args.rings;
-    const int64_t in_ring = args.ring_of[item.request] * rings.ring_stride + item.kv_head * rings.head_stride + side * rings.places * head_dim;
+    const int64_t in_ring = args.ring_of[item.request] * rings.ring_stride + item.kv_head * rings.head_stride +
+                            side * rings.places * head_dim;
     const kvc_rows ring = {const_cast<void*>(rings.data), head_dim, 0, rings.dtype};
     for (int i = 0; i < tokens; ++i) {
         float* target = s.exact_rows + i * s.head_width;
@@ -288,12 +306,14 @@ inline void score_exact(const float* queries, const float* keys, int width, int 
     for (int row = 0; row < rows; ++row)
         for (int token = 0; token < tokens; ++token) {
             VecF total = {};
-            for (int d = 0; d < width; d += kLanes) total += load(queries + row * width + d) * load(keys + token * width + d);
+            for (int d = 0; d < width; d += kLanes)
+                total += load(queries + row * width + d) * load(keys + token * width + d);
             scores[row * kTile + token] = sum(total);
         }
 }
 
-KVC_NOINLINE void attend_exact(const kvc_blocks_attend_args& args, const Item& item, int block_start, int stop, int rows, const Partial& partial, BlockScratch& s) {
+KVC_NOINLINE void attend_exact(const kvc_blocks_attend_args& args, const Item& item, int block_start, int stop,
+                               int rows, const Partial& partial, BlockScratch& s) {
     const kvc_blocks_side& v = args.pages.v;
     const int end = block_start + args.pages.block;
     for (int start = block_start; start < stop; start += kTile) {
@@ -326,7 +346,8 @@ KVC_INLINE void clear(float* floats, int rows, int columns) {
     std::memset(floats, 0, sizeof(float) * static_cast<size_t>(rows) * static_cast<size_t>(columns));
 }
 
-void attend_blocks(const kvc_blocks_attend_args& args, const Item& item, int start, int stop, const Partial& partial, void* scratch) {
+void attend_blocks(const kvc_blocks_attend_args& args, const Item& item, int start, int stop, const Partial& partial,
+                   void* scratch) {
     BlockScratch s{};
     lay_out(args.pages, static_cast<char*>(scratch), s);
     const kvc_blocks_side &k = args.pages.k, &v = args.pages.v;
@@ -355,10 +376,10 @@ void attend_blocks(const kvc_blocks_attend_args& args, const Item& item, int sta
     const int first_seen = visible(args, item, 0), last_seen = visible(args, item, rows - 1);
     for (int low = start; low < stop; low += block) {
         const int end = low + block;
-        if (end <= last_seen) attend_sealed(args, item, low, end + block <= min_of(last_seen, stop) ? end : low, rows, partial, s);
+        if (end <= last_seen)
+            attend_sealed(args, item, low, end + block <= min_of(last_seen, stop) ? end : low, rows, partial, s);
         // The block is open for queries of its own tokens, the last one's excepted.
-        if (first_seen < end && last_seen > low)
-            attend_exact(args, item, low, min_of(stop, end - 1), rows, partial, s);
+        if (first_seen < end && last_seen > low) attend_exact(args, item, low, min_of(stop, end - 1), rows, partial, s);
     }
     const int width = block_width(args);
     for (int row = 0; row < rows; ++row) {
@@ -397,7 +418,8 @@ void finish_blocks(const kvc_blocks_attend_args& args, const Item& item, const P
             float* out = s.row + i * kMaxHeadDim;
             for (int d = 0; d < head_dim; ++d) out[d] = (out[d] + exact[d] + exact[head_dim] * mean[d]) * inverse;
             store_row(args.output, token, head, head_dim, out);
-            if (args.lse_TH) args.lse_TH[token * args.batch.num_heads + head] = partial.max[row] + __builtin_logf(partial.sum[row]);
+            if (args.lse_TH)
+                args.lse_TH[token * args.batch.num_heads + head] = partial.max[row] + __builtin_logf(partial.sum[row]);
         }
     }
 }

@@ -19,14 +19,18 @@ namespace {
 typedef uint8_t KeyCode;
 typedef uint8_t ValueCode;
 
-KVC_INLINE int key_code_width(const kvc_blocks_side& side) { return 4 * key_quads(band_of(side, side.rank)); }  // per token
+KVC_INLINE int key_code_width(const kvc_blocks_side& side) {
+    return 4 * key_quads(band_of(side, side.rank));
+}  // per token
 KVC_INLINE int value_code_width(const kvc_side& band) { return value_positions(band); }
 constexpr int kValueUnit = 4;  // ValueCodes of one position that stand together
 
 // Where a tile's sixteen tokens of a group are.
 KVC_INLINE uint8_t* key_group(uint8_t* keys, int group, int width) { return keys + group * kGroup * width; }
 
-KVC_INLINE void unpack_block_keys(const kvc_side& band, const uint8_t* codes, uint8_t* out) { unpack_keys_integer(band, codes, out); }
+KVC_INLINE void unpack_block_keys(const kvc_side& band, const uint8_t* codes, uint8_t* out) {
+    unpack_keys_integer(band, codes, out);
+}
 
 // Sixteen channels in the order of their quads.
 KVC_INLINE __m512 by_quad(__m512 channels, int bits) {
@@ -38,7 +42,8 @@ KVC_INLINE __m512 by_quad(__m512 channels, int bits) {
 
 // The order of channels in which queries, scales and zeros are folded.
 KVC_INLINE void fold_order(const kvc_blocks_side& side, float* channels) {
-    for (int c = 0; c < side.rank; c += 16) _mm512_store_ps(channels + c, by_quad(_mm512_load_ps(channels + c), side.bits));
+    for (int c = 0; c < side.rank; c += 16)
+        _mm512_store_ps(channels + c, by_quad(_mm512_load_ps(channels + c), side.bits));
 }
 
 struct Folded {
@@ -46,13 +51,17 @@ struct Folded {
     float constant;
 };
 
-KVC_INLINE size_t folded_bytes(const kvc_blocks_side& side) { return static_cast<size_t>(padded_rank(side) / 4 * kFactorBytes); }
+KVC_INLINE size_t folded_bytes(const kvc_blocks_side& side) {
+    return static_cast<size_t>(padded_rank(side) / 4 * kFactorBytes);
+}
 
 // Queries of all rows with a group's scales, as digits [quad][row]; queries, scales and zeros in fold order.
-inline void fold_queries(const kvc_blocks_side& side, const float* queries, int rows, const float* scale, const float* zero, Folded* folded, uint8_t* factors) {
+inline void fold_queries(const kvc_blocks_side& side, const float* queries, int rows, const float* scale,
+                         const float* zero, Folded* folded, uint8_t* factors) {
     constexpr float kLargest = 8355000.f;  // 127 * 65536 + 127 * 256 + 127, less the rounding of the scale
     const int width = padded_rank(side), step = rows * kFactorBytes;
-    const __m512i by_digit = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    const __m512i by_digit =
+        _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
     const __m512i bias = _mm512_set1_epi32(0x8080);
     for (int row = 0; row < rows; ++row, queries += width) {
         __m512 largest = _mm512_setzero_ps(), constant = _mm512_setzero_ps();
@@ -78,7 +87,8 @@ inline void fold_queries(const kvc_blocks_side& side, const float* queries, int 
 }
 
 template <int ROWS, int GROUPS>
-KVC_INLINE void score_folded(const Folded* folded, const uint8_t* factors, int step, const uint8_t* keys, int quads, int groups, float* score, Ahead& ahead) {
+KVC_INLINE void score_folded(const Folded* folded, const uint8_t* factors, int step, const uint8_t* keys, int quads,
+                             int groups, float* score, Ahead& ahead) {
     for (int group = 0; group < groups; group += GROUPS) {
         __m512i sums[ROWS][kDigits][GROUPS];
         repeat<ROWS>([&](auto row) KVC_LAMBDA {
@@ -98,17 +108,21 @@ KVC_INLINE void score_folded(const Folded* folded, const uint8_t* factors, int s
 }
 
 template <int GROUPS>
-inline void score_groups(const Folded* folded, const uint8_t* factors, int rows, const uint8_t* keys, int quads, int groups, float* score, Ahead& ahead) {
+inline void score_groups(const Folded* folded, const uint8_t* factors, int rows, const uint8_t* keys, int quads,
+                         int groups, float* score, Ahead& ahead) {
     const int step = rows * kFactorBytes;
     int row = 0;
     for (; row + 4 <= rows; row += 4)
-        score_folded<4, GROUPS>(folded + row, factors + row * kFactorBytes, step, keys, quads, groups, score + row * kTile, ahead);
+        score_folded<4, GROUPS>(folded + row, factors + row * kFactorBytes, step, keys, quads, groups,
+                                score + row * kTile, ahead);
     for (; row < rows; ++row)
-        score_folded<1, GROUPS>(folded + row, factors + row * kFactorBytes, step, keys, quads, groups, score + row * kTile, ahead);
+        score_folded<1, GROUPS>(folded + row, factors + row * kFactorBytes, step, keys, quads, groups,
+                                score + row * kTile, ahead);
 }
 
 // Scores of `groups` groups of sixteen tokens that share their scales; overwrites no others.
-inline void score_codes(const kvc_blocks_side& side, const Folded* folded, const uint8_t* factors, int rows, const uint8_t* keys, int groups, float*, float* score, Ahead& ahead) {
+inline void score_codes(const kvc_blocks_side& side, const Folded* folded, const uint8_t* factors, int rows,
+                        const uint8_t* keys, int groups, float*, float* score, Ahead& ahead) {
     const int quads = key_code_width(side) / 4;
     if (groups % 2 == 0)
         score_groups<2>(folded, factors, rows, keys, quads, groups, score, ahead);
@@ -125,12 +139,13 @@ KVC_INLINE void unpack_block_values(const kvc_side& band, const uint8_t* codes, 
 struct MixScratch {
     uint8_t* digits;  // [tile / 4][rows][digits]
     TileWeights* headers;
-    float* weights;   // [rows][tile]
+    float* weights;  // [rows][tile]
 };
 
 // Adds one group of channels to `sums`, which have room for all of a row's `positions`; `values` has `tokens` of them.
-inline void mix_codes(const kvc_side& band, const MixScratch& scratch, const float* weights, const float* decay, int rows, const float* scale,
-                      const float* zero, const uint8_t* values, int tokens, int positions, float* sums, Ahead& ahead) {
+inline void mix_codes(const kvc_side& band, const MixScratch& scratch, const float* weights, const float* decay,
+                      int rows, const float* scale, const float* zero, const uint8_t* values, int tokens, int positions,
+                      float* sums, Ahead& ahead) {
     const __m512 centre = _mm512_set1_ps(static_cast<float>(1 << (band.bits[0] - 1)));
     for (int row = 0; row < rows; ++row) {
         __m512 largest = _mm512_setzero_ps(), constant = _mm512_setzero_ps();
@@ -141,13 +156,17 @@ inline void mix_codes(const kvc_side& band, const MixScratch& scratch, const flo
             constant = _mm512_fmadd_ps(p, _mm512_fmadd_ps(step, centre, _mm512_load_ps(zero + t)), constant);
             _mm512_store_ps(scratch.weights + t, weight);
         }
-        const float unit = integer_weights(scratch.weights, _mm512_reduce_max_ps(largest), scratch.digits + row * kFactorBytes, rows * kFactorBytes);
+        const float unit = integer_weights(scratch.weights, _mm512_reduce_max_ps(largest),
+                                           scratch.digits + row * kFactorBytes, rows * kFactorBytes);
         scratch.headers[row] = {decay[row], unit, _mm512_reduce_add_ps(constant)};
     }
-    mix_tile_integer(scratch.headers, scratch.digits, rows, values, tokens / 4, positions, value_positions(band), sums, ahead);
+    mix_tile_integer(scratch.headers, scratch.digits, rows, values, tokens / 4, positions, value_positions(band), sums,
+                     ahead);
 }
 
-KVC_INLINE void block_channels(const kvc_side& band, const float* at_position, float* latent) { value_channels_integer(band, at_position, latent); }
+KVC_INLINE void block_channels(const kvc_side& band, const float* at_position, float* latent) {
+    value_channels_integer(band, at_position, latent);
+}
 
 #else
 
@@ -162,7 +181,9 @@ constexpr int kValueUnit = 1;
 
 KVC_INLINE float* key_group(float* keys, int group, int) { return keys + group * kGroup; }
 
-KVC_INLINE void unpack_block_keys(const kvc_side& band, const uint8_t* codes, float* out) { unpack_keys(band, codes, out); }
+KVC_INLINE void unpack_block_keys(const kvc_side& band, const uint8_t* codes, float* out) {
+    unpack_keys(band, codes, out);
+}
 
 KVC_INLINE void fold_order(const kvc_blocks_side&, float*) {}
 
@@ -170,9 +191,12 @@ struct Folded {
     float constant;
 };
 
-KVC_INLINE size_t folded_bytes(const kvc_blocks_side& side) { return sizeof(float) * static_cast<size_t>(padded_rank(side)); }
+KVC_INLINE size_t folded_bytes(const kvc_blocks_side& side) {
+    return sizeof(float) * static_cast<size_t>(padded_rank(side));
+}
 
-inline void fold_queries(const kvc_blocks_side& side, const float* queries, int rows, const float* scale, const float* zero, Folded* folded, uint8_t* factors) {
+inline void fold_queries(const kvc_blocks_side& side, const float* queries, int rows, const float* scale,
+                         const float* zero, Folded* folded, uint8_t* factors) {
     const int width = padded_rank(side);
     const float middle = middle_of(side.bits);
     auto* target = reinterpret_cast<float*>(factors);
@@ -187,12 +211,15 @@ inline void fold_queries(const kvc_blocks_side& side, const float* queries, int 
     }
 }
 
-inline void score_codes(const kvc_blocks_side& side, const Folded* folded, const uint8_t* factors, int rows, const float* keys, int groups, float* whole, float* score, Ahead&) {
+inline void score_codes(const kvc_blocks_side& side, const Folded* folded, const uint8_t* factors, int rows,
+                        const float* keys, int groups, float* whole, float* score, Ahead&) {
     // Takes whole vectors of tokens, which would reach into the next row.
     const int tokens = groups * kGroup;
-    score_tile(reinterpret_cast<const float*>(factors), padded_rank(side), rows, keys, key_code_width(side), tokens, whole);
+    score_tile(reinterpret_cast<const float*>(factors), padded_rank(side), rows, keys, key_code_width(side), tokens,
+               whole);
     for (int row = 0; row < rows; ++row)
-        for (int t = 0; t < tokens; t += kLanes) store(score + row * kTile + t, load(whole + row * kTile + t) + folded[row].constant);
+        for (int t = 0; t < tokens; t += kLanes)
+            store(score + row * kTile + t, load(whole + row * kTile + t) + folded[row].constant);
 }
 
 KVC_INLINE void unpack_block_values(const kvc_side& band, const uint8_t* codes, int positions, float* out) {
@@ -203,8 +230,9 @@ struct MixScratch {
     float* weights;  // [rows][tile]
 };
 
-inline void mix_codes(const kvc_side& band, const MixScratch& scratch, const float* weights, const float* decay, int rows, const float* scale,
-                      const float* zero, const float* values, int tokens, int positions, float* sums, Ahead&) {
+inline void mix_codes(const kvc_side& band, const MixScratch& scratch, const float* weights, const float* decay,
+                      int rows, const float* scale, const float* zero, const float* values, int tokens, int positions,
+                      float* sums, Ahead&) {
     const int count = float_positions(band);
     const float middle = middle_of(band.bits[0]);
     float constants[kMaxRows];
@@ -219,10 +247,13 @@ inline void mix_codes(const kvc_side& band, const MixScratch& scratch, const flo
     }
     mix_tile(scratch.weights, decay, rows, values, tokens, positions, count, sums);
     for (int row = 0; row < rows; ++row)
-        for (int i = 0; i < count; i += kLanes) store(sums + row * positions + i, load(sums + row * positions + i) + constants[row]);
+        for (int i = 0; i < count; i += kLanes)
+            store(sums + row * positions + i, load(sums + row * positions + i) + constants[row]);
 }
 
-KVC_INLINE void block_channels(const kvc_side& band, const float* at_position, float* latent) { value_channels(band, at_position, latent); }
+KVC_INLINE void block_channels(const kvc_side& band, const float* at_position, float* latent) {
+    value_channels(band, at_position, latent);
+}
 
 #endif
 

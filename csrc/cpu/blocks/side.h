@@ -46,7 +46,8 @@ inline void read_halves(const uint8_t* halves, int rows, int columns, float* out
         } else {
             for (int column = 0; column < columns; ++column) {
                 alignas(kAlign) uint32_t words[kLanes] = {};
-                for (int lane = 0; lane < count; ++lane) std::memcpy(words + lane, halves + 2 * (lane * columns + column), 2);
+                for (int lane = 0; lane < count; ++lane)
+                    std::memcpy(words + lane, halves + 2 * (lane * columns + column), 2);
                 store(out + column * stride, half_to_float(load(words)));
             }
         }
@@ -95,7 +96,8 @@ KVC_INLINE int of_tile(Sparse& sparse, int count, int start) {
 }
 
 // score[row][token] += query[row][channel] * value; queries are [rows / 4][channels][4], rows padded to fours.
-inline void score_sparse(const Sparse sparse, int first, int start, const float* queries, int rank, int rows, float* scores) {
+inline void score_sparse(const Sparse sparse, int first, int start, const float* queries, int rank, int rows,
+                         float* scores) {
     for (int row = 0; row < rows; row += 4, queries += 4 * rank, scores += 4 * kTile) {
         // Neighbours often share their token; two sums let them overlap.
         alignas(kAlign) float sums[2][4 * kTile] = {};
@@ -113,7 +115,8 @@ inline void score_sparse(const Sparse sparse, int first, int start, const float*
         if (i < sparse.next) add(i, sums[0]);
         for (int t = 0; t < kTile; t += 4) {
             Vec4 four[4];
-            repeat<4>([&](auto n) KVC_LAMBDA { four[n] = load4(sums[0] + 4 * (t + n)) + load4(sums[1] + 4 * (t + n)); });
+            repeat<4>([&](auto n)
+                          KVC_LAMBDA { four[n] = load4(sums[0] + 4 * (t + n)) + load4(sums[1] + 4 * (t + n)); });
             transpose4(four);
             repeat<4>([&](auto r) KVC_LAMBDA {
                 float* target = scores + r * kTile + t;
@@ -124,7 +127,8 @@ inline void score_sparse(const Sparse sparse, int first, int start, const float*
 }
 
 // exact[row][channel] = exact * decay[row] + weight[row][token] * value; exact is [rows / 4][channels][4].
-inline void mix_sparse(const Sparse sparse, int first, int start, const float* weights, const float* decay, int rank, int rows, float* exact) {
+inline void mix_sparse(const Sparse sparse, int first, int start, const float* weights, const float* decay, int rank,
+                       int rows, float* exact) {
     for (int row = 0; row < rows; row += 4, exact += 4 * rank, weights += 4 * kTile, decay += 4) {
         const Vec4 factor = load4(decay);
         if (factor[0] != 1 || factor[1] != 1 || factor[2] != 1 || factor[3] != 1)

@@ -35,7 +35,8 @@ bool covered(const kvc_side& side, int head_dim) {
         bytes += bits * width / 8;
     }
     if (side.outliers < 0 || side.outliers > KVC_MAX_OUTLIERS) return false;
-    if (side.outliers && (side.gain_offset < 0 || side.outlier_offset < 0 || side.channel_offset < 0 || rank > 256)) return false;
+    if (side.outliers && (side.gain_offset < 0 || side.outlier_offset < 0 || side.channel_offset < 0 || rank > 256))
+        return false;
     return rank == side.rank && rank <= head_dim && bytes == side.code_bytes;
 }
 

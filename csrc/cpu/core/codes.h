@@ -129,7 +129,8 @@ KVC_INLINE uint8_t* store_pairs(__m512i word, uint8_t* out) {
     const __m512i middle = _mm512_set1_epi16((1 << BITS) - 1);
     for (int field = 0; field < 32 / BITS; field += 2, out += 4 * kTile) {
         const __m512i x = field ? _mm512_srli_epi32(word, static_cast<unsigned>(BITS * field)) : word;
-        const __m512i pair = _mm512_or_si512(_mm512_and_si512(x, low), _mm512_and_si512(_mm512_slli_epi32(x, 16 - BITS), high));
+        const __m512i pair =
+            _mm512_or_si512(_mm512_and_si512(x, low), _mm512_and_si512(_mm512_slli_epi32(x, 16 - BITS), high));
         _mm512_store_si512(out, _mm512_sub_epi16(_mm512_add_epi16(pair, pair), middle));
     }
     return out;

@@ -29,7 +29,8 @@ inline void convert_row(const void* source, int dtype, int channels, float* out)
         }
 #if KVC_LEVEL_NUMBER >= 1
         if (dtype == KVC_FLOAT16)
-            for (; i + kLanes <= channels; i += kLanes) store(out + i, load_halves(reinterpret_cast<const uint8_t*>(numbers + i)));
+            for (; i + kLanes <= channels; i += kLanes)
+                store(out + i, load_halves(reinterpret_cast<const uint8_t*>(numbers + i)));
 #endif
         for (; i < channels; ++i) {
             if (dtype == KVC_BFLOAT16) {
@@ -54,7 +55,8 @@ KVC_INLINE void sum_products(const float (&products)[kGroup][kLanes], float* sco
 
 // score[row][16 tokens] = query[row] . tile[token]; queries are padded with zeros to whole vectors of 16.
 template <int ROWS>
-KVC_INLINE void score_rows_dense(const float* query, int query_stride, const float* tile, int width, int channels, float* score) {
+KVC_INLINE void score_rows_dense(const float* query, int query_stride, const float* tile, int width, int channels,
+                                 float* score) {
     constexpr int kTokens = KVC_LANES == 16 ? 4 : 2;
     alignas(kAlign) float products[ROWS][kGroup][kLanes];
     for (int token = 0; token < kGroup; token += kTokens) {
@@ -76,19 +78,24 @@ KVC_INLINE void score_rows_dense(const float* query, int query_stride, const flo
 }
 
 // Sixteen tokens for all rows. Slots past the request's end may hold anything: their scores are not looked at.
-inline void score_group_dense(const float* query, int query_stride, int rows, const float* tile, int width, int channels, float* score) {
+inline void score_group_dense(const float* query, int query_stride, int rows, const float* tile, int width,
+                              int channels, float* score) {
     int row = 0;
-    for (; row + 4 <= rows; row += 4) score_rows_dense<4>(query + row * query_stride, query_stride, tile, width, channels, score + row * kTile);
-    for (; row < rows; ++row) score_rows_dense<1>(query + row * query_stride, query_stride, tile, width, channels, score + row * kTile);
+    for (; row + 4 <= rows; row += 4)
+        score_rows_dense<4>(query + row * query_stride, query_stride, tile, width, channels, score + row * kTile);
+    for (; row < rows; ++row)
+        score_rows_dense<1>(query + row * query_stride, query_stride, tile, width, channels, score + row * kTile);
 }
 
 // sums[row][channel] = sums * decay[row] + sum_token weight[row][token] tile[token][channel], for whole vectors of
 // channels.
 template <int ROWS, int VECTORS>
-KVC_INLINE void mix_rows_dense(const float* weight, const float* decay, const float* tile, int width, int tokens, float* sums, int sums_stride) {
+KVC_INLINE void mix_rows_dense(const float* weight, const float* decay, const float* tile, int width, int tokens,
+                               float* sums, int sums_stride) {
     VecF acc[ROWS][VECTORS];
     repeat<ROWS>([&](auto row) KVC_LAMBDA {
-        repeat<VECTORS>([&](auto n) KVC_LAMBDA { acc[row][n] = load(sums + row * sums_stride + n * kLanes) * decay[row]; });
+        repeat<VECTORS>([&](auto n)
+                            KVC_LAMBDA { acc[row][n] = load(sums + row * sums_stride + n * kLanes) * decay[row]; });
     });
     for (int token = 0; token < tokens; ++token) {
         VecF values[VECTORS];
@@ -104,16 +111,20 @@ KVC_INLINE void mix_rows_dense(const float* weight, const float* decay, const fl
 }
 
 template <int VECTORS>
-KVC_INLINE void mix_columns_dense(const float* weight, const float* decay, int rows, const float* tile, int width, int tokens, float* sums, int sums_stride) {
+KVC_INLINE void mix_columns_dense(const float* weight, const float* decay, int rows, const float* tile, int width,
+                                  int tokens, float* sums, int sums_stride) {
     int row = 0;
     for (; row + 4 <= rows; row += 4)
-        mix_rows_dense<4, VECTORS>(weight + row * kTile, decay + row, tile, width, tokens, sums + row * sums_stride, sums_stride);
+        mix_rows_dense<4, VECTORS>(weight + row * kTile, decay + row, tile, width, tokens, sums + row * sums_stride,
+                                   sums_stride);
     for (; row < rows; ++row)
-        mix_rows_dense<1, VECTORS>(weight + row * kTile, decay + row, tile, width, tokens, sums + row * sums_stride, sums_stride);
+        mix_rows_dense<1, VECTORS>(weight + row * kTile, decay + row, tile, width, tokens, sums + row * sums_stride,
+                                   sums_stride);
 }
 
 // Columns outside rows: a few columns of the whole tile stay in the first-level cache for all rows.
-inline void mix_dense(const float* weight, const float* decay, int rows, const float* tile, int width, int tokens, int channels, float* sums, int sums_stride) {
+inline void mix_dense(const float* weight, const float* decay, int rows, const float* tile, int width, int tokens,
+                      int channels, float* sums, int sums_stride) {
     int channel = 0;
     for (; channel + kBlock * kLanes <= channels; channel += kBlock * kLanes)
         mix_columns_dense<kBlock>(weight, decay, rows, tile + channel, width, tokens, sums + channel, sums_stride);

@@ -7,7 +7,8 @@ namespace kvcompress::cpu::KVC_LEVEL {
 namespace {
 
 // One token's latents (overwritten) to its gain and codes.
-inline void encode_latent(const kvc_side& side, float* latent, const float* weight, uint8_t* record, int offset, float* scratch) {
+inline void encode_latent(const kvc_side& side, float* latent, const float* weight, uint8_t* record, int offset,
+                          float* scratch) {
     float *padded_latent = scratch, *padded_weight = scratch + 2 * kMaxHeadDim;
     for (int c = 0; c < side.rank; ++c) {
         if (latent[c] != latent[c]) latent[c] = 0;
@@ -28,18 +29,21 @@ inline void encode_latent(const kvc_side& side, float* latent, const float* weig
     const Padded pad = padded(side);
     std::memset(padded_latent, 0, sizeof(float) * static_cast<size_t>(pad.total));
     std::memset(padded_weight, 0, sizeof(float) * static_cast<size_t>(pad.total));
-    for (int band = 0, from = 0, to = 0; band < side.num_bands; from += side.widths[band], to += pad.width[band], ++band) {
+    for (int band = 0, from = 0, to = 0; band < side.num_bands;
+         from += side.widths[band], to += pad.width[band], ++band) {
         std::memcpy(padded_latent + to, latent + from, sizeof(float) * static_cast<size_t>(side.widths[band]));
         std::memcpy(padded_weight + to, weight + from, sizeof(float) * static_cast<size_t>(side.widths[band]));
     }
     int outliers[KVC_MAX_OUTLIERS] = {};
-    const uint16_t gain = float_to_half(best_gain(side, pad, padded_latent, padded_weight, scratch + 4 * kMaxHeadDim, outliers));
+    const uint16_t gain =
+        float_to_half(best_gain(side, pad, padded_latent, padded_weight, scratch + 4 * kMaxHeadDim, outliers));
     std::memcpy(record + side.gain_offset + 2 * offset, &gain, 2);
     const float rounded = half_to_float(gain);
     const float* band_latent = padded_latent;
     for (int band = 0, first = 0; band < side.num_bands; first += side.widths[band], ++band) {
         const float step = side.steps[band], top = top_of(side.bits[band]);
-        for (int i = 0; i < pad.width[band]; i += kLanes) store(latent + i, nearest_code(load(band_latent + i), rounded, step, top));
+        for (int i = 0; i < pad.width[band]; i += kLanes)
+            store(latent + i, nearest_code(load(band_latent + i), rounded, step, top));
         pack_band(latent, side.bits[band], side.widths[band], codes);
         for (int n = 0; n < side.outliers; ++n) {
             const int64_t place = outliers[n] - (band_latent - padded_latent);

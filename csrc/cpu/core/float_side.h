@@ -32,7 +32,8 @@ inline float* unpack_key_band(const uint8_t* codes, int64_t code_bytes, int byte
         }
         for (int lane = 0; lane < kGroup; lane += kLanes) {
             const VecU vector = load(words + lane);
-            repeat<fields_of(BITS)>([&](auto field) KVC_LAMBDA { store(out + field * kTile + lane, field_to_float<BITS>(vector, field)); });
+            repeat<fields_of(BITS)>(
+                [&](auto field) KVC_LAMBDA { store(out + field * kTile + lane, field_to_float<BITS>(vector, field)); });
         }
         out += fields_of(BITS) * kTile;
     }
@@ -63,7 +64,8 @@ inline float* unpack_value_band(const uint8_t* codes, int bytes, float* out) {
             std::memcpy(&vector, codes + byte, sizeof vector);
         else
             std::memcpy(&vector, codes + byte, static_cast<size_t>(bytes - byte));
-        repeat<fields_of(BITS)>([&](auto field) KVC_LAMBDA { store(out + field * kLanes, field_to_float<BITS>(vector, field)); });
+        repeat<fields_of(BITS)>([&](auto field)
+                                    KVC_LAMBDA { store(out + field * kLanes, field_to_float<BITS>(vector, field)); });
         out += fields_of(BITS) * kLanes;
     }
     return out;
@@ -111,7 +113,8 @@ constexpr int kBlock = 4;
 
 // score[row][token] = sum_position query[row][position] key[position][token]
 template <int ROWS>
-KVC_INLINE void score_rows(const float* query, int query_stride, const float* keys, int positions, int tokens, float* score) {
+KVC_INLINE void score_rows(const float* query, int query_stride, const float* keys, int positions, int tokens,
+                           float* score) {
     for (int token = 0; token < tokens; token += kBlock * kLanes) {
         VecF sums[ROWS][kBlock];
         repeat<ROWS>([&](auto row) KVC_LAMBDA { repeat<kBlock>([&](auto n) KVC_LAMBDA { sums[row][n] = VecF{}; }); });
@@ -130,7 +133,8 @@ KVC_INLINE void score_rows(const float* query, int query_stride, const float* ke
     }
 }
 
-inline void score_tile(const float* query, int query_stride, int rows, const float* keys, int positions, int tokens, float* score) {
+inline void score_tile(const float* query, int query_stride, int rows, const float* keys, int positions, int tokens,
+                       float* score) {
     int row = 0;
     for (; row + 4 <= rows; row += 4)
         score_rows<4>(query + row * query_stride, query_stride, keys, positions, tokens, score + row * kTile);
@@ -140,10 +144,12 @@ inline void score_tile(const float* query, int query_stride, int rows, const flo
 
 // sums[row][position] = sums * decay[row] + sum_token weight[row][token] value[token][position]
 template <int ROWS, int VECTORS>
-KVC_INLINE void mix_rows(const float* weight, const float* decay, const float* values, int tokens, int positions, float* sums) {
+KVC_INLINE void mix_rows(const float* weight, const float* decay, const float* values, int tokens, int positions,
+                         float* sums) {
     VecF acc[ROWS][VECTORS];
     repeat<ROWS>([&](auto row) KVC_LAMBDA {
-        repeat<VECTORS>([&](auto n) KVC_LAMBDA { acc[row][n] = load(sums + row * positions + n * kLanes) * decay[row]; });
+        repeat<VECTORS>([&](auto n)
+                            KVC_LAMBDA { acc[row][n] = load(sums + row * positions + n * kLanes) * decay[row]; });
     });
     for (int token = 0; token < tokens; ++token) {
         const float* value = values + token * positions;
@@ -160,7 +166,8 @@ KVC_INLINE void mix_rows(const float* weight, const float* decay, const float* v
 }
 
 template <int ROWS>
-KVC_INLINE void mix_all(const float* weight, const float* decay, const float* values, int tokens, int positions, int count, float* sums) {
+KVC_INLINE void mix_all(const float* weight, const float* decay, const float* values, int tokens, int positions,
+                        int count, float* sums) {
     int position = 0;
     for (; position + kBlock * kLanes <= count; position += kBlock * kLanes)
         mix_rows<ROWS, kBlock>(weight, decay, values + position, tokens, positions, sums + position);
@@ -169,7 +176,8 @@ KVC_INLINE void mix_all(const float* weight, const float* decay, const float* va
 }
 
 // The first `count` of each token's and each row's positions.
-inline void mix_tile(const float* weight, const float* decay, int rows, const float* values, int tokens, int positions, int count, float* sums) {
+inline void mix_tile(const float* weight, const float* decay, int rows, const float* values, int tokens, int positions,
+                     int count, float* sums) {
     int row = 0;
     for (; row + 4 <= rows; row += 4)
         mix_all<4>(weight + row * kTile, decay + row, values, tokens, positions, count, sums + row * positions);

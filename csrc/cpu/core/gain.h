@@ -8,8 +8,8 @@ namespace {
 
 constexpr float kSmallestGain = 0x1p-14f, kLargestGain = 65504.f, kHalfMax = 65504.f;
 // 2^(i/3), i = -3..6: multiples of the root mean square tried as gain.
-constexpr float kGainCandidates[] = {0.5f, 0.62996052f, 0.79370053f, 1.f, 1.25992105f,
-                                     1.58740105f, 2.f, 2.51984210f, 3.17480210f, 4.f};
+constexpr float kGainCandidates[] = {0.5f,        0.62996052f, 0.79370053f, 1.f,         1.25992105f,
+                                     1.58740105f, 2.f,         2.51984210f, 3.17480210f, 4.f};
 
 KVC_INLINE float clamp(float x, float low, float high) { return x < low ? low : x > high ? high : x; }
 
@@ -39,7 +39,8 @@ inline void take_largest(float* x, int total, int count, float instead, int* pos
 }
 
 // The gain, and the padded positions of the channels that are stored exactly. `scratch` has two padded arrays.
-inline float best_gain(const kvc_side& side, const Padded& pad, const float* latent, const float* weight, float* scratch, int* outliers) {
+inline float best_gain(const kvc_side& side, const Padded& pad, const float* latent, const float* weight,
+                       float* scratch, int* outliers) {
     float *errors = scratch, *kept = scratch + 2 * kMaxHeadDim;
     VecF squares = {};
     if (side.outliers) {
@@ -64,7 +65,8 @@ inline float best_gain(const kvc_side& side, const Padded& pad, const float* lat
             for (int band = 0; band < side.num_bands; ++band) {
                 const float step = side.steps[band], top = top_of(side.bits[band]);
                 for (int i = 0; i < pad.width[band]; i += kLanes, x += kLanes, w += kLanes, e += kLanes) {
-                    const VecF miss = load(x) - value_of(nearest_code(load(x), candidate, step, top), step, top) * candidate;
+                    const VecF miss =
+                        load(x) - value_of(nearest_code(load(x), candidate, step, top), step, top) * candidate;
                     store(e, load(w) * (miss * miss));
                 }
             }
@@ -84,7 +86,8 @@ inline float best_gain(const kvc_side& side, const Padded& pad, const float* lat
             }
         }
         // Codes fixed, the error is quadratic in the gain: its minimum is one division away.
-        const float refined = half_to_float(float_to_half(clamp(sum(products) / sum(energies), kSmallestGain, kLargestGain)));
+        const float refined =
+            half_to_float(float_to_half(clamp(sum(products) / sum(energies), kSmallestGain, kLargestGain)));
         VecF misses = {};
         x = latent, w = weights;
         for (int band = 0; band < side.num_bands; ++band) {

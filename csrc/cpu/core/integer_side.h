@@ -40,8 +40,8 @@ KVC_INLINE void dot_bytes(__m512i& sum, __m512i unsigned_bytes, __m512i signed_b
 // sums[row][digit][n] += codes[quad][n] . factors[quad][row][digit], over all quads; SIGNED_CODES says which side of the
 // product has signed bytes.
 template <int ROWS, int VECTORS, bool SIGNED_CODES>
-KVC_INLINE void accumulate(__m512i (&sums)[ROWS][kDigits][VECTORS], const uint8_t* codes, int64_t code_step, int64_t quad_step,
-                           const uint8_t* factors, int64_t factor_step, int quads, Ahead& ahead) {
+KVC_INLINE void accumulate(__m512i (&sums)[ROWS][kDigits][VECTORS], const uint8_t* codes, int64_t code_step,
+                           int64_t quad_step, const uint8_t* factors, int64_t factor_step, int quads, Ahead& ahead) {
     for (int quad = 0; quad < quads; ++quad, codes += quad_step, factors += factor_step) {
         ahead.step();
         ahead.step();
@@ -105,7 +105,9 @@ KVC_INLINE uint8_t* unpack_key_band_integer(const uint8_t* codes, int64_t stride
     int byte = 0;
     __m512i tokens[4], words[4];
     for (; byte + 16 <= bytes; byte += 16) {
-        load_tokens(codes + byte, stride, [](const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }, tokens);
+        load_tokens(
+            codes + byte, stride, [](const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); },
+            tokens);
         transpose_words(tokens, words);
         for (int w = 0; w < 4; ++w) out = store_fields<BITS>(words[w], out);
     }
@@ -121,21 +123,23 @@ KVC_INLINE uint8_t* unpack_key_band_integer(const uint8_t* codes, int64_t stride
 KVC_NOINLINE void unpack_keys_integer(const kvc_side& side, const uint8_t* codes, uint8_t* out) {
     for (int band = 0; band < side.num_bands; ++band) {
         const int bits = side.bits[band], bytes = bits * side.widths[band] / 8;
-        out = with_code_bits(bits, [&](auto n) KVC_LAMBDA { return unpack_key_band_integer<n>(codes, side.code_bytes, bytes, out); });
+        out = with_code_bits(
+            bits, [&](auto n) KVC_LAMBDA { return unpack_key_band_integer<n>(codes, side.code_bytes, bytes, out); });
         codes += bytes;
     }
 }
 
 // What a score needs beside its query's digits.
 struct IntegerQuery {
-    float scale;          // score = gain * scale * (sum of digits times centred codes + half_sum)
-    float half_sum;       // codes are centred at 2^(b-1), the code's middle is half a step below
+    float scale;  // score = gain * scale * (sum of digits times centred codes + half_sum)
+    float half_sum;  // codes are centred at 2^(b-1), the code's middle is half a step below
     int32_t centre[kDigits];  // minus sum of digits times 2^(b-1)
     int32_t padding[3];
 };
 
 // One row's factors of every quad, `step` bytes apart.
-inline void integer_query(const kvc_side& side, const float* absorbed, int quads, IntegerQuery& query, uint8_t* factors, int step) {
+inline void integer_query(const kvc_side& side, const float* absorbed, int quads, IntegerQuery& query, uint8_t* factors,
+                          int step) {
     constexpr float kLargest = 8355000.f;  // 127 * 65536 + 127 * 256 + 127, less the rounding of the scale
     float largest = 0;
     const float* x = absorbed;
@@ -172,7 +176,8 @@ inline void integer_query(const kvc_side& side, const float* absorbed, int quads
 }
 
 template <int ROWS, int GROUPS>
-KVC_INLINE void score_rows_integer(const IntegerQuery* query, const uint8_t* factors, int step, const uint8_t* keys, int quads, float* score, Ahead& ahead) {
+KVC_INLINE void score_rows_integer(const IntegerQuery* query, const uint8_t* factors, int step, const uint8_t* keys,
+                                   int quads, float* score, Ahead& ahead) {
     for (int group = 0; group < kTileGroups; group += GROUPS) {
         __m512i sums[ROWS][kDigits][GROUPS];
         repeat<ROWS>([&](auto row) KVC_LAMBDA {
@@ -192,15 +197,19 @@ KVC_INLINE void score_rows_integer(const IntegerQuery* query, const uint8_t* fac
     }
 }
 
-inline void score_tile_integer(const IntegerQuery* query, const uint8_t* factors, int rows, const uint8_t* keys, int quads, float* score, Ahead ahead) {
+inline void score_tile_integer(const IntegerQuery* query, const uint8_t* factors, int rows, const uint8_t* keys,
+                               int quads, float* score, Ahead ahead) {
     const int step = rows * kFactorBytes;
     int row = 0;
     for (; row + 4 <= rows; row += 4)
-        score_rows_integer<4, 2>(query + row, factors + row * kFactorBytes, step, keys, quads, score + row * kTile, ahead);
+        score_rows_integer<4, 2>(query + row, factors + row * kFactorBytes, step, keys, quads, score + row * kTile,
+                                 ahead);
     for (; row + 2 <= rows; row += 2)
-        score_rows_integer<2, 4>(query + row, factors + row * kFactorBytes, step, keys, quads, score + row * kTile, ahead);
+        score_rows_integer<2, 4>(query + row, factors + row * kFactorBytes, step, keys, quads, score + row * kTile,
+                                 ahead);
     for (; row < rows; ++row)
-        score_rows_integer<1, 4>(query + row, factors + row * kFactorBytes, step, keys, quads, score + row * kTile, ahead);
+        score_rows_integer<1, 4>(query + row, factors + row * kFactorBytes, step, keys, quads, score + row * kTile,
+                                 ahead);
 }
 
 // ---- values --------------------------------------------------------------------------------------------------------
@@ -244,7 +253,8 @@ KVC_INLINE uint8_t* unpack_value_band_integer(const uint8_t* codes, int64_t stri
     for (; bytes - byte >= 32; byte += 32) {
         __m512i in[4], words[4];
         for (int t = 0; t < 4; ++t)
-            in[t] = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + t * stride + byte)));
+            in[t] =
+                _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + t * stride + byte)));
         interleave(in, words);
         const __m512i pairs[2] = {_mm512_inserti64x4(words[0], _mm512_castsi512_si256(words[1]), 1),
                                   _mm512_inserti64x4(words[2], _mm512_castsi512_si256(words[3]), 1)};
@@ -255,11 +265,13 @@ KVC_INLINE uint8_t* unpack_value_band_integer(const uint8_t* codes, int64_t stri
         const int left = min_of(bytes - byte, 16);
         const auto mask = static_cast<__mmask16>((1u << left) - 1u);
         __m512i in[4], words[4];
-        for (int t = 0; t < 4; ++t) in[t] = _mm512_castsi128_si512(_mm_maskz_loadu_epi8(mask, codes + t * stride + byte));
+        for (int t = 0; t < 4; ++t)
+            in[t] = _mm512_castsi128_si512(_mm_maskz_loadu_epi8(mask, codes + t * stride + byte));
         interleave(in, words);
         for (int field = 0; field < 8 / BITS; ++field)
             for (int k = 0; 4 * k < left; ++k, out += 16)
-                _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_castsi512_si128(centred_field<BITS>(words[k], field)));
+                _mm_storeu_si128(reinterpret_cast<__m128i*>(out),
+                                 _mm512_castsi512_si128(centred_field<BITS>(words[k], field)));
     }
     return out;
 }
@@ -268,7 +280,8 @@ KVC_INLINE uint8_t* unpack_value_band_integer(const uint8_t* codes, int64_t stri
 KVC_NOINLINE void unpack_values_integer(const kvc_side& side, const uint8_t* codes, uint8_t* out) {
     for (int band = 0; band < side.num_bands; ++band) {
         const int bits = side.bits[band], bytes = bits * side.widths[band] / 8;
-        out = with_code_bits(bits, [&](auto n) KVC_LAMBDA { return unpack_value_band_integer<n>(codes, side.code_bytes, bytes, out); });
+        out = with_code_bits(
+            bits, [&](auto n) KVC_LAMBDA { return unpack_value_band_integer<n>(codes, side.code_bytes, bytes, out); });
         codes += bytes;
     }
 }
@@ -278,12 +291,14 @@ inline void value_channels_integer(const kvc_side& side, const float* at_positio
     for (int band = 0; band < side.num_bands; ++band) {
         const int bits = side.bits[band], fields = 8 / bits, bytes = bits * side.widths[band] / 8;
         for (int byte = 0; byte < bytes; byte += chunk_bytes(bytes - byte)) {
-            const int size = chunk_bytes(bytes - byte), words = chunk_words(bytes - byte), vectors = chunk_vectors(bytes - byte);
+            const int size = chunk_bytes(bytes - byte), words = chunk_words(bytes - byte),
+                      vectors = chunk_vectors(bytes - byte);
             for (int inner = 0; inner < size && byte + inner < bytes; ++inner) {
                 // Byte 16 L + 4 k + i of a chunk lands in word 4 L + i of vector k.
                 const int vector = inner % 16 / 4, word = inner / 16 * 4 + inner % 4;
                 for (int field = 0; field < fields; ++field)
-                    latent[(byte + inner) * fields + field] = at_position[(field * vectors + vector) * words + word] * side.steps[band];
+                    latent[(byte + inner) * fields + field] =
+                        at_position[(field * vectors + vector) * words + word] * side.steps[band];
             }
             at_position += words * vectors * fields;
         }
@@ -296,9 +311,11 @@ inline float integer_weights(const float* weight, float largest, uint8_t* factor
     constexpr float kLargest = 16776000.f;  // below 2^24 after rounding
     const float inverse = largest > 1e-30f ? kLargest / largest : 0.f;
     // Bytes of four 32-bit weights to four bytes of each digit.
-    const __m512i by_digit = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    const __m512i by_digit =
+        _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
     for (int token = 0; token < kTile; token += kGroup, factors += 4 * step) {
-        const __m512i value = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(weight + token), _mm512_set1_ps(inverse)));
+        const __m512i value =
+            _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(weight + token), _mm512_set1_ps(inverse)));
         const __m512i digits = _mm512_shuffle_epi8(value, by_digit);
         _mm_store_si128(reinterpret_cast<__m128i*>(factors), _mm512_castsi512_si128(digits));
         _mm_store_si128(reinterpret_cast<__m128i*>(factors + step), _mm512_extracti32x4_epi32(digits, 1));
@@ -316,7 +333,8 @@ struct TileWeights {
 };
 
 template <int ROWS, int VECTORS>
-KVC_INLINE void mix_rows_integer(const TileWeights* weights, const uint8_t* factors, int step, const uint8_t* values, int quads, int positions, float* sums, Ahead& ahead) {
+KVC_INLINE void mix_rows_integer(const TileWeights* weights, const uint8_t* factors, int step, const uint8_t* values,
+                                 int quads, int positions, float* sums, Ahead& ahead) {
     __m512i acc[ROWS][kDigits][VECTORS];
     repeat<ROWS>([&](auto row) KVC_LAMBDA {
         repeat<kDigits>([&](auto d) KVC_LAMBDA {
@@ -337,24 +355,31 @@ KVC_INLINE void mix_rows_integer(const TileWeights* weights, const uint8_t* fact
 }
 
 template <int ROWS, int BLOCK>
-KVC_INLINE void mix_all_integer(const TileWeights* weights, const uint8_t* factors, int step, const uint8_t* values, int quads, int positions, int count, float* sums, Ahead& ahead) {
+KVC_INLINE void mix_all_integer(const TileWeights* weights, const uint8_t* factors, int step, const uint8_t* values,
+                                int quads, int positions, int count, float* sums, Ahead& ahead) {
     int position = 0;
     for (; position + 16 * BLOCK <= count; position += 16 * BLOCK)
-        mix_rows_integer<ROWS, BLOCK>(weights, factors, step, values + 4 * position, quads, positions, sums + position, ahead);
+        mix_rows_integer<ROWS, BLOCK>(weights, factors, step, values + 4 * position, quads, positions, sums + position,
+                                      ahead);
     for (; position < count; position += 16)
-        mix_rows_integer<ROWS, 1>(weights, factors, step, values + 4 * position, quads, positions, sums + position, ahead);
+        mix_rows_integer<ROWS, 1>(weights, factors, step, values + 4 * position, quads, positions, sums + position,
+                                  ahead);
 }
 
 // The first `count` of each quad's and each row's positions.
-inline void mix_tile_integer(const TileWeights* weights, const uint8_t* factors, int rows, const uint8_t* values, int quads, int positions, int count, float* sums, Ahead& ahead) {
+inline void mix_tile_integer(const TileWeights* weights, const uint8_t* factors, int rows, const uint8_t* values,
+                             int quads, int positions, int count, float* sums, Ahead& ahead) {
     const int step = rows * kFactorBytes;
     int row = 0;
     for (; row + 4 <= rows; row += 4)
-        mix_all_integer<4, 2>(weights + row, factors + row * kFactorBytes, step, values, quads, positions, count, sums + row * positions, ahead);
+        mix_all_integer<4, 2>(weights + row, factors + row * kFactorBytes, step, values, quads, positions, count,
+                              sums + row * positions, ahead);
     for (; row + 2 <= rows; row += 2)
-        mix_all_integer<2, 4>(weights + row, factors + row * kFactorBytes, step, values, quads, positions, count, sums + row * positions, ahead);
+        mix_all_integer<2, 4>(weights + row, factors + row * kFactorBytes, step, values, quads, positions, count,
+                              sums + row * positions, ahead);
     for (; row < rows; ++row)
-        mix_all_integer<1, 4>(weights + row, factors + row * kFactorBytes, step, values, quads, positions, count, sums + row * positions, ahead);
+        mix_all_integer<1, 4>(weights + row, factors + row * kFactorBytes, step, values, quads, positions, count,
+                              sums + row * positions, ahead);
 }
 
 }  // namespace

@@ -12,14 +12,14 @@
 
 namespace kvcompress::cpu {
 
-constexpr int kGroup = 16;           // tokens whose codes are unpacked together; divides every block size
-constexpr int kTile = 64;            // tokens between two updates of the running softmax
+constexpr int kGroup = 16;  // tokens whose codes are unpacked together; divides every block size
+constexpr int kTile = 64;  // tokens between two updates of the running softmax
 constexpr int kTileGroups = kTile / kGroup;
-constexpr int kMaxRows = 64;         // rows (query token x query head of the group) attended together
+constexpr int kMaxRows = 64;  // rows (query token x query head of the group) attended together
 constexpr int kMaxHeadDim = KVC_MAX_HEAD_DIM;
 constexpr int kMaxLowRank = KVC_BLOCKS_MAX_LOW_RANK;
 constexpr int kMaxLatentChannels = KVC_MAX_LATENT_CHANNELS;  // of MLA, or of a latent that layers share
-constexpr int kAppendTokens = 8;     // tokens encoded together, for one reading of the projection
+constexpr int kAppendTokens = 8;  // tokens encoded together, for one reading of the projection
 constexpr size_t kAlign = 64;
 
 // Rows of one KV head of one request, or of several neighbours: `tokens` query tokens from `first_token` on, each with
@@ -30,7 +30,7 @@ struct Item {
     int first_token;  // within the request's queries
     int tokens;
     int first_group;  // first query head of the KV head's group
-    int group;        // query heads attended
+    int group;  // query heads attended
     int kv_heads;
 
     int rows_per_head() const { return tokens * group; }
@@ -72,9 +72,17 @@ struct Kernels {
     void (*store)(const kvc_shared_store_args&, int64_t token, void* scratch);
 };
 
-namespace portable { extern const Kernels kernels; }
-namespace avx2 { extern const Kernels kernels; }
-namespace avx512 { extern const Kernels kernels; }
-namespace avx512vnni { extern const Kernels kernels; }
+namespace portable {
+extern const Kernels kernels;
+}
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+namespace avx512vnni {
+extern const Kernels kernels;
+}
 
 }  // namespace kvcompress::cpu

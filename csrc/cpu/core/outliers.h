@@ -39,7 +39,8 @@ struct Outliers {
 };
 
 // A group of sixteen tokens.
-inline void read_outliers(const kvc_side& side, const uint8_t* record, int offset, const float* gains, int group, Outliers& out) {
+inline void read_outliers(const kvc_side& side, const uint8_t* record, int offset, const float* gains, int group,
+                          Outliers& out) {
     typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
     typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
     const uint8_t* halves = record + side.outlier_offset + 2 * side.outliers * offset;
@@ -76,7 +77,8 @@ inline void read_outliers(const kvc_side& side, const uint8_t* record, int offse
 
 // score[row][token] += query[row][channel] * left; queries are [rows / 4][channels][4].
 template <int COUNT>
-KVC_INLINE void score_outliers(const Outliers& outliers, const float* queries, int rank, int rows, int tokens, float* scores) {
+KVC_INLINE void score_outliers(const Outliers& outliers, const float* queries, int rank, int rows, int tokens,
+                               float* scores) {
     for (int row = 0; row < rows; row += 4, queries += 4 * rank, scores += 4 * kTile)
         for (int token = 0; token < tokens; token += 4) {
             Vec4 sums[4] = {};
@@ -93,7 +95,8 @@ KVC_INLINE void score_outliers(const Outliers& outliers, const float* queries, i
         }
 }
 
-inline void score_outliers(const kvc_side& side, const Outliers& outliers, const float* queries, int rows, int tokens, float* scores) {
+inline void score_outliers(const kvc_side& side, const Outliers& outliers, const float* queries, int rows, int tokens,
+                           float* scores) {
     if (side.outliers == 1)
         score_outliers<1>(outliers, queries, side.rank, rows, tokens, scores);
     else
@@ -101,7 +104,8 @@ inline void score_outliers(const kvc_side& side, const Outliers& outliers, const
 }
 
 // exact[row][channel] = exact * decay[row] + weight[row][token] * left; exact is [rows / 4][channels][4].
-inline void mix_outliers(const kvc_side& side, const Outliers& outliers, const float* weights, const float* decay, int rows, int tokens, float* exact) {
+inline void mix_outliers(const kvc_side& side, const Outliers& outliers, const float* weights, const float* decay,
+                         int rows, int tokens, float* exact) {
     for (int row = 0; row < rows; row += 4, exact += 4 * side.rank, weights += 4 * kTile, decay += 4) {
         const Vec4 factor = load4(decay);
         if (factor[0] != 1 || factor[1] != 1 || factor[2] != 1 || factor[3] != 1)

@@ -10,7 +10,8 @@ namespace {
 //
 // The angle is the float32 product that models and codecs rotate by, rounding included; only its reduction to
 // [-pi/4, pi/4] is in double. There the Taylor series end 3e-8 short at most.
-inline void rope_tables(const float* frequency, int frequencies, float amplitude, int first_position, float* cosine, float* sine) {
+inline void rope_tables(const float* frequency, int frequencies, float amplitude, int first_position, float* cosine,
+                        float* sine) {
     constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52: adding it leaves the nearest integer
     for (int f = 0; f < frequencies; ++f, cosine += kTile, sine += kTile) {
         alignas(kAlign) float rest[kTile];

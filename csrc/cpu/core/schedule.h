@@ -88,7 +88,9 @@ struct Job {
     std::unique_ptr<std::atomic<int>> pending;
 };
 
-inline size_t partial_floats(const Item& item, int width) { return static_cast<size_t>(item.rows()) * static_cast<size_t>(width + 2); }
+inline size_t partial_floats(const Item& item, int width) {
+    return static_cast<size_t>(item.rows()) * static_cast<size_t>(width + 2);
+}
 
 inline Partial partial_at(float* memory, const Item& item) {
     const int rows = item.rows();
@@ -119,7 +121,12 @@ int32_t make_jobs(const Args& args, std::vector<Job>& jobs) {
             for (int token = 0; token < queries; token += step)
                 for (int head = 0; head < heads; head += together) {
                     Job job{};
-                    job.item = {request, head, token, queries - token < step ? queries - token : step, first_group, group,
+                    job.item = {request,
+                                head,
+                                token,
+                                queries - token < step ? queries - token : step,
+                                first_group,
+                                group,
                                 heads - head < together ? heads - head : together};
                     job.visible = length - queries + token + job.item.tokens;
                     job.splits = (job.visible + args.run.split_tokens - 1) / args.run.split_tokens;
@@ -141,17 +148,20 @@ template <typename Args>
 bool attend_whole(const Args& args, const Attention<Args>& kernels, const std::vector<Job>& jobs) {
     const size_t scratch_bytes = aligned(kernels.scratch_bytes(args));
     const size_t partial_bytes = aligned(sizeof(float) * kMaxRows * static_cast<size_t>(kernels.width(args) + 2));
-    return parallel(static_cast<int64_t>(jobs.size()), args.run.threads, scratch_bytes + 2 * partial_bytes, [&](int64_t index, char* memory) {
-        // Last first: a prefill's last rows see the most tokens.
-        const Job& job = jobs[jobs.size() - 1 - static_cast<size_t>(index)];
-        const Partial total = partial_at(reinterpret_cast<float*>(memory + scratch_bytes), job.item);
-        const Partial part = partial_at(reinterpret_cast<float*>(memory + scratch_bytes + partial_bytes), job.item);
-        for (int split = 0; split < job.splits; ++split) {
-            kernels.attend(args, job.item, split * args.run.split_tokens, stop_of(args, job, split), split ? part : total, memory);
-            if (split) kernels.merge(args, job.item, total, part);
-        }
-        kernels.finish(args, job.item, total, memory);
-    });
+    return parallel(static_cast<int64_t>(jobs.size()), args.run.threads, scratch_bytes + 2 * partial_bytes,
+                    [&](int64_t index, char* memory) {
+                        // Last first: a prefill's last rows see the most tokens.
+                        const Job& job = jobs[jobs.size() - 1 - static_cast<size_t>(index)];
+                        const Partial total = partial_at(reinterpret_cast<float*>(memory + scratch_bytes), job.item);
+                        const Partial part =
+                            partial_at(reinterpret_cast<float*>(memory + scratch_bytes + partial_bytes), job.item);
+                        for (int split = 0; split < job.splits; ++split) {
+                            kernels.attend(args, job.item, split * args.run.split_tokens, stop_of(args, job, split),
+                                           split ? part : total, memory);
+                            if (split) kernels.merge(args, job.item, total, part);
+                        }
+                        kernels.finish(args, job.item, total, memory);
+                    });
 }
 
 // Few items, long contexts: splits go to different threads, and whoever computes an item's last one merges them in order.
@@ -165,16 +175,20 @@ bool attend_split(const Args& args, const Attention<Args>& kernels, std::vector<
         for (int split = 0; split < job.splits; ++split) tasks.emplace_back(static_cast<int>(i), split);
     }
     const size_t scratch_bytes = kernels.scratch_bytes(args);
-    return parallel(static_cast<int64_t>(tasks.size()), args.run.threads, scratch_bytes, [&](int64_t index, char* memory) {
-        Job& job = jobs[static_cast<size_t>(tasks[static_cast<size_t>(index)].first)];
-        const int split = tasks[static_cast<size_t>(index)].second;
-        const size_t stride = partial_floats(job.item, kernels.width(args));
-        const auto partial = [&](int i) { return partial_at(job.memory.data() + stride * static_cast<size_t>(i), job.item); };
-        kernels.attend(args, job.item, split * args.run.split_tokens, stop_of(args, job, split), partial(split), memory);
-        if (--*job.pending) return;
-        for (int i = 1; i < job.splits; ++i) kernels.merge(args, job.item, partial(0), partial(i));
-        kernels.finish(args, job.item, partial(0), memory);
-    });
+    return parallel(static_cast<int64_t>(tasks.size()), args.run.threads, scratch_bytes,
+                    [&](int64_t index, char* memory) {
+                        Job& job = jobs[static_cast<size_t>(tasks[static_cast<size_t>(index)].first)];
+                        const int split = tasks[static_cast<size_t>(index)].second;
+                        const size_t stride = partial_floats(job.item, kernels.width(args));
+                        const auto partial = [&](int i) {
+                            return partial_at(job.memory.data() + stride * static_cast<size_t>(i), job.item);
+                        };
+                        kernels.attend(args, job.item, split * args.run.split_tokens, stop_of(args, job, split),
+                                       partial(split), memory);
+                        if (--*job.pending) return;
+                        for (int i = 1; i < job.splits; ++i) kernels.merge(args, job.item, partial(0), partial(i));
+                        kernels.finish(args, job.item, partial(0), memory);
+                    });
 }
 
 // Attend all requests; `kernels` are those of the level the caller has chosen.
@@ -194,7 +208,8 @@ int32_t schedule(const Args& args, const Attention<Args>& kernels) {
 
 // Whether a call's rows and splits are ones that the kernels know; splits are whole `unit`s.
 inline bool covered(const kvc_batch& batch, const kvc_run& run, int kv_heads, int unit) {
-    return batch.num_heads > 0 && batch.num_heads % kv_heads == 0 && run.split_tokens > 0 && run.split_tokens % unit == 0;
+    return batch.num_heads > 0 && batch.num_heads % kv_heads == 0 && run.split_tokens > 0 &&
+           run.split_tokens % unit == 0;
 }
 
 inline bool check_slots(const int64_t* slots, int64_t num_tokens, int64_t num_slots) {
@@ -202,7 +217,8 @@ inline bool check_slots(const int64_t* slots, int64_t num_tokens, int64_t num_sl
 }
 
 // KVC_OK if a request's row of a block table has blocks of the cache for its first `tokens` tokens.
-inline int32_t check_blocks(const int32_t* block_table, int64_t stride, int request, int tokens, int block_size, int64_t num_blocks) {
+inline int32_t check_blocks(const int32_t* block_table, int64_t stride, int request, int tokens, int block_size,
+                            int64_t num_blocks) {
     const int blocks = (tokens + block_size - 1) / block_size;
     if (tokens < 0 || blocks > stride) return KVC_BAD_LENGTH;
     for (int i = 0; i < blocks; ++i) {

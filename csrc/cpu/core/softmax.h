@@ -7,7 +7,8 @@ namespace kvcompress::cpu::KVC_LEVEL {
 namespace {
 
 // Scores of a row to weights p * gain; returns what the row's earlier sums must be multiplied by.
-inline float soften(float* scores, const float* k_gain, const float* v_gain, int seen, float& row_max, float& row_sum, float& largest, float& weight_sum) {
+inline float soften(float* scores, const float* k_gain, const float* v_gain, int seen, float& row_max, float& row_sum,
+                    float& largest, float& weight_sum) {
     constexpr int kVectors = kTile / kLanes;
     largest = weight_sum = 0;
     if (seen <= 0) {

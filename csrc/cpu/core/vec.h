@@ -125,9 +125,13 @@ KVC_INLINE VecF half_to_float(VecU half) {
 }
 
 #if KVC_LEVEL_NUMBER >= 2
-KVC_INLINE VecF load_halves(const uint8_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+KVC_INLINE VecF load_halves(const uint8_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
 #elif KVC_LEVEL_NUMBER == 1
-KVC_INLINE VecF load_halves(const uint8_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+KVC_INLINE VecF load_halves(const uint8_t* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
 #endif
 
 KVC_INLINE float half_to_float(uint16_t half) {
@@ -193,12 +197,14 @@ inline void store_row(const kvc_rows& rows, int64_t token, int64_t head, int wid
         return;
     }
     auto* halves = static_cast<uint16_t*>(target);
-    for (int i = 0; i < width; ++i) halves[i] = rows.dtype == KVC_BFLOAT16 ? float_to_bfloat(in[i]) : float_to_half(in[i]);
+    for (int i = 0; i < width; ++i)
+        halves[i] = rows.dtype == KVC_BFLOAT16 ? float_to_bfloat(in[i]) : float_to_half(in[i]);
 }
 
 // out[r][j] = sum_i x[r][i] matrix[i][j] for ROWS rows.
 template <int ROWS>
-inline void rows_times(const float* x, int x_stride, const float* matrix, int rows, int columns, float* out, int out_stride) {
+inline void rows_times(const float* x, int x_stride, const float* matrix, int rows, int columns, float* out,
+                       int out_stride) {
     constexpr int kVectors = 16 / kLanes;  // columns come in eights
     int j = 0;
     for (; j + kVectors * kLanes <= columns; j += kVectors * kLanes) {
@@ -225,10 +231,13 @@ inline void rows_times(const float* x, int x_stride, const float* matrix, int ro
 
 // Up to eight rows multiplied by a matrix.
 constexpr int kMatrixRows = 8;
-inline void rows_times_matrix(const float* x, int count, int x_stride, const float* matrix, int rows, int columns, float* out, int out_stride) {
+inline void rows_times_matrix(const float* x, int count, int x_stride, const float* matrix, int rows, int columns,
+                              float* out, int out_stride) {
     int r = 0;
-    for (; r + 4 <= count; r += 4) rows_times<4>(x + r * x_stride, x_stride, matrix, rows, columns, out + r * out_stride, out_stride);
-    for (; r < count; ++r) rows_times<1>(x + r * x_stride, x_stride, matrix, rows, columns, out + r * out_stride, out_stride);
+    for (; r + 4 <= count; r += 4)
+        rows_times<4>(x + r * x_stride, x_stride, matrix, rows, columns, out + r * out_stride, out_stride);
+    for (; r < count; ++r)
+        rows_times<1>(x + r * x_stride, x_stride, matrix, rows, columns, out + r * out_stride, out_stride);
 }
 
 }  // namespace

@@ -8,8 +8,8 @@ namespace {
 
 static_assert(kAppendTokens <= kMatrixRows);
 
-inline void encode_side(const kvc_heads_append_args& args, const kvc_side& side, const kvc_rows& rows, int64_t first, int count, int head,
-                        const kvc_heads_encoder& encoder, float* scratch) {
+inline void encode_side(const kvc_heads_append_args& args, const kvc_side& side, const kvc_rows& rows, int64_t first,
+                        int count, int head, const kvc_heads_encoder& encoder, float* scratch) {
     const kvc_heads_pages& pages = args.pages;
     const int head_dim = pages.head_dim;
     float *x = scratch, *latent = x + kAppendTokens * kMaxHeadDim, *rest = latent + kAppendTokens * kMaxHeadDim;
@@ -23,11 +23,14 @@ inline void encode_side(const kvc_heads_append_args& args, const kvc_side& side,
         const int64_t slot = args.slots[first + i];
         if (slot < 0) continue;
         uint8_t* record = pages.data + slot / pages.block_size * pages.block_stride + head * pages.head_stride;
-        encode_latent(side, latent + i * kMaxHeadDim, encoder.weight_HR + head * side.rank, record, static_cast<int>(slot % pages.block_size), rest);
+        encode_latent(side, latent + i * kMaxHeadDim, encoder.weight_HR + head * side.rank, record,
+                      static_cast<int>(slot % pages.block_size), rest);
     }
 }
 
-size_t append_scratch_bytes(const kvc_heads_append_args&) { return sizeof(float) * (2 * kAppendTokens + 8) * kMaxHeadDim; }
+size_t append_scratch_bytes(const kvc_heads_append_args&) {
+    return sizeof(float) * (2 * kAppendTokens + 8) * kMaxHeadDim;
+}
 
 void append(const kvc_heads_append_args& args, int64_t first, int count, int head, void* scratch) {
     auto* floats = static_cast<float*>(scratch);

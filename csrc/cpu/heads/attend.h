@@ -29,21 +29,21 @@ KVC_INLINE Form form_of([[maybe_unused]] const kvc_side& side) {
 
 // Where each thread's temporary arrays start.
 struct Scratch {
-    float* row;         // a few rows of queries or outputs
-    float* query;       // [rows][key positions] float32 queries, or:
-    uint8_t* factors;   // [quads][rows][digits]
-    void* headers;      // IntegerQuery[rows]
-    void* keys;         // unpacked tile
-    void* values;       // unpacked tile
-    float* scores;      // [rows][tile]: scores, then weights
-    uint8_t* weights;   // [tile / 4][rows][digits]
-    float* sums;        // [rows][value positions]
-    float* decay;       // [rows]
-    float* poison;      // [rows]: NaN for a query that is not finite, else 0
-    void* tile_weights; // TileWeights[rows]
-    float* absorbed;    // [rows / 4][key rank][4] queries, where keys have outliers
-    float* exact;       // [rows / 4][value rank][4]: what outliers add to the sums, where values have any
-    int key_width;      // positions or quads
+    float* row;  // a few rows of queries or outputs
+    float* query;  // [rows][key positions] float32 queries, or:
+    uint8_t* factors;  // [quads][rows][digits]
+    void* headers;  // IntegerQuery[rows]
+    void* keys;  // unpacked tile
+    void* values;  // unpacked tile
+    float* scores;  // [rows][tile]: scores, then weights
+    uint8_t* weights;  // [tile / 4][rows][digits]
+    float* sums;  // [rows][value positions]
+    float* decay;  // [rows]
+    float* poison;  // [rows]: NaN for a query that is not finite, else 0
+    void* tile_weights;  // TileWeights[rows]
+    float* absorbed;  // [rows / 4][key rank][4] queries, where keys have outliers
+    float* exact;  // [rows / 4][value rank][4]: what outliers add to the sums, where values have any
+    int key_width;  // positions or quads
     int value_width;
 };
 
@@ -77,9 +77,7 @@ inline size_t lay_out(const kvc_heads_pages& pages, char* base, Scratch& s) {
             s.value_width = float_positions(pages.v);
             s.values = arena.take<float>(static_cast<size_t>(kTile * s.value_width));
             break;
-        case Form::HALVES:
-            s.value_width = round_up(pages.v.rank, 16);
-            break;
+        case Form::HALVES: s.value_width = round_up(pages.v.rank, 16); break;
         case Form::INTEGERS:
 #if KVC_LEVEL_NUMBER >= 3
             s.value_width = value_positions(pages.v);
@@ -124,7 +122,8 @@ inline void absorb_queries(const kvc_heads_attend_args& args, const Item& item, 
         float *queries = s.row, *absorbed = s.row + kMatrixRows * kMaxHeadDim;
         for (int i = 0; i < count; ++i) {
             const int row = first + i;
-            load_row(args.query, query_token(args, item, row), query_head(args, item, row), head_dim, queries + i * kMaxHeadDim);
+            load_row(args.query, query_token(args, item, row), query_head(args, item, row), head_dim,
+                     queries + i * kMaxHeadDim);
             for (int d = 0; d < head_dim; ++d) queries[i * kMaxHeadDim + d] *= args.batch.softmax_scale;
         }
         rows_times_matrix(queries, count, kMaxHeadDim, decode, head_dim, side.rank, absorbed, kMaxHeadDim);
@@ -136,9 +135,7 @@ inline void absorb_queries(const kvc_heads_attend_args& args, const Item& item, 
             if (side.outliers)
                 for (int c = 0; c < side.rank; ++c) s.absorbed[at_row(row, side.rank) + 4 * c] = from[c];
             switch (form_of(side)) {
-                case Form::FLOATS:
-                    key_query(side, from, s.query + row * s.key_width);
-                    break;
+                case Form::FLOATS: key_query(side, from, s.query + row * s.key_width); break;
                 case Form::HALVES:
                     std::memset(s.query + row * s.key_width, 0, sizeof(float) * static_cast<size_t>(s.key_width));
                     std::memcpy(s.query + row * s.key_width, from, sizeof(float) * static_cast<size_t>(side.rank));
@@ -171,7 +168,8 @@ KVC_INLINE void read_gains(const kvc_side& side, const uint8_t* record, int offs
 }
 
 KVC_INLINE const uint8_t* record_of(const kvc_heads_attend_args& args, const Item& item, int token) {
-    const int32_t block = args.batch.block_table[item.request * args.batch.block_table_stride + token / args.pages.block_size];
+    const int32_t block =
+        args.batch.block_table[item.request * args.batch.block_table_stride + token / args.pages.block_size];
     return args.pages.data + block * args.pages.block_stride + item.kv_head * args.pages.head_stride;
 }
 
@@ -200,12 +198,16 @@ inline void read_tile(const kvc_heads_attend_args& args, const Item& item, int s
         const uint8_t* v_codes = tile.v_codes[group] = record + pages.v.code_offset + offset * pages.v.code_bytes;
         read_gains(pages.k, record, offset, count, tile.k_gain + group * kGroup);
         read_gains(pages.v, record, offset, count, tile.v_gain + group * kGroup);
-        if (pages.k.outliers) read_outliers(pages.k, record, offset, tile.k_gain + group * kGroup, group, tile.k_outliers);
-        if (pages.v.outliers) read_outliers(pages.v, record, offset, tile.v_gain + group * kGroup, group, tile.v_outliers);
-        if (form_of(pages.k) == Form::FLOATS) unpack_keys(pages.k, k_codes, static_cast<float*>(s.keys) + group * kGroup);
+        if (pages.k.outliers)
+            read_outliers(pages.k, record, offset, tile.k_gain + group * kGroup, group, tile.k_outliers);
+        if (pages.v.outliers)
+            read_outliers(pages.v, record, offset, tile.v_gain + group * kGroup, group, tile.v_outliers);
+        if (form_of(pages.k) == Form::FLOATS)
+            unpack_keys(pages.k, k_codes, static_cast<float*>(s.keys) + group * kGroup);
         if (form_of(pages.v) == Form::FLOATS)
             for (int i = 0; i < count; ++i)
-                unpack_value(pages.v, v_codes + i * pages.v.code_bytes, static_cast<float*>(s.values) + (group * kGroup + i) * s.value_width);
+                unpack_value(pages.v, v_codes + i * pages.v.code_bytes,
+                             static_cast<float*>(s.values) + (group * kGroup + i) * s.value_width);
 #if KVC_LEVEL_NUMBER >= 3
         if (form_of(pages.k) == Form::INTEGERS)
             unpack_keys_integer(pages.k, k_codes, static_cast<uint8_t*>(s.keys) + group * s.key_width * 64);
@@ -232,7 +234,8 @@ KVC_INLINE Ahead ahead_of(const kvc_heads_attend_args& args, const Item& item, c
 }
 #endif
 
-inline void attend_tile(const kvc_heads_attend_args& args, const Item& item, int start, int stop, int rows, const Partial& partial, Scratch& s) {
+inline void attend_tile(const kvc_heads_attend_args& args, const Item& item, int start, int stop, int rows,
+                        const Partial& partial, Scratch& s) {
     const kvc_heads_pages& pages = args.pages;
     Tile tile;
     tile.tokens = min_of(stop - start, kTile);
@@ -252,8 +255,8 @@ inline void attend_tile(const kvc_heads_attend_args& args, const Item& item, int
             break;
         case Form::INTEGERS:
 #if KVC_LEVEL_NUMBER >= 3
-            score_tile_integer(static_cast<IntegerQuery*>(s.headers), s.factors, rows, static_cast<uint8_t*>(s.keys), s.key_width, s.scores,
-                               ahead_of(args, item, pages.k, next));
+            score_tile_integer(static_cast<IntegerQuery*>(s.headers), s.factors, rows, static_cast<uint8_t*>(s.keys),
+                               s.key_width, s.scores, ahead_of(args, item, pages.k, next));
 #endif
             break;
     }
@@ -263,7 +266,8 @@ inline void attend_tile(const kvc_heads_attend_args& args, const Item& item, int
         float largest, weight_sum;
         float* scores = s.scores + row * kTile;
         const int seen = min_of(visible(args, item, row) - start, tile.tokens);
-        s.decay[row] = soften(scores, tile.k_gain, tile.v_gain, seen, partial.max[row], partial.sum[row], largest, weight_sum);
+        s.decay[row] =
+            soften(scores, tile.k_gain, tile.v_gain, seen, partial.max[row], partial.sum[row], largest, weight_sum);
 #if KVC_LEVEL_NUMBER >= 3
         if (form_of(pages.v) == Form::INTEGERS) {
             const float scale = integer_weights(scores, largest, s.weights + row * kFactorBytes, rows * kFactorBytes);
@@ -274,29 +278,33 @@ inline void attend_tile(const kvc_heads_attend_args& args, const Item& item, int
     if (pages.v.outliers) mix_outliers(pages.v, tile.v_outliers, s.scores, s.decay, rows, outlier_tokens, s.exact);
     switch (form_of(pages.v)) {
         case Form::FLOATS:
-            mix_tile(s.scores, s.decay, rows, static_cast<float*>(s.values), tile.tokens, s.value_width, s.value_width, s.sums);
+            mix_tile(s.scores, s.decay, rows, static_cast<float*>(s.values), tile.tokens, s.value_width, s.value_width,
+                     s.sums);
             break;
         case Form::HALVES:
 #if KVC_LEVEL_NUMBER >= 1
             for (int group = 0; group < tile.groups(); ++group) {
                 if (group == 1)
                     for (int row = 0; row < rows; ++row) s.decay[row] = 1;
-                mix_group_half(s.scores + group * kGroup, s.decay, rows, pages.v, tile.v_codes[group], tile.tokens_of(group), s.value_width, s.sums);
+                mix_group_half(s.scores + group * kGroup, s.decay, rows, pages.v, tile.v_codes[group],
+                               tile.tokens_of(group), s.value_width, s.sums);
             }
 #endif
             break;
         case Form::INTEGERS: {
 #if KVC_LEVEL_NUMBER >= 3
             Ahead ahead = ahead_of(args, item, pages.v, next);
-            mix_tile_integer(static_cast<TileWeights*>(s.tile_weights), s.weights, rows, static_cast<uint8_t*>(s.values), (tile.tokens + 3) / 4,
-                             s.value_width, s.value_width, s.sums, ahead);
+            mix_tile_integer(static_cast<TileWeights*>(s.tile_weights), s.weights, rows,
+                             static_cast<uint8_t*>(s.values), (tile.tokens + 3) / 4, s.value_width, s.value_width,
+                             s.sums, ahead);
 #endif
             break;
         }
     }
 }
 
-void attend(const kvc_heads_attend_args& args, const Item& item, int start, int stop, const Partial& partial, void* scratch) {
+void attend(const kvc_heads_attend_args& args, const Item& item, int start, int stop, const Partial& partial,
+            void* scratch) {
     Scratch s{};
     lay_out(args.pages, static_cast<char*>(scratch), s);
     const int rows = item.tokens * item.group;
@@ -305,7 +313,8 @@ void attend(const kvc_heads_attend_args& args, const Item& item, int start, int 
         partial.sum[row] = 0;
     }
     std::memset(s.sums, 0, sizeof(float) * static_cast<size_t>(rows * s.value_width));
-    if (args.pages.v.outliers) std::memset(s.exact, 0, sizeof(float) * static_cast<size_t>(round_up(rows, 4) * args.pages.v.rank));
+    if (args.pages.v.outliers)
+        std::memset(s.exact, 0, sizeof(float) * static_cast<size_t>(round_up(rows, 4) * args.pages.v.rank));
     // Rows that fill up the last four of outliers: any finite numbers.
     if (args.pages.k.outliers || args.pages.v.outliers)
         for (int row = rows; row < round_up(rows, 4); ++row) {
@@ -315,20 +324,15 @@ void attend(const kvc_heads_attend_args& args, const Item& item, int start, int 
     if (args.pages.k.outliers)
         std::memset(s.absorbed, 0, sizeof(float) * static_cast<size_t>(round_up(rows, 4) * args.pages.k.rank));
     absorb_queries(args, item, rows, s);
-    for (int tile = start; tile < stop; tile += kTile)
-        attend_tile(args, item, tile, stop, rows, partial, s);
+    for (int tile = start; tile < stop; tile += kTile) attend_tile(args, item, tile, stop, rows, partial, s);
     // Comparisons and integers would hide it.
     for (int row = 0; row < rows; ++row) partial.sum[row] += s.poison[row];
     for (int row = 0; row < rows; ++row) {
         const float* sums = s.sums + row * s.value_width;
         float* latent = partial.latent + row * args.pages.v.rank;
         switch (form_of(args.pages.v)) {
-            case Form::FLOATS:
-                value_channels(args.pages.v, sums, latent);
-                break;
-            case Form::HALVES:
-                std::memcpy(latent, sums, sizeof(float) * static_cast<size_t>(args.pages.v.rank));
-                break;
+            case Form::FLOATS: value_channels(args.pages.v, sums, latent); break;
+            case Form::HALVES: std::memcpy(latent, sums, sizeof(float) * static_cast<size_t>(args.pages.v.rank)); break;
             case Form::INTEGERS:
 #if KVC_LEVEL_NUMBER >= 3
                 value_channels_integer(args.pages.v, sums, latent);
@@ -360,7 +364,8 @@ void finish(const kvc_heads_attend_args& args, const Item& item, const Partial& 
         float *latents = s.row, *outputs = s.row + kMatrixRows * kMaxHeadDim;
         const int count = min_of(rows - first, kMatrixRows);
         for (int i = 0; i < count; ++i)
-            std::memcpy(latents + i * kMaxHeadDim, partial.latent + (first + i) * rank, sizeof(float) * static_cast<size_t>(rank));
+            std::memcpy(latents + i * kMaxHeadDim, partial.latent + (first + i) * rank,
+                        sizeof(float) * static_cast<size_t>(rank));
         rows_times_matrix(latents, count, kMaxHeadDim, decode, rank, head_dim, outputs, kMaxHeadDim);
         for (int i = 0; i < count; ++i) {
             const int row = first + i, head = query_head(args, item, row);

@@ -12,13 +12,13 @@ namespace {
 namespace latent {
 
 struct Scratch {
-    float* query;   // [rows][width]
-    float* tile;    // [tile][width]
+    float* query;  // [rows][width]
+    float* tile;  // [tile][width]
     float* scores;  // [rows][tile]
-    float* sums;    // [rows][width]
-    float* decay;   // [rows]
+    float* sums;  // [rows][width]
+    float* decay;  // [rows]
     float* poison;  // [rows]: NaN for a query that is not finite, else 0
-    float* ones;    // [tile]: the gains of numbers without one
+    float* ones;  // [tile]: the gains of numbers without one
 };
 
 inline size_t lay_out(const kvc_latent_attend_args& args, char* base, Scratch& s) {
@@ -46,10 +46,12 @@ KVC_INLINE int64_t query_token(const kvc_latent_attend_args& args, const Item& i
 }
 
 KVC_INLINE const char* element_at(const kvc_latent_pages& pages, int64_t block, int64_t offset) {
-    return static_cast<const char*>(pages.data) + (block * pages.block_stride + offset * pages.token_stride) * (pages.dtype == KVC_FLOAT32 ? 4 : 2);
+    return static_cast<const char*>(pages.data) +
+           (block * pages.block_stride + offset * pages.token_stride) * (pages.dtype == KVC_FLOAT32 ? 4 : 2);
 }
 
-inline void attend_tile(const kvc_latent_attend_args& args, const Item& item, int start, int tokens, const Partial& partial, const Scratch& s) {
+inline void attend_tile(const kvc_latent_attend_args& args, const Item& item, int start, int tokens,
+                        const Partial& partial, const Scratch& s) {
     const kvc_latent_pages& pages = args.pages;
     const int channels = round_up(pages.channels, 16), width = dense_width(pages.channels), rows = item.rows();
     const int32_t* blocks = args.batch.block_table + item.request * args.batch.block_table_stride;
@@ -57,7 +59,8 @@ inline void attend_tile(const kvc_latent_attend_args& args, const Item& item, in
         float* tile = s.tile + group * width;
         for (int i = 0; i < min_of(tokens - group, kGroup); ++i) {
             const int token = start + group + i;
-            convert_row(element_at(pages, blocks[token / pages.block_size], token % pages.block_size), pages.dtype, pages.channels, tile + i * width);
+            convert_row(element_at(pages, blocks[token / pages.block_size], token % pages.block_size), pages.dtype,
+                        pages.channels, tile + i * width);
         }
         score_group_dense(s.query, width, rows, tile, width, channels, s.scores + group);
     }
@@ -66,19 +69,22 @@ inline void attend_tile(const kvc_latent_attend_args& args, const Item& item, in
     for (int row = 0; row < rows; ++row) {
         float largest, weight_sum;
         const int seen = min_of(before + row / item.group + 1 - start, tokens);
-        s.decay[row] = soften(s.scores + row * kTile, s.ones, s.ones, seen, partial.max[row], partial.sum[row], largest, weight_sum);
+        s.decay[row] = soften(s.scores + row * kTile, s.ones, s.ones, seen, partial.max[row], partial.sum[row], largest,
+                              weight_sum);
     }
     mix_dense(s.scores, s.decay, rows, s.tile, width, tokens, args.rank, s.sums, width);
 }
 
-void attend(const kvc_latent_attend_args& args, const Item& item, int start, int stop, const Partial& partial, void* scratch) {
+void attend(const kvc_latent_attend_args& args, const Item& item, int start, int stop, const Partial& partial,
+            void* scratch) {
     Scratch s{};
     lay_out(args, static_cast<char*>(scratch), s);
     const int channels = args.pages.channels, width = dense_width(channels), rows = item.rows();
     for (int i = 0; i < kTile; ++i) s.ones[i] = 1;
     for (int row = 0; row < rows; ++row) {
         float* query = s.query + row * width;
-        convert_row(row_at(args.query, query_token(args, item, row), item.first_group + row % item.group), args.query.dtype, channels, query);
+        convert_row(row_at(args.query, query_token(args, item, row), item.first_group + row % item.group),
+                    args.query.dtype, channels, query);
         s.poison[row] = 0;
         for (int c = 0; c < channels; ++c) {
             query[c] *= args.batch.softmax_scale;
@@ -88,10 +94,12 @@ void attend(const kvc_latent_attend_args& args, const Item& item, int start, int
         partial.sum[row] = 0;
     }
     std::memset(s.sums, 0, sizeof(float) * static_cast<size_t>(rows * width));
-    for (int tile = start; tile < stop; tile += kTile) attend_tile(args, item, tile, min_of(stop - tile, kTile), partial, s);
+    for (int tile = start; tile < stop; tile += kTile)
+        attend_tile(args, item, tile, min_of(stop - tile, kTile), partial, s);
     for (int row = 0; row < rows; ++row) {
         partial.sum[row] += s.poison[row];  // the softmax's comparisons would hide it
-        std::memcpy(partial.latent + row * args.rank, s.sums + row * width, sizeof(float) * static_cast<size_t>(args.rank));
+        std::memcpy(partial.latent + row * args.rank, s.sums + row * width,
+                    sizeof(float) * static_cast<size_t>(args.rank));
     }
 }
 
@@ -120,7 +128,8 @@ void append(const kvc_latent_append_args& args, int64_t token) {
     float chunk[16];
     for (int c = 0; c < pages.channels; c += 16) {
         const int count = min_of(pages.channels - c, 16);
-        convert_row(static_cast<const char*>(source) + c * (args.keys.dtype == KVC_FLOAT32 ? 4 : 2), args.keys.dtype, count, chunk);
+        convert_row(static_cast<const char*>(source) + c * (args.keys.dtype == KVC_FLOAT32 ? 4 : 2), args.keys.dtype,
+                    count, chunk);
         const kvc_rows part{target + c * (pages.dtype == KVC_FLOAT32 ? 4 : 2), 0, 0, pages.dtype};
         store_row(part, 0, 0, count, chunk);
     }

@@ -17,24 +17,24 @@ namespace {
 namespace shared {
 
 struct Scratch {
-    float* row;           // a few rows of queries or outputs
-    float* query;         // [rows][query_width], or for keys of the layer's own, as integers:
-    void* headers;        // IntegerQuery[rows]
-    uint8_t* factors;     // [KV heads of the item][quads][rows of a head][digits]
-    void* latents;        // keys' latents of a tile: float [positions][tile] or pairs of codes
-    float* cosine;        // [head_dim / 2][tile]
+    float* row;  // a few rows of queries or outputs
+    float* query;  // [rows][query_width], or for keys of the layer's own, as integers:
+    void* headers;  // IntegerQuery[rows]
+    uint8_t* factors;  // [KV heads of the item][quads][rows of a head][digits]
+    void* latents;  // keys' latents of a tile: float [positions][tile] or pairs of codes
+    float* cosine;  // [head_dim / 2][tile]
     float* sine;
-    float* keys;          // [channels or positions][tile], one KV head
-    float* gains;         // [stripes or KV heads of the item][tile]
-    float* values;        // [tile][value_width], all stripes
-    float* exact;         // [tile][exact_width]: the step's own keys or values of one KV head
+    float* keys;  // [channels or positions][tile], one KV head
+    float* gains;  // [stripes or KV heads of the item][tile]
+    float* values;  // [tile][value_width], all stripes
+    float* exact;  // [tile][exact_width]: the step's own keys or values of one KV head
     float* exact_scores;  // [rows][tile]
-    float* scores;        // [rows][tile]: scores, then weights
-    float* sums;          // [rows][value_width]
-    float* exact_sums;    // [rows][exact_width]: what the step's own tokens add, less the mean
-    float* decay;         // [rows]
-    float* poison;        // [rows]: NaN for a query that is not finite, else 0
-    float* ones;          // [tile]
+    float* scores;  // [rows][tile]: scores, then weights
+    float* sums;  // [rows][value_width]
+    float* exact_sums;  // [rows][exact_width]: what the step's own tokens add, less the mean
+    float* decay;  // [rows]
+    float* poison;  // [rows]: NaN for a query that is not finite, else 0
+    float* ones;  // [tile]
     int quads;
     int query_width;
     int value_width;
@@ -117,7 +117,8 @@ inline void read_queries(const kvc_shared_attend_args& args, const Item& item, c
     const int head_dim = args.head_dim;
     for (int row = 0; row < item.rows(); ++row) {
         float *query = s.row, *target = s.query + row * s.query_width;
-        convert_row(row_at(args.query, query_token(args, item, row), query_head(args, item, row)), args.query.dtype, head_dim, query);
+        convert_row(row_at(args.query, query_token(args, item, row), query_head(args, item, row)), args.query.dtype,
+                    head_dim, query);
         s.poison[row] = 0;
         for (int d = 0; d < head_dim; ++d) {
             query[d] *= args.batch.softmax_scale;
@@ -130,12 +131,14 @@ inline void read_queries(const kvc_shared_attend_args& args, const Item& item, c
             const kvc_side& side = args.k[0].side;
             const int head = item.kv_head + row / item.rows_per_head();
             float* absorbed = s.row + kMaxHeadDim;
-            rows_times_matrix(query, 1, 0, args.k_decode_HDR + static_cast<int64_t>(head) * head_dim * side.rank, head_dim, side.rank, absorbed, 0);
+            rows_times_matrix(query, 1, 0, args.k_decode_HDR + static_cast<int64_t>(head) * head_dim * side.rank,
+                              head_dim, side.rank, absorbed, 0);
 #if KVC_LEVEL_NUMBER >= 3
             if (in_integers(args)) {
                 const int per_head = item.rows_per_head(), first = row / per_head * per_head;
                 uint8_t* factors = s.factors + (first * s.quads + row % per_head) * kFactorBytes;
-                integer_query(side, absorbed, s.quads, static_cast<IntegerQuery*>(s.headers)[row], factors, per_head * kFactorBytes);
+                integer_query(side, absorbed, s.quads, static_cast<IntegerQuery*>(s.headers)[row], factors,
+                              per_head * kFactorBytes);
                 continue;
             }
 #endif
@@ -145,21 +148,24 @@ inline void read_queries(const kvc_shared_attend_args& args, const Item& item, c
 }
 
 // The latents of a tile's keys, and its rotations.
-inline void read_latents(const kvc_shared_attend_args& args, const Item& item, int start, int tokens, const Scratch& s) {
+inline void read_latents(const kvc_shared_attend_args& args, const Item& item, int start, int tokens,
+                         const Scratch& s) {
     const int positions = key_positions(args.k[0].side);
     rope_tables(args.rope_frequency_F, args.head_dim / 2, args.rope_amplitude, start, s.cosine, s.sine);
     for (int stripe = 0; stripe < args.num_k; ++stripe) {
         float* gains = s.gains + stripe * kTile;
 #if KVC_LEVEL_NUMBER >= 3
         if (in_pairs(args)) {
-            read_tile_pairs(args.k[stripe], item.request, start, tokens, static_cast<uint8_t*>(s.latents) + 2 * stripe * positions * kTile, gains);
+            read_tile_pairs(args.k[stripe], item.request, start, tokens,
+                            static_cast<uint8_t*>(s.latents) + 2 * stripe * positions * kTile, gains);
             continue;
         }
 #endif
         float* latent = static_cast<float*>(s.latents) + stripe * positions * kTile;
         read_tile_transposed(args.k[stripe], item.request, 0, start, tokens, latent, gains);
         if (args.k[stripe].side.gain_offset < 0) continue;
-        for (int i = 0; i < positions * kTile; i += kLanes) store(latent + i, load(latent + i) * load(gains + i % kTile));
+        for (int i = 0; i < positions * kTile; i += kLanes)
+            store(latent + i, load(latent + i) * load(gains + i % kTile));
     }
 }
 
@@ -171,24 +177,30 @@ inline void expand_keys(const kvc_shared_attend_args& args, int head, int tokens
         float* out = s.keys + d * kTile;
 #if KVC_LEVEL_NUMBER >= 3
         if (in_pairs(args)) {
-            expand_block_pairs(static_cast<uint8_t*>(s.latents), args.k_codes_blocked + channel * positions, args.num_k, positions / args.num_k / 2,
-                               s.gains, args.k_scale_HD + channel, args.k_mean_HD + channel, tokens, out);
+            expand_block_pairs(static_cast<uint8_t*>(s.latents), args.k_codes_blocked + channel * positions, args.num_k,
+                               positions / args.num_k / 2, s.gains, args.k_scale_HD + channel, args.k_mean_HD + channel,
+                               tokens, out);
             continue;
         }
 #endif
-        expand_block(static_cast<float*>(s.latents), args.k_decode_blocked + channel * positions, positions, args.k_mean_HD + channel, tokens, out);
+        expand_block(static_cast<float*>(s.latents), args.k_decode_blocked + channel * positions, positions,
+                     args.k_mean_HD + channel, tokens, out);
     }
     rotate_tile(s.keys, head_dim, s.cosine, s.sine);
 }
 
 // One KV head's keys or values of tokens of the running step.
-inline void read_exact(const kvc_shared_attend_args& args, const kvc_rows& source, const Item& item, int head, int token, int count, const Scratch& s) {
-    const int32_t* rows = args.exact.rows + args.exact.starts[item.request] + token - args.exact.stored_lens[item.request];
-    for (int i = 0; i < count; ++i) convert_row(row_at(source, rows[i], head), source.dtype, args.head_dim, s.exact + i * s.exact_width);
+inline void read_exact(const kvc_shared_attend_args& args, const kvc_rows& source, const Item& item, int head,
+                       int token, int count, const Scratch& s) {
+    const int32_t* rows =
+        args.exact.rows + args.exact.starts[item.request] + token - args.exact.stored_lens[item.request];
+    for (int i = 0; i < count; ++i)
+        convert_row(row_at(source, rows[i], head), source.dtype, args.head_dim, s.exact + i * s.exact_width);
 }
 
 // Scores of the item's KV head `i` with keys of the layer's own, in units of the keys' gains.
-inline void score_own_keys(const kvc_shared_attend_args& args, const Item& item, int i, int start, int tokens, const Scratch& s) {
+inline void score_own_keys(const kvc_shared_attend_args& args, const Item& item, int i, int start, int tokens,
+                           const Scratch& s) {
     const kvc_shared_records& records = args.k[0];
     const int head = item.kv_head + i, rows = item.rows_per_head();
     float *gains = s.gains + i * kTile, *scores = s.scores + i * rows * kTile;
@@ -203,15 +215,18 @@ inline void score_own_keys(const kvc_shared_attend_args& args, const Item& item,
             unpack_keys_integer(side, stored + side.code_offset, keys + group / kGroup * s.quads * 64);
         }
         const uint8_t* factors = s.factors + i * rows * s.quads * kFactorBytes;
-        score_tile_integer(static_cast<IntegerQuery*>(s.headers) + i * rows, factors, rows, keys, s.quads, scores, Ahead{keys, keys});
+        score_tile_integer(static_cast<IntegerQuery*>(s.headers) + i * rows, factors, rows, keys, s.quads, scores,
+                           Ahead{keys, keys});
         return;
     }
 #endif
     read_tile_transposed(records, item.request, head, start, tokens, s.keys, gains);
-    score_tile(s.query + i * rows * s.query_width, s.query_width, rows, s.keys, key_positions(records.side), tokens, scores);
+    score_tile(s.query + i * rows * s.query_width, s.query_width, rows, s.keys, key_positions(records.side), tokens,
+               scores);
 }
 
-inline void attend_tile(const kvc_shared_attend_args& args, const Item& item, int start, int tokens, const Partial& partial, const Scratch& s) {
+inline void attend_tile(const kvc_shared_attend_args& args, const Item& item, int start, int tokens,
+                        const Partial& partial, const Scratch& s) {
     const int head_dim = args.head_dim, rows = item.rows(), per_head = item.rows_per_head();
     const int left = args.exact.stored_lens[item.request] - start;
     const int stored = left < 0 ? 0 : min_of(left, tokens), exact = tokens - stored;
@@ -231,9 +246,11 @@ inline void attend_tile(const kvc_shared_attend_args& args, const Item& item, in
         if (!exact) continue;
         read_exact(args, args.exact.keys, item, head, start + stored, exact, s);
         for (int group = 0; group < exact; group += kGroup)
-            score_group_dense(query, s.query_width, per_head, s.exact + group * s.exact_width, s.exact_width, round_up(head_dim, 16), s.exact_scores + group);
+            score_group_dense(query, s.query_width, per_head, s.exact + group * s.exact_width, s.exact_width,
+                              round_up(head_dim, 16), s.exact_scores + group);
         for (int row = 0; row < per_head; ++row)
-            std::memcpy(scores + row * kTile + stored, s.exact_scores + row * kTile, sizeof(float) * static_cast<size_t>(exact));
+            std::memcpy(scores + row * kTile + stored, s.exact_scores + row * kTile,
+                        sizeof(float) * static_cast<size_t>(exact));
     }
     const int queries = args.batch.query_starts[item.request + 1] - args.batch.query_starts[item.request];
     const int before = args.batch.seq_lens[item.request] - queries + item.first_token;
@@ -241,7 +258,8 @@ inline void attend_tile(const kvc_shared_attend_args& args, const Item& item, in
         float largest, weight_sum;
         const int seen = min_of(before + row % per_head / item.group + 1 - start, tokens);
         const float* gains = keys_shared(args) ? s.ones : s.gains + row / per_head * kTile;
-        s.decay[row] = soften(s.scores + row * kTile, gains, s.ones, seen, partial.max[row], partial.sum[row], largest, weight_sum);
+        s.decay[row] = soften(s.scores + row * kTile, gains, s.ones, seen, partial.max[row], partial.sum[row], largest,
+                              weight_sum);
     }
     // Stripe by stripe: what is written behind one is the start of the next.
     for (int stripe = 0; stripe < args.num_stripes; ++stripe)
@@ -255,13 +273,15 @@ inline void attend_tile(const kvc_shared_attend_args& args, const Item& item, in
         const int head = item.kv_head + i;
         read_exact(args, args.exact.values, item, head, start + stored, exact, s);
         for (int token = 0; token < exact; ++token)
-            for (int d = 0; d < head_dim; ++d) s.exact[token * s.exact_width + d] -= args.v_mean_HD[head * head_dim + d];
-        mix_dense(s.scores + i * per_head * kTile + stored, s.decay + i * per_head, per_head, s.exact, s.exact_width, exact, head_dim,
-                  s.exact_sums + i * per_head * s.exact_width, s.exact_width);
+            for (int d = 0; d < head_dim; ++d)
+                s.exact[token * s.exact_width + d] -= args.v_mean_HD[head * head_dim + d];
+        mix_dense(s.scores + i * per_head * kTile + stored, s.decay + i * per_head, per_head, s.exact, s.exact_width,
+                  exact, head_dim, s.exact_sums + i * per_head * s.exact_width, s.exact_width);
     }
 }
 
-void attend(const kvc_shared_attend_args& args, const Item& item, int start, int stop, const Partial& partial, void* scratch) {
+void attend(const kvc_shared_attend_args& args, const Item& item, int start, int stop, const Partial& partial,
+            void* scratch) {
     Scratch s{};
     lay_out(args, static_cast<char*>(scratch), s);
     const int rows = item.rows();
@@ -273,12 +293,14 @@ void attend(const kvc_shared_attend_args& args, const Item& item, int start, int
     std::memset(s.sums, 0, sizeof(float) * static_cast<size_t>(rows * s.value_width));
     std::memset(s.exact_sums, 0, sizeof(float) * static_cast<size_t>(rows * s.exact_width));
     read_queries(args, item, s);
-    for (int tile = start; tile < stop; tile += kTile) attend_tile(args, item, tile, min_of(stop - tile, kTile), partial, s);
+    for (int tile = start; tile < stop; tile += kTile)
+        attend_tile(args, item, tile, min_of(stop - tile, kTile), partial, s);
     for (int row = 0; row < rows; ++row) {
         partial.sum[row] += s.poison[row];  // the softmax's comparisons would hide it
         float* latent = partial.latent + row * width(args);
         std::memcpy(latent, s.sums + row * s.value_width, sizeof(float) * static_cast<size_t>(value_rank(args)));
-        std::memcpy(latent + value_rank(args), s.exact_sums + row * s.exact_width, sizeof(float) * static_cast<size_t>(args.head_dim));
+        std::memcpy(latent + value_rank(args), s.exact_sums + row * s.exact_width,
+                    sizeof(float) * static_cast<size_t>(args.head_dim));
     }
 }
 
@@ -302,7 +324,8 @@ void finish(const kvc_shared_attend_args& args, const Item& item, const Partial&
             for (int n = 0; n < count; ++n) {
                 const int row = i * per_head + first + n;
                 float* out = s.row + n * kMaxHeadDim;
-                for (int d = 0; d < head_dim; ++d) out[d] += latents[n * stride + rank + d] + args.v_mean_HD[head * head_dim + d];
+                for (int d = 0; d < head_dim; ++d)
+                    out[d] += latents[n * stride + rank + d] + args.v_mean_HD[head * head_dim + d];
                 store_row(args.output, query_token(args, item, row), query_head(args, item, row), head_dim, out);
             }
         }

@@ -29,7 +29,8 @@ KVC_INLINE void stored_gains(const kvc_shared_records& records, const uint8_t* t
 }
 
 // Codes of a tile to out[position][tile], as `unpack_keys` has them, and gains[tile].
-inline void read_tile_transposed(const kvc_shared_records& records, int request, int record, int start, int tokens, float* out, float* gains) {
+inline void read_tile_transposed(const kvc_shared_records& records, int request, int record, int start, int tokens,
+                                 float* out, float* gains) {
     kvc_side side = records.side;
     side.code_bytes = records.token_bytes;  // from token to token
     for (int group = 0; group < tokens; group += kGroup) {
@@ -69,22 +70,27 @@ inline void read_value(const kvc_shared_records& records, const uint8_t* token, 
 
 // out[c][token] = mean[c] + sum_position decode[position][c] latent[position][token], for eight channels c and the
 // tile's first `tokens` tokens, or a few more.
-inline void expand_block(const float* latent, const float* decode, int positions, const float* mean, int tokens, float* out) {
+inline void expand_block(const float* latent, const float* decode, int positions, const float* mean, int tokens,
+                         float* out) {
     constexpr int kColumns = KVC_LANES == 16 ? 8 : 4, kVectors = 2;
     for (int token = 0; token < tokens; token += kVectors * kLanes)
         for (int column = 0; column < 8; column += kColumns) {
             VecF sums[kColumns][kVectors];
-            repeat<kColumns>([&](auto c) KVC_LAMBDA { repeat<kVectors>([&](auto n) KVC_LAMBDA { sums[c][n] = splat(mean[column + c]); }); });
+            repeat<kColumns>([&](auto c) KVC_LAMBDA {
+                repeat<kVectors>([&](auto n) KVC_LAMBDA { sums[c][n] = splat(mean[column + c]); });
+            });
             for (int position = 0; position < positions; ++position) {
                 VecF vectors[kVectors];
-                repeat<kVectors>([&](auto n) KVC_LAMBDA { vectors[n] = load(latent + position * kTile + token + n * kLanes); });
+                repeat<kVectors>([&](auto n)
+                                     KVC_LAMBDA { vectors[n] = load(latent + position * kTile + token + n * kLanes); });
                 repeat<kColumns>([&](auto c) KVC_LAMBDA {
                     const float factor = decode[position * 8 + column + c];
                     repeat<kVectors>([&](auto n) KVC_LAMBDA { sums[c][n] += vectors[n] * factor; });
                 });
             }
             repeat<kColumns>([&](auto c) KVC_LAMBDA {
-                repeat<kVectors>([&](auto n) KVC_LAMBDA { store(out + (column + c) * kTile + token + n * kLanes, sums[c][n]); });
+                repeat<kVectors>(
+                    [&](auto n) KVC_LAMBDA { store(out + (column + c) * kTile + token + n * kLanes, sums[c][n]); });
             });
         }
 }
@@ -104,7 +110,8 @@ inline uint8_t* read_band_pairs(const uint8_t* codes, int64_t stride, int bytes,
     return out;
 }
 
-inline void read_tile_pairs(const kvc_shared_records& records, int request, int start, int tokens, uint8_t* out, float* gains) {
+inline void read_tile_pairs(const kvc_shared_records& records, int request, int start, int tokens, uint8_t* out,
+                            float* gains) {
     const kvc_side& side = records.side;
     for (int group = 0; group < tokens; group += kGroup) {
         const uint8_t* stored = stored_tokens(records, request, 0, start + group);
@@ -113,7 +120,8 @@ inline void read_tile_pairs(const kvc_shared_records& records, int request, int 
         uint8_t* target = out + 4 * group;
         for (int band = 0; band < side.num_bands; ++band) {
             const int bits = side.bits[band], bytes = bits * side.widths[band] / 8;
-            target = with_code_bits(bits, [&](auto n) { return read_band_pairs<n>(codes, records.token_bytes, bytes, target); });
+            target = with_code_bits(
+                bits, [&](auto n) { return read_band_pairs<n>(codes, records.token_bytes, bytes, target); });
             codes += bytes;
         }
     }
@@ -121,8 +129,8 @@ inline void read_tile_pairs(const kvc_shared_records& records, int request, int 
 
 // `expand_block` from pairs of codes [stripe][position / 2][tile] and of decode [stripe][position / 2][8 channels]:
 // out[c][token] = mean[c] + scale[c] sum_stripe gain[stripe][token] (sum of products).
-inline void expand_block_pairs(const uint8_t* codes, const int16_t* decode, int stripes, int pairs, const float* gains, const float* scale,
-                               const float* mean, int tokens, float* out) {
+inline void expand_block_pairs(const uint8_t* codes, const int16_t* decode, int stripes, int pairs, const float* gains,
+                               const float* scale, const float* mean, int tokens, float* out) {
     constexpr int kColumns = 8, kVectors = 2;
     for (int token = 0; token < tokens; token += kVectors * kGroup) {
         __m512 totals[kColumns][kVectors];
@@ -149,7 +157,8 @@ inline void expand_block_pairs(const uint8_t* codes, const int16_t* decode, int 
             const float* gain = gains + stripe * kTile + token;
             repeat<kColumns>([&](auto c) KVC_LAMBDA {
                 repeat<kVectors>([&](auto n) KVC_LAMBDA {
-                    const __m512 part = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[c][n]), _mm512_load_ps(gain + n * kGroup));
+                    const __m512 part =
+                        _mm512_mul_ps(_mm512_cvtepi32_ps(sums[c][n]), _mm512_load_ps(gain + n * kGroup));
                     totals[c][n] = stripe ? _mm512_add_ps(totals[c][n], part) : part;
                 });
             });
@@ -174,9 +183,11 @@ void store_token(const kvc_shared_store_args& args, int64_t token, void* scratch
     auto* latent = static_cast<float*>(scratch);
     for (int record = 0; record < records.records; ++record) {
         load_row(args.latents, token, record, records.side.rank, latent);
-        uint8_t* target = records.data + slot / records.block_size * records.block_stride +
-                          (static_cast<int64_t>(record) * records.block_size + slot % records.block_size) * records.token_bytes;
-        encode_latent(records.side, latent, args.weight_HR + static_cast<int64_t>(record) * records.side.rank, target, 0, latent + kMaxHeadDim);
+        uint8_t* target =
+            records.data + slot / records.block_size * records.block_stride +
+            (static_cast<int64_t>(record) * records.block_size + slot % records.block_size) * records.token_bytes;
+        encode_latent(records.side, latent, args.weight_HR + static_cast<int64_t>(record) * records.side.rank, target,
+                      0, latent + kMaxHeadDim);
     }
 }
 

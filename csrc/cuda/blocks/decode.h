@@ -37,7 +37,8 @@ KVC_DEVICE void prepare_block_rows(const BlockArgs& args, const Rows& rows, uint
 }
 
 template <int K_BITS, int V_BITS>
-KVC_KERNEL(kMaxThreads) decode_blocks(KVC_ARGUMENT(BlockArgs) args) {
+KVC_KERNEL(kMaxThreads)
+decode_blocks(KVC_ARGUMENT(BlockArgs) args) {
     const AttendArgs& attend = args.attend;
     uint8_t* shared = shared_memory();
     const int lane = thread_index() % 32, warp = thread_index() / 32, warps = num_threads() / 32;
@@ -58,14 +59,16 @@ KVC_KERNEL(kMaxThreads) decode_blocks(KVC_ARGUMENT(BlockArgs) args) {
     const int32_t* table = attend.table + block_z() * attend.table_stride;
     const int shift = attend.pages.page_shift, mask = (1 << shift) - 1;
     uint8_t* stages = shared + attend.stages_at;
-    Pipeline pipeline(stages + warp * kStages * args.stage_bytes, reinterpret_cast<uint64_t*>(shared) + warp * kStages, args.stage_bytes, lane);
+    Pipeline pipeline(stages + warp * kStages * args.stage_bytes, reinterpret_cast<uint64_t*>(shared) + warp * kStages,
+                      args.stage_bytes, lane);
     // Keys and values of the warp's first block, keys of its second: three copies are always on their way.
     static_assert(kStages == 3);
     int block = begin + warp;
     const uint8_t* next = block < end ? record_at(args, table[block >> shift], block & mask, rows.head) : nullptr;
     pipeline.request(next, args.k.bytes);
     pipeline.request(next ? next + args.k.bytes : nullptr, args.v.bytes);
-    next = block + warps < end ? record_at(args, table[(block + warps) >> shift], (block + warps) & mask, rows.head) : nullptr;
+    next = block + warps < end ? record_at(args, table[(block + warps) >> shift], (block + warps) & mask, rows.head)
+                               : nullptr;
     pipeline.request(next, args.k.bytes);
 
     Sparse sparse(shared + args.scratch_at + warp * args.scratch_bytes, lane);
@@ -98,7 +101,8 @@ KVC_KERNEL(kMaxThreads) decode_blocks(KVC_ARGUMENT(BlockArgs) args) {
         uint32_t weights[4][2];
         KVC_UNROLL
         for (int f = 0; f < 4; ++f)
-            weights[f][0] = transpose(halves_of(s[f][0], s[f][1])), weights[f][1] = transpose(halves_of(s[f][2], s[f][3]));
+            weights[f][0] = transpose(halves_of(s[f][0], s[f][1])),
+            weights[f][1] = transpose(halves_of(s[f][2], s[f][3]));
         mix_block<V_BITS>(args.v, pipeline.wait(), weights, sparse, lane, decay[0], decay[1], o);
         pipeline.release();
         next = later < end ? record_at(args, later_page, later & mask, rows.head) : nullptr;
@@ -109,16 +113,15 @@ KVC_KERNEL(kMaxThreads) decode_blocks(KVC_ARGUMENT(BlockArgs) args) {
     sync_block();  // all warps are done with their blocks: sums go where these were
     auto* sums = reinterpret_cast<float*>(stages);
     KVC_UNROLL
-    for (int column = 0; column < kMaxColumns; ++column)
-        KVC_UNROLL
-        for (int n = 0; n < 4; ++n) {
-            const int channel = kColumn * column + 8 * g + 2 * n;
-            if (channel >= args.v.rank) continue;
-            float* row0 = sums + (warp * kRows + 2 * t) * args.v.rank + channel;
-            float* row1 = row0 + args.v.rank;
-            row0[0] = o[column][n][0], row0[1] = o[column][n][2];
-            row1[0] = o[column][n][1], row1[1] = o[column][n][3];
-        }
+    for (int column = 0; column < kMaxColumns; ++column) KVC_UNROLL
+    for (int n = 0; n < 4; ++n) {
+        const int channel = kColumn * column + 8 * g + 2 * n;
+        if (channel >= args.v.rank) continue;
+        float* row0 = sums + (warp * kRows + 2 * t) * args.v.rank + channel;
+        float* row1 = row0 + args.v.rank;
+        row0[0] = o[column][n][0], row0[1] = o[column][n][2];
+        row1[0] = o[column][n][1], row1[1] = o[column][n][3];
+    }
     if (g == 0) {
         float* own = sums + warps * kRows * args.v.rank + 2 * (warp * kRows + 2 * t);
         own[0] = softmax.largest[0], own[1] = softmax.sum[0], own[2] = softmax.largest[1], own[3] = softmax.sum[1];

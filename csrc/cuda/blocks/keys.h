@@ -28,7 +28,8 @@ KVC_DEVICE void load_channels(const uint8_t* part, bool there, uint32_t (&pair)[
 }
 
 // w += B^T u over a column: row l of the result belongs to factor l.
-KVC_DEVICE void project_queries(const BlockSide& side, const uint8_t* part, int column, const uint2* plain_query, int lane, float (&w)[4]) {
+KVC_DEVICE void project_queries(const BlockSide& side, const uint8_t* part, int column, const uint2* plain_query,
+                                int lane, float (&w)[4]) {
     const int g = lane / 4, t = lane % 4, r = side.low_rank;
     const auto* factors = reinterpret_cast<const uint16_t*>(part + side.channel_offset);
     KVC_UNROLL
@@ -49,7 +50,8 @@ KVC_DEVICE uint32_t factor_pair(const uint16_t* factors, int t, int count) {
 
 // s += A w. B's entries may be as large as a half's, u's are below 1: w / 256 is in a half's range whatever they are. A's
 // columns have length 1, so that 256 A is.
-KVC_DEVICE void add_low_rank_scores(const BlockSide& side, const uint8_t* part, const float (&w)[4], int lane, float (&s)[4][4]) {
+KVC_DEVICE void add_low_rank_scores(const BlockSide& side, const uint8_t* part, const float (&w)[4], int lane,
+                                    float (&s)[4][4]) {
     const int g = lane / 4, t = lane % 4, r = side.low_rank;
     const uint32_t b[2] = {transpose(halves_of(w[0] / 256, w[1] / 256)), 0};
     const uint32_t up = halves_of(256, 256);
@@ -63,8 +65,8 @@ KVC_DEVICE void add_low_rank_scores(const BlockSide& side, const uint8_t* part, 
 
 // s[f] of tokens 16 f + token_of(g) (+ 8) and rows 2 t, 2 t + 1.
 template <int BITS>
-KVC_DEVICE void score_block(const BlockSide& side, const uint8_t* part, const uint2* code_query, const uint2* plain_query, Sparse& sparse,
-                            int lane, float (&s)[4][4]) {
+KVC_DEVICE void score_block(const BlockSide& side, const uint8_t* part, const uint2* code_query,
+                            const uint2* plain_query, Sparse& sparse, int lane, float (&s)[4][4]) {
     const int g = lane / 4, t = lane % 4, row_bytes = side.rank * BITS / 8;
     float w[4] = {};
     KVC_UNROLL
@@ -81,11 +83,13 @@ KVC_DEVICE void score_block(const BlockSide& side, const uint8_t* part, const ui
         KVC_UNROLL
         for (int step = 0; step < 4; ++step) {
             const uint2 u = code_query[32 * (4 * column + step) + lane];
-            folded[step][0] = halves_times(u.x, scale[2 * step]), folded[step][1] = halves_times(u.y, scale[2 * step + 1]);
+            folded[step][0] = halves_times(u.x, scale[2 * step]),
+            folded[step][1] = halves_times(u.y, scale[2 * step + 1]);
             mma(share, zero[2 * step], scale[2 * step], zero[2 * step + 1], scale[2 * step + 1], {u.x, u.y});
         }
         subtract_offsets<BITS>(folded, offset);
-        const float start0 = share[0] + middle(BITS) * share[2] + offset[0], start1 = share[1] + middle(BITS) * share[3] + offset[1];
+        const float start0 = share[0] + middle(BITS) * share[2] + offset[0],
+                    start1 = share[1] + middle(BITS) * share[3] + offset[1];
         KVC_UNROLL
         for (int f = 0; f < 4; ++f) {
             // Past the last channel this reads other codes or numbers, which then count nothing.

@@ -15,14 +15,14 @@
 
 namespace kvcompress::cuda {
 
-constexpr int kColumn = 64;        // channels
+constexpr int kColumn = 64;  // channels
 constexpr int kMaxColumns = KVC_BLOCKS_CUDA_MAX_RANK / kColumn;
 constexpr int kMaxLowRank = KVC_BLOCKS_CUDA_MAX_LOW_RANK;  // even: factors are loaded in pairs
 
 // Keys or values; offsets are within the side's own part of a record.
 struct BlockSide {
     int rank, low_rank, outliers;
-    int groups;           // of a token's channels that share a scale; for keys 1: all tokens do
+    int groups;  // of a token's channels that share a scale; for keys 1: all tokens do
     uint32_t reciprocal;  // 2^32 / rank, rounded up
     int bytes;
     int scale_offset, zero_offset, token_offset, channel_offset, value_offset, place_offset;
@@ -32,7 +32,7 @@ struct BlockArgs {
     AttendArgs attend;  // of pages: data, strides, page_shift, number of heads, and ranks
     BlockSide k, v;
     int64_t record_bytes;
-    int stage_bytes;    // of the larger part
+    int stage_bytes;  // of the larger part
     // Offsets in shared memory.
     int code_query_at, scratch_at;
     int scratch_bytes;  // of a warp
@@ -56,6 +56,8 @@ KVC_DEVICE const uint8_t* record_at(const BlockArgs& args, int64_t page, int wit
     return pages.data + page * pages.block_stride + head * pages.head_stride + within * args.record_bytes;
 }
 
-KVC_DEVICE uint32_t two_halves(const uint16_t* first, int apart) { return first[0] | static_cast<uint32_t>(first[apart]) << 16; }
+KVC_DEVICE uint32_t two_halves(const uint16_t* first, int apart) {
+    return first[0] | static_cast<uint32_t>(first[apart]) << 16;
+}
 
 }  // namespace kvcompress::cuda

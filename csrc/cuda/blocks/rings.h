@@ -3,8 +3,8 @@
 #pragma once
 
 #include "cuda/core/gain.h"
-#include "cuda/core/tokens.h"
 #include "cuda/core/rows.h"
+#include "cuda/core/tokens.h"
 
 namespace kvcompress::cuda {
 
@@ -76,7 +76,9 @@ KVC_DEVICE ExactRow exact_row(const NewestArgs& args, const Rows& rows, int ring
     if (own < 0) {
         const Rings& rings = args.rings;
         const int place = position % rings.places + (keys ? 0 : rings.places);
-        return {rings.data, ring * rings.ring_stride + rows.head * rings.head_stride + static_cast<int64_t>(place) * args.head_dim, rings.dtype};
+        return {rings.data,
+                ring * rings.ring_stride + rows.head * rings.head_stride + static_cast<int64_t>(place) * args.head_dim,
+                rings.dtype};
     }
     const TokenRows& step = keys ? args.keys : args.values;
     return {step.data, (rows.first_token + own) * step.token_stride + rows.head * step.head_stride, step.dtype};
@@ -86,16 +88,18 @@ KVC_DEVICE ExactRow exact_row(const NewestArgs& args, const Rows& rows, int ring
 // rows' complete blocks count.
 KVC_KERNEL(kMaxThreads) attend_newest(KVC_ARGUMENT(NewestArgs) args) {
     const AttendArgs& attend = args.attend;
-    const int lane = thread_index() % 32, warp = thread_index() / 32, warps = num_threads() / 32, head_dim = args.head_dim;
+    const int lane = thread_index() % 32, warp = thread_index() / 32, warps = num_threads() / 32,
+              head_dim = args.head_dim;
     Rows rows{};
     if (!find_rows(attend, rows)) return;
     const int first = rows.visible(attend, 0) / kChunk * kChunk, count = rows.visible(attend, rows.count - 1) - first;
-    const int ring = args.ring_of[block_z()], width = head_dim + 4;  // threads with different tokens use different banks
+    const int ring = args.ring_of[block_z()],
+              width = head_dim + 4;  // threads with different tokens use different banks
     auto* keys = reinterpret_cast<float*>(shared_memory());  // [kMaxExact][width]
     float* values = keys + kMaxExact * width;
-    float* queries = values + kMaxExact * width;        // [kRows][head_dim]
-    float* weights = queries + kRows * head_dim;        // [kMaxExact][kRows]
-    float* sealed = weights + kMaxExact * kRows;        // [kRows]
+    float* queries = values + kMaxExact * width;  // [kRows][head_dim]
+    float* weights = queries + kRows * head_dim;  // [kMaxExact][kRows]
+    float* sealed = weights + kMaxExact * kRows;  // [kRows]
 
     for (int i = thread_index(); i < 2 * count * (head_dim / 8); i += num_threads()) {
         const int d = i % (head_dim / 8) * 8, token = i / (head_dim / 8) % count, side = i / (head_dim / 8) / count;
@@ -109,7 +113,8 @@ KVC_KERNEL(kMaxThreads) attend_newest(KVC_ARGUMENT(NewestArgs) args) {
     for (int i = thread_index(); i < rows.count * head_dim; i += num_threads()) {
         const int row = i / head_dim, d = i % head_dim;
         const int64_t number = rows.number(attend, row);
-        const float x = load_entry(args.query, number / attend.num_heads, static_cast<int>(number % attend.num_heads), d);
+        const float x =
+            load_entry(args.query, number / attend.num_heads, static_cast<int>(number % attend.num_heads), d);
         queries[row * head_dim + d] = x * attend.softmax_scale * kLog2E;
     }
     sync_block();  // all is loaded
@@ -128,7 +133,8 @@ KVC_KERNEL(kMaxThreads) attend_newest(KVC_ARGUMENT(NewestArgs) args) {
     for (int row = warp; row < rows.count; row += warps) {
         const int64_t number = rows.number(attend, row);
         float mean = 0;
-        for (int d = lane; d < head_dim; d += 32) mean += queries[row * head_dim + d] * args.k_mean[rows.head * head_dim + d];
+        for (int d = lane; d < head_dim; d += 32)
+            mean += queries[row * head_dim + d] * args.k_mean[rows.head * head_dim + d];
         mean = sum_lanes(mean);
         // A row without complete blocks has minus infinity here, and a query that is not finite NaN.
         const float blocks = attend.lse[number] * kLog2E + mean;
@@ -138,7 +144,8 @@ KVC_KERNEL(kMaxThreads) attend_newest(KVC_ARGUMENT(NewestArgs) args) {
         float sum = 0;
         for (int token = lane; token < count; token += 32) sum += exp2_of(weights[token * kRows + row] - top);
         sum = sum_lanes(sum) + exp2_of(blocks - top);
-        for (int token = lane; token < count; token += 32) weights[token * kRows + row] = exp2_of(weights[token * kRows + row] - top) / sum;
+        for (int token = lane; token < count; token += 32)
+            weights[token * kRows + row] = exp2_of(weights[token * kRows + row] - top) / sum;
         if (lane == 0) sealed[row] = exp2_of(blocks - top) / sum;
         if (lane == 0 && args.lse) args.lse[number] = (top + log2_of(sum)) * kLn2;
     }
@@ -146,10 +153,12 @@ KVC_KERNEL(kMaxThreads) attend_newest(KVC_ARGUMENT(NewestArgs) args) {
 
     for (int i = thread_index(); i < rows.count * head_dim; i += num_threads()) {
         const int row = i / head_dim, d = i % head_dim;
-        const int64_t number = rows.number(attend, row), token = number / attend.num_heads, head = number % attend.num_heads;
+        const int64_t number = rows.number(attend, row), token = number / attend.num_heads,
+                      head = number % attend.num_heads;
         float x = sealed[row] * (attend.output[number * head_dim + d] + args.v_mean[rows.head * head_dim + d]);
         for (int n = 0; n < count; ++n) x += weights[n * kRows + row] * values[n * width + d];
-        store_entry(args.output, args.output_dtype, token * args.output_token_stride + head * args.output_head_stride + d, x);
+        store_entry(args.output, args.output_dtype,
+                    token * args.output_token_stride + head * args.output_head_stride + d, x);
     }
 }
 
@@ -170,7 +179,8 @@ KVC_KERNEL(kEncodeThreads) keep(KVC_ARGUMENT(KeepArgs) args) {
     const Rings& rings = args.rings;
     const int left = args.query_starts[request + 1] - token, position = args.seq_lens[request] - left;
     if (left > rings.places) return;
-    const int64_t at = args.ring_of[request] * rings.ring_stride + head * rings.head_stride + static_cast<int64_t>(position % rings.places) * args.head_dim;
+    const int64_t at = args.ring_of[request] * rings.ring_stride + head * rings.head_stride +
+                       static_cast<int64_t>(position % rings.places) * args.head_dim;
     const int64_t side = static_cast<int64_t>(rings.places) * args.head_dim;
     auto* data = const_cast<void*>(rings.data);
     for (int i = thread_index(); i < 2 * args.head_dim; i += num_threads()) {

@@ -24,10 +24,12 @@ KVC_DEVICE int scratch_place(int token, int channel) {
 
 // Lanes take outliers by pairs, of which there are whole numbers. What a lane notes only the same lane reads again.
 class Sparse {
-   public:
+ public:
     // `scratch` is the warp's own: zeros, then room for the places of the outliers.
     KVC_DEVICE Sparse(uint8_t* scratch, int lane)
-        : matrix_(reinterpret_cast<uint16_t*>(scratch)), places_(reinterpret_cast<uint32_t*>(matrix_ + kScratchEntries) + lane), lane_(lane) {}
+        : matrix_(reinterpret_cast<uint16_t*>(scratch)),
+          places_(reinterpret_cast<uint32_t*>(matrix_ + kScratchEntries) + lane),
+          lane_(lane) {}
 
     // Called once, before all else.
     KVC_DEVICE void clear_all() {
@@ -61,7 +63,9 @@ class Sparse {
     }
 
     // The first operand of tile `tile` of tokens 16 f ...
-    KVC_DEVICE uint4 load(int f, int tile) const { return reinterpret_cast<const uint4*>(matrix_)[(4 * f + tile) * 32 + lane_]; }
+    KVC_DEVICE uint4 load(int f, int tile) const {
+        return reinterpret_cast<const uint4*>(matrix_)[(4 * f + tile) * 32 + lane_];
+    }
 
     KVC_DEVICE void take(int column) {
         sync_warp();  // all lanes have loaded
@@ -74,7 +78,7 @@ class Sparse {
         sync_warp();  // all are gone before another column's come
     }
 
-   private:
+ private:
     // The column and the place in it, of an outlier's place in the block.
     template <bool KEYS>
     KVC_DEVICE uint32_t note(const BlockSide& side, uint32_t last, uint32_t place) const {

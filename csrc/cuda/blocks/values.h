@@ -11,7 +11,8 @@ template <int BITS>
 KVC_DEVICE void load_token_pairs(const uint8_t* one, const uint8_t* other, uint32_t (&pair)[kPairs]) {
     uint32_t words[BITS / 2];
     if constexpr (BITS == 2) {
-        words[0] = *reinterpret_cast<const uint16_t*>(one) | static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(other)) << 16;
+        words[0] = *reinterpret_cast<const uint16_t*>(one) |
+                   static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(other)) << 16;
     } else {
         uint32_t a[BITS / 4], b[BITS / 4];
         load_words<BITS / 2>(one, a);
@@ -31,7 +32,8 @@ KVC_DEVICE uint32_t project_weights(const BlockSide& side, const uint8_t* part, 
     KVC_UNROLL
     for (int f = 0; f < 4; ++f) {
         const uint16_t* at = factors + (16 * f + t) * r + g;
-        const uint32_t low = g < r ? two_halves(at, kApart * r) : 0, high = g < r ? two_halves(at + 8 * r, kApart * r) : 0;
+        const uint32_t low = g < r ? two_halves(at, kApart * r) : 0,
+                       high = g < r ? two_halves(at + 8 * r, kApart * r) : 0;
         mma(sums, low, 0, high, 0, p[f]);
     }
     return transpose(halves_of(sums[0], sums[1]));
@@ -40,8 +42,8 @@ KVC_DEVICE uint32_t project_weights(const BlockSide& side, const uint8_t* part, 
 // The weights of tokens 16 f + ... as the second operand: o[column][n] grows by the mix of channels 64 column + 8 g + 2 n
 // (rows 2 t, 2 t + 1) and the ones after them.
 template <int BITS>
-KVC_DEVICE void mix_block(const BlockSide& side, const uint8_t* part, const uint32_t (&p)[4][2], Sparse& sparse, int lane, float decay0,
-                          float decay1, float (&o)[kMaxColumns][4][4]) {
+KVC_DEVICE void mix_block(const BlockSide& side, const uint8_t* part, const uint32_t (&p)[4][2], Sparse& sparse,
+                          int lane, float decay0, float decay1, float (&o)[kMaxColumns][4][4]) {
     const int g = lane / 4, t = lane % 4, row_bytes = side.rank * BITS / 8;
     const uint32_t low[2] = {side.low_rank ? project_weights(side, part, p, lane) : 0, 0};
     if (side.outliers) sparse.read<false>(side, part);
@@ -58,8 +60,10 @@ KVC_DEVICE void mix_block(const BlockSide& side, const uint8_t* part, const uint
         KVC_UNROLL
         for (int f = 0; f < 4; ++f) {
             const int at = (16 * f + t) * side.groups, later = at + 8 * side.groups;
-            const uint32_t scale0 = two_halves(scales + at, kApart * side.groups), scale1 = two_halves(scales + later, kApart * side.groups);
-            const uint32_t zero0 = two_halves(zeros + at, kApart * side.groups), zero1 = two_halves(zeros + later, kApart * side.groups);
+            const uint32_t scale0 = two_halves(scales + at, kApart * side.groups),
+                           scale1 = two_halves(scales + later, kApart * side.groups);
+            const uint32_t zero0 = two_halves(zeros + at, kApart * side.groups),
+                           zero1 = two_halves(zeros + later, kApart * side.groups);
             mma(share, zero0, scale0, zero1, scale1, p[f]);
             folded[f][0] = halves_times(p[f][0], scale0), folded[f][1] = halves_times(p[f][1], scale1);
             mma(total, ones, ones, ones, ones, folded[f]);
@@ -68,7 +72,8 @@ KVC_DEVICE void mix_block(const BlockSide& side, const uint8_t* part, const uint
         float sum[4][4];
         KVC_UNROLL
         for (int n = 0; n < 4; ++n) {
-            const float first = pair_offset<BITS>(2 * n) + middle(BITS), second = pair_offset<BITS>(2 * n + 1) + middle(BITS);
+            const float first = pair_offset<BITS>(2 * n) + middle(BITS),
+                        second = pair_offset<BITS>(2 * n + 1) + middle(BITS);
             sum[n][0] = start0 - first * total[0], sum[n][1] = start1 - first * total[1];
             sum[n][2] = start0 - second * total[0], sum[n][3] = start1 - second * total[1];
         }
@@ -80,7 +85,8 @@ KVC_DEVICE void mix_block(const BlockSide& side, const uint8_t* part, const uint
             load_token_pairs<BITS>(codes, codes + kApart * row_bytes, first);
             load_token_pairs<BITS>(codes + 8 * row_bytes, codes + (8 + kApart) * row_bytes, second);
             KVC_UNROLL
-            for (int n = 0; n < 4; ++n) mma(sum[n], first[2 * n], first[2 * n + 1], second[2 * n], second[2 * n + 1], folded[f]);
+            for (int n = 0; n < 4; ++n)
+                mma(sum[n], first[2 * n], first[2 * n + 1], second[2 * n], second[2 * n + 1], folded[f]);
         }
         if (side.low_rank) {
             const auto* factors = reinterpret_cast<const uint16_t*>(part + side.channel_offset);
@@ -94,18 +100,19 @@ KVC_DEVICE void mix_block(const BlockSide& side, const uint8_t* part, const uint
         if (side.outliers) {
             sparse.put(column);
             KVC_UNROLL
-            for (int n = 0; n < 4; ++n)
-                KVC_UNROLL
-                for (int f = 0; f < 4; ++f) {
-                    const uint4 a = sparse.load(f, n);
-                    mma(sum[n], a.x, a.y, a.z, a.w, p[f]);
-                }
+            for (int n = 0; n < 4; ++n) KVC_UNROLL
+            for (int f = 0; f < 4; ++f) {
+                const uint4 a = sparse.load(f, n);
+                mma(sum[n], a.x, a.y, a.z, a.w, p[f]);
+            }
             sparse.take(column);
         }
         KVC_UNROLL
         for (int n = 0; n < 4; ++n) {
-            o[column][n][0] = o[column][n][0] * decay0 + sum[n][0], o[column][n][1] = o[column][n][1] * decay1 + sum[n][1];
-            o[column][n][2] = o[column][n][2] * decay0 + sum[n][2], o[column][n][3] = o[column][n][3] * decay1 + sum[n][3];
+            o[column][n][0] = o[column][n][0] * decay0 + sum[n][0],
+            o[column][n][1] = o[column][n][1] * decay1 + sum[n][1];
+            o[column][n][2] = o[column][n][2] * decay0 + sum[n][2],
+            o[column][n][3] = o[column][n][3] * decay1 + sum[n][3];
         }
     }
 }

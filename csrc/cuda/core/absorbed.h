@@ -16,21 +16,32 @@ inline void set_batch(const kvc_batch& from, const kvc_run& run, int num_kv_head
 }
 
 // Where rows of `width` floats and their lse go: to the workspace if splits are to be merged.
-inline void set_output(const kvc_batch& batch, const kvc_run& run, int width, float* output, float* lse, float*& to, float*& lse_to) {
+inline void set_output(const kvc_batch& batch, const kvc_run& run, int width, float* output, float* lse, float*& to,
+                       float*& lse_to) {
     const bool partial = run.splits > 1;
     to = partial ? run.workspace : output;
     lse_to = partial ? run.workspace + run.splits * run.num_tokens * batch.num_heads * width : lse;
 }
 
 // Merges the splits of rows that `set_output` has sent to the workspace.
-inline int start_combine(const kvc_batch& batch, const kvc_run& run, int num_kv_heads, int width, float* output, float* lse) {
+inline int start_combine(const kvc_batch& batch, const kvc_run& run, int num_kv_heads, int width, float* output,
+                         float* lse) {
     if (run.splits == 1) return KVC_OK;
-    CombineArgs args{nullptr, nullptr, output, lse, batch.query_starts, run.splits, width, batch.num_heads, batch.num_heads / num_kv_heads,
+    CombineArgs args{nullptr,
+                     nullptr,
+                     output,
+                     lse,
+                     batch.query_starts,
+                     run.splits,
+                     width,
+                     batch.num_heads,
+                     batch.num_heads / num_kv_heads,
                      run.num_tokens * batch.num_heads};
     float *partial_output, *partial_lse;
     set_output(batch, run, width, output, lse, partial_output, partial_lse);
     args.partial_output = partial_output, args.partial_lse = partial_lse;
-    return launch<combine>({run.max_query_len * args.group, num_kv_heads, batch.num_requests}, kMaxThreads, 0, run.stream, args);
+    return launch<combine>({run.max_query_len * args.group, num_kv_heads, batch.num_requests}, kMaxThreads, 0,
+                           run.stream, args);
 }
 
 // Attention in latent space: args.pages are there, start(shape) launches a kernel.
@@ -50,7 +61,8 @@ int attend_absorbed(const kvc_absorbed& from, AttendArgs& args, const LayOut& la
     if (const int error = shared_limit(limit)) return error;
     const int warps = warps_for(limit, lay_out);
     if (!warps) return -KVC_BAD_SHAPE;
-    const LaunchShape shape{{run.splits, heads * args.row_tiles, batch.num_requests}, 32 * warps, lay_out(warps), run.stream};
+    const LaunchShape shape{
+        {run.splits, heads * args.row_tiles, batch.num_requests}, 32 * warps, lay_out(warps), run.stream};
     if (const int error = start(shape)) return error;
     return start_combine(batch, run, heads, rank, from.output_THR, from.lse_TH);
 }

@@ -8,13 +8,13 @@
 
 namespace kvcompress::cuda {
 
-constexpr int kChunk = 64;   // tokens that go through the kernels together
-constexpr int kGroup = 8;    // channels of a unit
-constexpr int kPairs = 8;    // pairs of entries a lane has in a unit
+constexpr int kChunk = 64;  // tokens that go through the kernels together
+constexpr int kGroup = 8;  // channels of a unit
+constexpr int kPairs = 8;  // pairs of entries a lane has in a unit
 
 // Two neighbouring units of one band; one where a band ends with an odd one.
 struct Tile {
-    int offset;   // of the first unit
+    int offset;  // of the first unit
     int channel;  // the first
     int units;
     int bits;
@@ -144,7 +144,8 @@ KVC_DEVICE void unpack_four(const uint8_t* token, const Tile& tile, int t, uint3
     } else if constexpr (BITS == 8) {
         const auto* words = reinterpret_cast<const uint16_t*>(codes) + 2 * t;
         KVC_UNROLL
-        for (int i = 0; i < 2; ++i) pair[i] = fma_halves(bytes_of<0x4140>(words[i], 0x64u), halves_of(1, 1), halves_of(-1152, -1152));
+        for (int i = 0; i < 2; ++i)
+            pair[i] = fma_halves(bytes_of<0x4140>(words[i], 0x64u), halves_of(1, 1), halves_of(-1152, -1152));
     } else if constexpr (BITS == 4) {
         const uint32_t word = reinterpret_cast<const uint16_t*>(codes)[t] * 0x10001u;
         const uint32_t scale = halves_of(1, 0.0625f), offset = halves_of(-1032, -72);

@@ -7,7 +7,7 @@ namespace kvcompress::cuda {
 
 struct CombineArgs {
     const float* partial_output;  // [splits, tokens, heads, rank]
-    const float* partial_lse;     // [splits, tokens, heads]
+    const float* partial_lse;  // [splits, tokens, heads]
     float* output;
     float* lse;
     const int32_t* query_starts;
@@ -20,7 +20,8 @@ KVC_KERNEL(kMaxThreads) combine(KVC_ARGUMENT(CombineArgs) args) {
     const int request = block_z(), first_token = args.query_starts[request];
     const int token = block_x() / args.group;
     if (token >= args.query_starts[request + 1] - first_token) return;
-    const int64_t row = static_cast<int64_t>(first_token + token) * args.num_heads + block_y() * args.group + block_x() % args.group;
+    const int64_t row =
+        static_cast<int64_t>(first_token + token) * args.num_heads + block_y() * args.group + block_x() % args.group;
     float top = -INFINITY, sum = 0;
     for (int split = 0; split < args.splits; ++split) top = fmaxf(top, args.partial_lse[split * args.rows + row]);
     for (int split = 0; split < args.splits; ++split) {
@@ -32,7 +33,9 @@ KVC_KERNEL(kMaxThreads) combine(KVC_ARGUMENT(CombineArgs) args) {
         for (int split = 0; split < args.splits; ++split) {
             const float lse = args.partial_lse[split * args.rows + row];
             // A split without tokens has written no output.
-            if (lse != -INFINITY) mixed += exp2_of((lse - top) * kLog2E) * args.partial_output[(split * args.rows + row) * args.rank + channel];
+            if (lse != -INFINITY)
+                mixed += exp2_of((lse - top) * kLog2E) *
+                         args.partial_output[(split * args.rows + row) * args.rank + channel];
         }
         args.output[row * args.rank + channel] = sum == 0 ? 0 : mixed / sum;
     }

@@ -75,7 +75,9 @@ KVC_DEVICE float best_gain(int rank, int outliers, const Channels<COUNT>& x, int
         int found[kMaxOutliers] = {};
         KVC_UNROLL
         for (int i = 0; i < COUNT; ++i) {
-            value[i] = x.bits[i] ? value_of(nearest_code(x.latent[i], candidate, x.step[i], x.bits[i]), x.step[i], x.bits[i]) : 0;
+            value[i] = x.bits[i]
+                           ? value_of(nearest_code(x.latent[i], candidate, x.step[i], x.bits[i]), x.step[i], x.bits[i])
+                           : 0;
             const float left = x.latent[i] - candidate * value[i];
             miss[i] = x.bits[i] ? x.weight[i] * (left * left) : -2;
         }

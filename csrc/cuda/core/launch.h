@@ -14,11 +14,16 @@ struct LaunchShape {
     void* stream;
 };
 
-inline TokenRows token_rows(const kvc_rows& rows) { return {rows.data, rows.token_stride, rows.head_stride, rows.dtype}; }
+inline TokenRows token_rows(const kvc_rows& rows) {
+    return {rows.data, rows.token_stride, rows.head_stride, rows.dtype};
+}
 
 // Copies are of 16 bytes; strides in bytes.
 inline bool on_16_bytes(const void* data, int64_t first_stride = 0, int64_t second_stride = 0) {
-    return (reinterpret_cast<uintptr_t>(data) | static_cast<uint64_t>(first_stride) | static_cast<uint64_t>(second_stride)) % 16 == 0;
+    return (reinterpret_cast<uintptr_t>(data) | static_cast<uint64_t>(first_stride) |
+            static_cast<uint64_t>(second_stride)) %
+               16 ==
+           0;
 }
 
 // Bands as tiles; codes of eight channels of `tokens` tokens lie together.
@@ -46,7 +51,8 @@ bool make_places(const From& from, Pages& pages) {
     pages.block_stride = from.block_stride, pages.head_stride = from.head_stride;
     pages.num_heads = from.num_kv_heads;
     while (kChunk << pages.page_shift < from.block_size) ++pages.page_shift;
-    return kChunk << pages.page_shift == from.block_size && from.num_kv_heads > 0 && on_16_bytes(from.data, from.block_stride, from.head_stride);
+    return kChunk << pages.page_shift == from.block_size && from.num_kv_heads > 0 &&
+           on_16_bytes(from.data, from.block_stride, from.head_stride);
 }
 
 // As many warps as there is room for by lay_out(warps), the bytes that they take; 0 for none.

@@ -7,7 +7,8 @@ namespace kvcompress::cuda {
 
 // `sums` has every warp's [rows][rank], then every warp's [rows] of largest score and sum of exponentials; `exact`, if
 // there are outliers, every warp's [rank][rows].
-KVC_DEVICE void merge_warps(const AttendArgs& args, const Rows& rows, const float* sums, const float* exact, float* output, float* lse) {
+KVC_DEVICE void merge_warps(const AttendArgs& args, const Rows& rows, const float* sums, const float* exact,
+                            float* output, float* lse) {
     const int warps = num_threads() / 32, rank = args.pages.v.rank;
     const float* tops = sums + warps * kRows * rank;
     const auto* factors = reinterpret_cast<const float*>(shared_memory() + args.factor_at);
@@ -33,7 +34,8 @@ KVC_DEVICE void write_nothing(const AttendArgs& args, const Rows& rows, float* o
     const int rank = args.pages.v.rank;
     if (thread_index() < rows.count) lse[rows.number(args, thread_index())] = -INFINITY;
     if (grid_x() > 1) return;
-    for (int i = thread_index(); i < rows.count * rank; i += num_threads()) output[rows.number(args, i / rank) * rank + i % rank] = 0;
+    for (int i = thread_index(); i < rows.count * rank; i += num_threads())
+        output[rows.number(args, i / rank) * rank + i % rank] = 0;
 }
 
 }  // namespace kvcompress::cuda

@@ -29,7 +29,8 @@ struct Pages {
 };
 
 KVC_DEVICE uint8_t* chunk_at(const Pages& pages, int64_t block, int within, int head) {
-    return pages.data + block * pages.block_stride + head * pages.head_stride + static_cast<int64_t>(within) * pages.chunk_bytes;
+    return pages.data + block * pages.block_stride + head * pages.head_stride +
+           static_cast<int64_t>(within) * pages.chunk_bytes;
 }
 
 }  // namespace kvcompress::cuda

@@ -8,7 +8,7 @@ namespace kvcompress::cuda {
 constexpr int kStages = 3;
 
 class Pipeline {
-   public:
+ public:
     // `memory` has kStages chunks, `barriers` as many words; both are the warp's own.
     KVC_DEVICE Pipeline(uint8_t* memory, uint64_t* barriers, int chunk_bytes, int lane)
         : memory_(memory), barriers_(barriers), chunk_bytes_(chunk_bytes), lane_(lane) {
@@ -53,7 +53,7 @@ class Pipeline {
     // All lanes have read it.
     KVC_DEVICE void release() { sync_warp(); }
 
-   private:
+ private:
     uint8_t* memory_;
     uint64_t* barriers_;
     int chunk_bytes_, lane_;

@@ -12,8 +12,8 @@ constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
 struct AttendArgs {
     Pages pages;
     const float* query;  // [tokens, heads, k.rank]
-    float* output;       // [splits, tokens, heads, v.rank]
-    float* lse;          // [splits, tokens, heads]
+    float* output;  // [splits, tokens, heads, v.rank]
+    float* lse;  // [splits, tokens, heads]
     const int32_t* table;
     int64_t table_stride;
     const int32_t* query_starts;
@@ -28,8 +28,8 @@ struct AttendArgs {
 // Which rows they are.
 struct Rows {
     int first_token, queries, length;  // of the request
-    int first, count;                  // of its rows (query token, head of the group)
-    int head;                          // KV head
+    int first, count;  // of its rows (query token, head of the group)
+    int head;  // KV head
 
     KVC_DEVICE int token_of(const AttendArgs& args, int row) const { return (first + row) / args.group; }
     KVC_DEVICE int visible(const AttendArgs& args, int row) const { return length - queries + token_of(args, row) + 1; }

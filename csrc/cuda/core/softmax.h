@@ -25,7 +25,8 @@ struct RunningSoftmax {
             const float shift = top * factors[e];
             KVC_UNROLL
             for (int f = 0; f < 4; ++f) {
-                s[f][e] = exp2_of(s[f][e] * factors[e] - shift), s[f][2 + e] = exp2_of(s[f][2 + e] * factors[e] - shift);
+                s[f][e] = exp2_of(s[f][e] * factors[e] - shift),
+                s[f][2 + e] = exp2_of(s[f][2 + e] * factors[e] - shift);
                 sum[e] += s[f][e] + s[f][2 + e];
             }
         }
@@ -33,9 +34,8 @@ struct RunningSoftmax {
 
     KVC_DEVICE void finish() {
         KVC_UNROLL
-        for (int e = 0; e < 2; ++e)
-            KVC_UNROLL
-            for (int lanes = 4; lanes < 32; lanes *= 2) sum[e] += shuffle_xor(sum[e], lanes);
+        for (int e = 0; e < 2; ++e) KVC_UNROLL
+        for (int lanes = 4; lanes < 32; lanes *= 2) sum[e] += shuffle_xor(sum[e], lanes);
     }
 };
 

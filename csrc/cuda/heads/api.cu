@@ -11,7 +11,9 @@ namespace {
 
 bool make_side(const kvc_side& from, Side& side) {
     side = {};
-    if (from.rank > kMaxRank || from.outliers < 0 || from.outliers > KVC_MAX_OUTLIERS || (from.gain_offset < 0 && from.outliers)) return false;
+    if (from.rank > kMaxRank || from.outliers < 0 || from.outliers > KVC_MAX_OUTLIERS ||
+        (from.gain_offset < 0 && from.outliers))
+        return false;
     side.rank = from.rank, side.outliers = from.outliers;
     side.gain_offset = static_cast<int>(from.gain_offset), side.outlier_offset = static_cast<int>(from.outlier_offset);
     side.channel_offset = static_cast<int>(from.channel_offset);

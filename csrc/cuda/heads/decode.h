@@ -26,7 +26,8 @@ namespace kvcompress::cuda {
 
 // The units of a tile. Without a second one its halves are zero.
 template <int BITS, bool WHOLE>
-KVC_DEVICE void unpack_tile(const uint8_t* chunk, const Tile& tile, int lane, uint32_t (&first)[kPairs], uint32_t (&second)[kPairs]) {
+KVC_DEVICE void unpack_tile(const uint8_t* chunk, const Tile& tile, int lane, uint32_t (&first)[kPairs],
+                            uint32_t (&second)[kPairs]) {
     unpack<BITS>(chunk + tile.offset, lane, first);
     if (WHOLE || tile.units == 2) {
         unpack<BITS>(chunk + tile.offset + unit_bytes(BITS), lane, second);
@@ -63,7 +64,8 @@ KVC_DEVICE void clear_after(const Side& side, uint8_t* chunk, int tokens, int la
 
 // Bits are those of all keys and all values, which then fill TILES tiles; 0 for bands of any number.
 template <int K_BITS, int V_BITS, int TILES, bool OUTLIERS>
-KVC_KERNEL(kMaxThreads) decode(KVC_ARGUMENT(AttendArgs) args) {
+KVC_KERNEL(kMaxThreads)
+decode(KVC_ARGUMENT(AttendArgs) args) {
     constexpr bool kWhole = K_BITS != 0 && V_BITS != 0;
     uint8_t* shared = shared_memory();
     const int lane = thread_index() % 32, warp = thread_index() / 32, warps = num_threads() / 32;
@@ -85,11 +87,13 @@ KVC_KERNEL(kMaxThreads) decode(KVC_ARGUMENT(AttendArgs) args) {
     const int32_t* table = args.table + block_z() * args.table_stride;
     const int page_mask = (1 << args.pages.page_shift) - 1;
     uint8_t* stages = shared + args.stages_at;
-    Pipeline pipeline(stages + warp * kStages * args.pages.chunk_bytes, reinterpret_cast<uint64_t*>(shared) + warp * kStages,
-                      args.pages.chunk_bytes, lane);
+    Pipeline pipeline(stages + warp * kStages * args.pages.chunk_bytes,
+                      reinterpret_cast<uint64_t*>(shared) + warp * kStages, args.pages.chunk_bytes, lane);
     for (int i = 0; i < kStages; ++i) {
         const int chunk = begin + warp + i * warps;
-        pipeline.request(chunk < end ? chunk_at(args.pages, table[chunk >> args.pages.page_shift], chunk & page_mask, rows.head) : nullptr);
+        pipeline.request(chunk < end
+                             ? chunk_at(args.pages, table[chunk >> args.pages.page_shift], chunk & page_mask, rows.head)
+                             : nullptr);
     }
 
     prepare_rows<OUTLIERS>(args, rows, shared);
@@ -152,7 +156,8 @@ KVC_KERNEL(kMaxThreads) decode(KVC_ARGUMENT(AttendArgs) args) {
         float decay[2];
         softmax.take(s, factor, decay);
 
-        if (OUTLIERS && v.outliers) add_exact_values(v, record, rows.length - here, lane, s, decay[0], decay[1], exact_sums);
+        if (OUTLIERS && v.outliers)
+            add_exact_values(v, record, rows.length - here, lane, s, decay[0], decay[1], exact_sums);
 
         // Weights of values, tokens to the depth of the second operand.
         uint32_t weights[4][2];
@@ -173,7 +178,8 @@ KVC_KERNEL(kMaxThreads) decode(KVC_ARGUMENT(AttendArgs) args) {
             weights[f][0] = transpose(halves_of(s[f][0], s[f][1]));
             weights[f][1] = transpose(halves_of(s[f][2], s[f][3]));
         }
-        if ((V_BITS == 16 || V_BITS == 0) && v.gain_offset < 0 && ends) clear_after(v, record, rows.length - here, lane);
+        if ((V_BITS == 16 || V_BITS == 0) && v.gain_offset < 0 && ends)
+            clear_after(v, record, rows.length - here, lane);
 
         float offsets[V_BITS == 0 ? 3 : 1][4] = {};
         if constexpr (V_BITS == 0) {
@@ -196,7 +202,8 @@ KVC_KERNEL(kMaxThreads) decode(KVC_ARGUMENT(AttendArgs) args) {
                     KVC_UNROLL
                     for (int i = 0; i < 4; ++i) sum[i] = bits.value == 16 ? 0 : offsets[kKind][i];
                     KVC_UNROLL
-                    for (int f = 0; f < 4; ++f) mma(sum, low[2 * f], high[2 * f], low[2 * f + 1], high[2 * f + 1], weights[f]);
+                    for (int f = 0; f < 4; ++f)
+                        mma(sum, low[2 * f], high[2 * f], low[2 * f + 1], high[2 * f + 1], weights[f]);
                     o[tile][0] = o[tile][0] * decay[0] + sum[0], o[tile][1] = o[tile][1] * decay[1] + sum[1];
                     o[tile][2] = o[tile][2] * decay[0] + sum[2], o[tile][3] = o[tile][3] * decay[1] + sum[3];
                 });

@@ -4,8 +4,8 @@
 #pragma once
 
 #include "cuda/core/gain.h"
-#include "cuda/heads/tokens.h"
 #include "cuda/heads/fragments.h"
+#include "cuda/heads/tokens.h"
 
 namespace kvcompress::cuda {
 
@@ -19,12 +19,14 @@ KVC_DEVICE void store_bits(uint8_t* word_at, int bit, int bits, uint32_t value) 
 
 // One token's latents into its chunk, by one warp.
 template <int COUNT>
-KVC_DEVICE void store_token(const Side& side, const Channels<COUNT>& x, const Place (&place)[COUNT], uint8_t* chunk, int token, int lane) {
+KVC_DEVICE void store_token(const Side& side, const Channels<COUNT>& x, const Place (&place)[COUNT], uint8_t* chunk,
+                            int token, int lane) {
     if (side.gain_offset < 0) {
         KVC_UNROLL
         for (int i = 0; i < COUNT; ++i)
             if (x.bits[i])
-                store_bits(chunk + place[i].byte, place[i].bit, 16, float_to_half(between(x.latent[i], -kHalfMax, kHalfMax)));
+                store_bits(chunk + place[i].byte, place[i].bit, 16,
+                           float_to_half(between(x.latent[i], -kHalfMax, kHalfMax)));
         return;
     }
     int exact[kMaxOutliers] = {};
@@ -40,7 +42,8 @@ KVC_DEVICE void store_token(const Side& side, const Channels<COUNT>& x, const Pl
         KVC_UNROLL
         for (int n = 0; n < kMaxOutliers; ++n) {
             if (n >= side.outliers || exact[n] != 32 * i + lane) continue;
-            const float left = between(x.latent[i] - value_of(code, x.step[i], x.bits[i]) * rounded, -kHalfMax, kHalfMax);
+            const float left =
+                between(x.latent[i] - value_of(code, x.step[i], x.bits[i]) * rounded, -kHalfMax, kHalfMax);
             reinterpret_cast<uint16_t*>(chunk + side.outlier_offset)[entry * side.outliers + n] = float_to_half(left);
             chunk[side.channel_offset + entry * side.outliers + n] = static_cast<uint8_t>(exact[n]);
         }
@@ -57,25 +60,28 @@ KVC_DEVICE int tile_of(const Side& side, int channel) {
 // TOKENS tokens of one head and side. WHOLE: the block's part of a chunk's tokens goes to shared memory first, and from
 // there to the page in wide stores; all of its tokens are new. A side has at most RANK channels.
 template <int TOKENS, bool WHOLE, int RANK>
-KVC_KERNEL(kEncodeThreads) encode(KVC_ARGUMENT(EncodeArgs) args) {
+KVC_KERNEL(kEncodeThreads)
+encode(KVC_ARGUMENT(EncodeArgs) args) {
     const int lane = thread_index() % 32, warp = thread_index() / 32, warps = num_threads() / 32;
     const int head = block_y(), head_dim = args.head_dim;
     const bool keys = block_z() == 0;
     const Side& side = keys ? args.pages.k : args.pages.v;
     const EncodeSide& codec = keys ? args.k : args.v;
     const float* matrix = codec.encode + static_cast<int64_t>(head) * head_dim * side.rank;
-    auto* x = reinterpret_cast<float*>(shared_memory());       // [head_dim][TOKENS]
-    float* latents = x + head_dim * TOKENS;                    // [TOKENS][rank]
+    auto* x = reinterpret_cast<float*>(shared_memory());  // [head_dim][TOKENS]
+    float* latents = x + head_dim * TOKENS;  // [TOKENS][rank]
     auto* image = reinterpret_cast<uint8_t*>(latents + TOKENS * side.rank);  // of the chunk
     const int64_t first = static_cast<int64_t>(block_x()) * (WHOLE ? kChunk : TOKENS);
     if (WHOLE)
-        for (int i = thread_index(); i < args.pages.chunk_bytes / 4; i += num_threads()) reinterpret_cast<uint32_t*>(image)[i] = 0;
+        for (int i = thread_index(); i < args.pages.chunk_bytes / 4; i += num_threads())
+            reinterpret_cast<uint32_t*>(image)[i] = 0;
     for (int64_t start = first; start < first + (WHOLE ? kChunk : 1); start += TOKENS) {
         sync_block();
         for (int i = thread_index(); i < head_dim * TOKENS; i += num_threads()) {
             const int d = i % head_dim, n = i / head_dim;
             const int64_t token = start + n;
-            x[d * TOKENS + n] = token < args.num_tokens ? load_entry(codec.rows, token, head, d) - codec.mean[head * head_dim + d] : 0;
+            x[d * TOKENS + n] =
+                token < args.num_tokens ? load_entry(codec.rows, token, head, d) - codec.mean[head * head_dim + d] : 0;
         }
         sync_block();
         for (int channel = thread_index(); channel < side.rank; channel += num_threads()) {
@@ -130,9 +136,11 @@ KVC_KERNEL(kEncodeThreads) encode(KVC_ARGUMENT(EncodeArgs) args) {
             reinterpret_cast<uint4*>(chunk + offset)[i] = reinterpret_cast<const uint4*>(image + offset)[i];
     };
     int code_bytes = 0;
-    for (int tile = 0; tile < side.num_tiles; ++tile) code_bytes += side.tiles[tile].units * unit_bytes(side.tiles[tile].bits);
+    for (int tile = 0; tile < side.num_tiles; ++tile)
+        code_bytes += side.tiles[tile].units * unit_bytes(side.tiles[tile].bits);
     if (side.gain_offset >= 0) copy(side.gain_offset, 2 * kChunk);
-    if (side.outliers) copy(side.outlier_offset, 2 * kChunk * side.outliers), copy(side.channel_offset, kChunk * side.outliers);
+    if (side.outliers)
+        copy(side.outlier_offset, 2 * kChunk * side.outliers), copy(side.channel_offset, kChunk * side.outliers);
     copy(side.tiles[0].offset, code_bytes);
 }
 

@@ -29,9 +29,11 @@ KVC_KERNEL(kEncodeThreads) gather(KVC_ARGUMENT(GatherArgs) args) {
             x = value_of(static_cast<float>(bits), tile.step, tile.bits) * gain;
             for (int n = 0; n < side.outliers; ++n)
                 if (chunk[side.channel_offset + entry * side.outliers + n] == channel)
-                    x += half_to_float(reinterpret_cast<const uint16_t*>(chunk + side.outlier_offset)[entry * side.outliers + n]);
+                    x += half_to_float(
+                        reinterpret_cast<const uint16_t*>(chunk + side.outlier_offset)[entry * side.outliers + n]);
         }
-        store_entry(keys ? args.keys : args.values, args.dtype, (static_cast<int64_t>(first + token) * args.pages.num_heads + head) * side.rank + channel, x);
+        store_entry(keys ? args.keys : args.values, args.dtype,
+                    (static_cast<int64_t>(first + token) * args.pages.num_heads + head) * side.rank + channel, x);
     }
 }
 

@@ -9,7 +9,8 @@ namespace kvcompress::cuda {
 template <int K_BITS, int V_BITS>
 int start_decode(const LaunchShape& shape, bool outliers, const AttendArgs& args);
 
-#define KVC_DECLARE(k_bits, v_bits) extern template int start_decode<k_bits, v_bits>(const LaunchShape&, bool, const AttendArgs&);
+#define KVC_DECLARE(k_bits, v_bits) \
+    extern template int start_decode<k_bits, v_bits>(const LaunchShape&, bool, const AttendArgs&);
 KVC_HEADS_CUDA_WIDTHS(KVC_DECLARE)
 #undef KVC_DECLARE
 

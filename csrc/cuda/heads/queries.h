@@ -44,8 +44,9 @@ KVC_DEVICE void prepare_rows(const AttendArgs& args, const Rows& rows, uint8_t* 
         for (int lanes = 16; lanes; lanes /= 2)
             for (float& sum : sums) sum += shuffle_xor(sum, lanes);
         if (lane < kPairs)
-            start[kRows * lane + row] = -((pair_offset<8>(lane) + middle(8)) * sums[0] + (pair_offset<4>(lane) + middle(4)) * sums[1] +
-                                          (pair_offset<2>(lane) + middle(2)) * sums[2]);
+            start[kRows * lane + row] =
+                -((pair_offset<8>(lane) + middle(8)) * sums[0] + (pair_offset<4>(lane) + middle(4)) * sums[1] +
+                  (pair_offset<2>(lane) + middle(2)) * sums[2]);
         if (lane == 0) factor[row] = args.softmax_scale * kLog2E * power_of_two(-up);
     }
 }

@@ -9,12 +9,15 @@ namespace kvcompress::cuda {
 template <int K_BITS, int V_BITS>
 int start_decode(const LaunchShape& shape, bool outliers, const AttendArgs& args) {
     const auto start = [&](auto tiles, auto has_outliers) {
-        return launch<decode<K_BITS, V_BITS, tiles.value, has_outliers.value>>(shape.grid, shape.threads, shape.shared_bytes, shape.stream, args);
+        return launch<decode<K_BITS, V_BITS, tiles.value, has_outliers.value>>(shape.grid, shape.threads,
+                                                                               shape.shared_bytes, shape.stream, args);
     };
     const auto with_tiles = [&](auto has_outliers) {
-        const int tiles = args.pages.k.num_tiles > args.pages.v.num_tiles ? args.pages.k.num_tiles : args.pages.v.num_tiles;
+        const int tiles =
+            args.pages.k.num_tiles > args.pages.v.num_tiles ? args.pages.k.num_tiles : args.pages.v.num_tiles;
         if constexpr (K_BITS == 0) {
-            return tiles > kUsualTiles ? start(Bits<kMaxTiles>{}, has_outliers) : start(Bits<kUsualTiles>{}, has_outliers);
+            return tiles > kUsualTiles ? start(Bits<kMaxTiles>{}, has_outliers)
+                                       : start(Bits<kUsualTiles>{}, has_outliers);
         } else {
             if constexpr (has_tiles(16, has_outliers.value))
                 if (tiles == 16) return start(Bits<16>{}, has_outliers);

@@ -6,7 +6,8 @@
 
 namespace kvcompress::cuda {
 
-constexpr int kMaxRank = KVC_HEADS_CUDA_MAX_RANK, kUsualRank = 128;  // kernels of their own: channels of a token take registers
+constexpr int kMaxRank = KVC_HEADS_CUDA_MAX_RANK,
+              kUsualRank = 128;  // kernels of their own: channels of a token take registers
 
 struct EncodeSide {
     TokenRows rows;
@@ -17,7 +18,7 @@ struct EncodeArgs {
     Pages pages;
     EncodeSide k, v;
     const int64_t* slots;  // of single tokens; below 0: none
-    const int64_t* blocks; // of whole blocks of tokens, in their order
+    const int64_t* blocks;  // of whole blocks of tokens, in their order
     int64_t num_tokens;
     int64_t num_slots;  // of the cache
     int head_dim;

@@ -17,7 +17,8 @@ using Number = std::integral_constant<decltype(VALUE), VALUE>;
 bool is_sixteen_bits(int dtype) { return dtype == KVC_BFLOAT16 || dtype == KVC_FLOAT16; }
 
 bool known_shape(const kvc_latent_pages& pages) {
-    if (pages.block_size <= 0 || pages.channels <= 0 || pages.channels % 16 || !is_sixteen_bits(pages.dtype)) return false;
+    if (pages.block_size <= 0 || pages.channels <= 0 || pages.channels % 16 || !is_sixteen_bits(pages.dtype))
+        return false;
     return on_16_bytes(pages.data, 2 * pages.block_stride, 2 * pages.token_stride);
 }
 
@@ -51,8 +52,9 @@ template <int ROWS, int TOKENS, bool WIDE>
 int start(LatentArgs& args, bool bfloat16, int requests, int max_query_len, int64_t shared_bytes, void* stream) {
     const int row_tiles = (max_query_len * args.num_heads + ROWS - 1) / ROWS;
     const Grid grid{row_tiles * args.slices, args.splits, requests};
-    return bfloat16 ? launch<latent_attend<true, ROWS, TOKENS, WIDE>>(grid, kLatentThreads, shared_bytes, stream, args)
-                    : launch<latent_attend<false, ROWS, TOKENS, WIDE>>(grid, kLatentThreads, shared_bytes, stream, args);
+    return bfloat16
+               ? launch<latent_attend<true, ROWS, TOKENS, WIDE>>(grid, kLatentThreads, shared_bytes, stream, args)
+               : launch<latent_attend<false, ROWS, TOKENS, WIDE>>(grid, kLatentThreads, shared_bytes, stream, args);
 }
 
 }  // namespace
@@ -65,7 +67,8 @@ int32_t kvc_cuda_latent_most_channels(int32_t* channels) {
     if (const int error = shared_limit(limit)) return error;
     LatentArgs args{};
     int most = 0;
-    for (int next = 16; args.token_bytes = 2 * next, fit<16, 32, false>(args, limit) || fit<16, 16, true>(args, limit); next += 16)
+    for (int next = 16; args.token_bytes = 2 * next, fit<16, 32, false>(args, limit) || fit<16, 16, true>(args, limit);
+         next += 16)
         most = next;
     *channels = most;
     return KVC_OK;
@@ -75,9 +78,12 @@ int32_t kvc_cuda_latent_attend(const kvc_latent_attend_args* from) {
     const kvc_latent_pages& pages = from->pages;
     const kvc_batch& batch = from->batch;
     const kvc_run& run = from->run;
-    if (!known_shape(pages) || from->rank <= 0 || from->rank > pages.channels || run.splits < 1 || batch.num_heads <= 0) return -KVC_BAD_SHAPE;
+    if (!known_shape(pages) || from->rank <= 0 || from->rank > pages.channels || run.splits < 1 || batch.num_heads <= 0)
+        return -KVC_BAD_SHAPE;
     if (from->query.dtype != pages.dtype || from->output.dtype != pages.dtype) return -KVC_BAD_SHAPE;
-    if (reinterpret_cast<uintptr_t>(from->query.data) % 4 || from->query.token_stride % 2 || from->query.head_stride % 2) return -KVC_BAD_SHAPE;
+    if (reinterpret_cast<uintptr_t>(from->query.data) % 4 || from->query.token_stride % 2 ||
+        from->query.head_stride % 2)
+        return -KVC_BAD_SHAPE;
     if (batch.num_requests == 0 || run.max_query_len == 0) return KVC_OK;
     LatentArgs args{};
     args.pages = static_cast<const uint8_t*>(pages.data);
@@ -101,7 +107,8 @@ int32_t kvc_cuda_latent_attend(const kvc_latent_attend_args* from) {
     const int64_t most_rows = static_cast<int64_t>(run.max_query_len) * batch.num_heads;
     int error = -KVC_BAD_SHAPE;
     const auto start_with = [&](auto rows, auto tokens, auto wide, int64_t bytes) {
-        error = start<rows.value, tokens.value, wide.value>(args, bfloat16, batch.num_requests, run.max_query_len, bytes, run.stream);
+        error = start<rows.value, tokens.value, wide.value>(args, bfloat16, batch.num_requests, run.max_query_len,
+                                                            bytes, run.stream);
     };
     const bool narrow = pages.channels <= kNarrowChannels && from->rank <= kSliceChannels;
     int64_t bytes = 0;

@@ -18,11 +18,13 @@ struct LatentAppendArgs {
 
 // A block per token.
 template <typename Word>
-KVC_KERNEL_OF(kAppendThreads, 8) latent_append(KVC_ARGUMENT(LatentAppendArgs) args) {
+KVC_KERNEL_OF(kAppendThreads, 8)
+latent_append(KVC_ARGUMENT(LatentAppendArgs) args) {
     const int64_t slot = args.slots[block_x()];
     if (slot < 0 || slot >= args.num_slots) return;
     const auto* from = reinterpret_cast<const Word*>(args.keys + block_x() * args.key_stride);
-    auto* to = reinterpret_cast<Word*>(args.pages + slot / args.block_size * args.block_stride + slot % args.block_size * args.token_stride);
+    auto* to = reinterpret_cast<Word*>(args.pages + slot / args.block_size * args.block_stride +
+                                       slot % args.block_size * args.token_stride);
     const int words = args.token_bytes / static_cast<int>(sizeof(Word));
     for (int i = thread_index(); i < words; i += kAppendThreads) to[i] = from[i];
 }

@@ -7,7 +7,7 @@ namespace kvcompress::cuda {
 
 constexpr int kLatentThreads = 256, kLatentWarps = kLatentThreads / 32;
 constexpr int kSliceChannels = 512;  // of an output that one block computes
-constexpr int kTokenPadding = 16;    // bytes between tokens in shared memory: eight of them then begin in different banks
+constexpr int kTokenPadding = 16;  // bytes between tokens in shared memory: eight of them then begin in different banks
 constexpr int kMostTilesAhead = 3;
 constexpr int kLeastTiles = 4;  // of a split: below, merging costs more than it brings
 
@@ -21,7 +21,7 @@ struct LatentArgs {
     uint16_t* output;
     int64_t output_token_stride, output_head_stride;
     float* partial;  // [splits, tokens, heads, padded rank] for several splits
-    float* levels;   // [splits, tokens, heads]: log2 of a split's sum of exponentials
+    float* levels;  // [splits, tokens, heads]: log2 of a split's sum of exponentials
     const int32_t* table;
     int64_t table_stride;
     const int32_t* query_starts;
@@ -39,7 +39,7 @@ KVC_BOTH int padded_rank(int rank) { return (rank + 15) / 16 * 16; }
 // A request's rows are its tokens' heads, one after the other: all heads see the same latents.
 struct LatentRows {
     int first_token, queries, length;  // of the request
-    int first, count;                  // of its rows
+    int first, count;  // of its rows
 
     template <int ROWS>
     KVC_DEVICE static LatentRows of(const LatentArgs& args, int request, int tile) {
@@ -52,8 +52,12 @@ struct LatentRows {
         if (rows.count > ROWS) rows.count = ROWS;
         return rows;
     }
-    KVC_DEVICE int visible(const LatentArgs& args, int row) const { return length - queries + (first + row) / args.num_heads + 1; }
-    KVC_DEVICE int64_t token(const LatentArgs& args, int row) const { return first_token + (first + row) / args.num_heads; }
+    KVC_DEVICE int visible(const LatentArgs& args, int row) const {
+        return length - queries + (first + row) / args.num_heads + 1;
+    }
+    KVC_DEVICE int64_t token(const LatentArgs& args, int row) const {
+        return first_token + (first + row) / args.num_heads;
+    }
     KVC_DEVICE int head(const LatentArgs& args, int row) const { return (first + row) % args.num_heads; }
 };
 

@@ -28,16 +28,17 @@ constexpr float kNoScore = -1e30f;  // below every score; unlike infinity it can
 template <int ROWS, int TOKENS>
 struct LatentShape {
     static constexpr int kParts = kLatentWarps / (TOKENS / 16);  // of channels
-    static constexpr int kScorePitch = TOKENS + 8;               // floats from row to row: four rows lie in different banks
-    static constexpr int kWeightPitch = 2 * TOKENS + 16;         // bytes from row to row: eight rows do
-    static constexpr int kRowLanes = TOKENS / 4;                 // that share a row's softmax
+    static constexpr int kScorePitch = TOKENS + 8;  // floats from row to row: four rows lie in different banks
+    static constexpr int kWeightPitch = 2 * TOKENS + 16;  // bytes from row to row: eight rows do
+    static constexpr int kRowLanes = TOKENS / 4;  // that share a row's softmax
     static_assert(ROWS * kRowLanes <= kLatentThreads && ROWS * kRowLanes % 32 == 0);
 };
 
 constexpr int kNarrowChannels = 16 * kLatentSteps * LatentShape<32, 32>::kParts;
 
 template <bool BF16, int ROWS, int TOKENS, bool WIDE>
-KVC_KERNEL_OF(kLatentThreads, ROWS == 16 ? 2 : 1) latent_attend(KVC_ARGUMENT(LatentArgs) args) {
+KVC_KERNEL_OF(kLatentThreads, ROWS == 16 ? 2 : 1)
+latent_attend(KVC_ARGUMENT(LatentArgs) args) {
     using Shape = LatentShape<ROWS, TOKENS>;
     constexpr int kTiles = ROWS / 16, kDepths = TOKENS / 16, kUnits = kSliceChannels / 16 / kLatentWarps;
     uint8_t* shared = shared_memory();
@@ -56,13 +57,14 @@ KVC_KERNEL_OF(kLatentThreads, ROWS == 16 ? 2 : 1) latent_attend(KVC_ARGUMENT(Lat
         return;
     }
 
-    auto* decays = reinterpret_cast<float*>(shared + args.state_at);   // [rows]
-    auto* state = reinterpret_cast<float2*>(decays + ROWS);            // [rows]: largest score, sum
-    uint8_t* weights = shared + args.weight_at;                        // 16-bit [rows][tokens]
-    auto* scores = reinterpret_cast<float*>(shared + args.score_at);   // [parts][rows][tokens]
+    auto* decays = reinterpret_cast<float*>(shared + args.state_at);  // [rows]
+    auto* state = reinterpret_cast<float2*>(decays + ROWS);  // [rows]: largest score, sum
+    uint8_t* weights = shared + args.weight_at;  // 16-bit [rows][tokens]
+    auto* scores = reinterpret_cast<float*>(shared + args.score_at);  // [parts][rows][tokens]
     const int token_pitch = args.token_bytes + kTokenPadding, steps = args.token_bytes / 32;
 
-    Tiles<TOKENS> ring(args, args.table + request * args.table_stride, shared + args.tile_at, reinterpret_cast<uint64_t*>(shared), begin,
+    Tiles<TOKENS> ring(args, args.table + request * args.table_stride, shared + args.tile_at,
+                       reinterpret_cast<uint64_t*>(shared), begin,
                        visible_end < end * TOKENS ? visible_end : end * TOKENS);
     sync_block();  // barriers are there
     for (int i = 1; i < args.stages; ++i) ring.request();
@@ -80,9 +82,8 @@ KVC_KERNEL_OF(kLatentThreads, ROWS == 16 ? 2 : 1) latent_attend(KVC_ARGUMENT(Lat
     float largest = kNoScore, sum = 0;
     float o[kTiles][2 * kUnits][4];
     KVC_UNROLL
-    for (int m = 0; m < kTiles; ++m)
-        KVC_UNROLL
-        for (int n = 0; n < 2 * kUnits; ++n) o[m][n][0] = o[m][n][1] = o[m][n][2] = o[m][n][3] = 0;
+    for (int m = 0; m < kTiles; ++m) KVC_UNROLL
+    for (int n = 0; n < 2 * kUnits; ++n) o[m][n][0] = o[m][n][1] = o[m][n][2] = o[m][n][3] = 0;
 
     ring.settle();
     sync_block();  // the first tile is there, and zeros of all, and queries
@@ -92,9 +93,8 @@ KVC_KERNEL_OF(kLatentThreads, ROWS == 16 ? 2 : 1) latent_attend(KVC_ARGUMENT(Lat
         // Partial scores: rows 16 m + g and + 8, tokens 8 n + 2 t and the next, of the warp's 16.
         float s[kTiles][2][4];
         KVC_UNROLL
-        for (int m = 0; m < kTiles; ++m)
-            KVC_UNROLL
-            for (int n = 0; n < 2; ++n) s[m][n][0] = s[m][n][1] = s[m][n][2] = s[m][n][3] = 0;
+        for (int m = 0; m < kTiles; ++m) KVC_UNROLL
+        for (int n = 0; n < 2; ++n) s[m][n][0] = s[m][n][1] = s[m][n][2] = s[m][n][3] = 0;
         const uint8_t* key = latents + (first_score_token + lane / 16 * 8 + lane % 8) * token_pitch + lane / 8 % 2 * 16;
         if constexpr (WIDE) {
             const uint8_t* rows_at = shared + args.query_at + lane % 16 * token_pitch + lane / 16 * 16;
@@ -117,7 +117,7 @@ KVC_KERNEL_OF(kLatentThreads, ROWS == 16 ? 2 : 1) latent_attend(KVC_ARGUMENT(Lat
                 if (later < kLatentSteps && part + later * Shape::kParts < steps)
                     load_matrices<false>(b[later % (kAhead + 1)], key + 32 * (part + later * Shape::kParts));
                 if (step >= steps) continue;
-                const uint32_t(&now)[4] = b[n % (kAhead + 1)];
+                const uint32_t (&now)[4] = b[n % (kAhead + 1)];
                 KVC_UNROLL
                 for (int m = 0; m < kTiles; ++m) {
                     multiply_add<BF16>(s[m][0], query[m][n], now[0], now[1]);
@@ -126,13 +126,12 @@ KVC_KERNEL_OF(kLatentThreads, ROWS == 16 ? 2 : 1) latent_attend(KVC_ARGUMENT(Lat
             }
         }
         KVC_UNROLL
-        for (int m = 0; m < kTiles; ++m)
-            KVC_UNROLL
-            for (int n = 0; n < 2; ++n) {
-                float* to = scores + (part * ROWS + 16 * m + g) * Shape::kScorePitch + first_score_token + 8 * n + 2 * t;
-                *reinterpret_cast<float2*>(to) = {s[m][n][0], s[m][n][1]};
-                *reinterpret_cast<float2*>(to + 8 * Shape::kScorePitch) = {s[m][n][2], s[m][n][3]};
-            }
+        for (int m = 0; m < kTiles; ++m) KVC_UNROLL
+        for (int n = 0; n < 2; ++n) {
+            float* to = scores + (part * ROWS + 16 * m + g) * Shape::kScorePitch + first_score_token + 8 * n + 2 * t;
+            *reinterpret_cast<float2*>(to) = {s[m][n][0], s[m][n][1]};
+            *reinterpret_cast<float2*>(to + 8 * Shape::kScorePitch) = {s[m][n][2], s[m][n][3]};
+        }
         sync_block();  // partial scores are there; the tile before has been read, and its weights
         ring.request();
 
@@ -140,7 +139,8 @@ KVC_KERNEL_OF(kLatentThreads, ROWS == 16 ? 2 : 1) latent_attend(KVC_ARGUMENT(Lat
             float x[4] = {0, 0, 0, 0};
             KVC_UNROLL
             for (int i = 0; i < Shape::kParts; ++i) {
-                const float4 y = *reinterpret_cast<const float4*>(scores + (i * ROWS + own_row) * Shape::kScorePitch + own_token);
+                const float4 y =
+                    *reinterpret_cast<const float4*>(scores + (i * ROWS + own_row) * Shape::kScorePitch + own_token);
                 x[0] += y.x, x[1] += y.y, x[2] += y.z, x[3] += y.w;
             }
             float top = largest;
@@ -171,20 +171,18 @@ KVC_KERNEL_OF(kLatentThreads, ROWS == 16 ? 2 : 1) latent_attend(KVC_ARGUMENT(Lat
             decay[i / 2][i % 2] = decays[8 * i + g];
             changes |= decay[i / 2][i % 2] != 1;
         }
-        if (any_lane(changes))
-            KVC_UNROLL
-            for (int m = 0; m < kTiles; ++m)
-                KVC_UNROLL
-                for (int n = 0; n < 2 * kUnits; ++n) {
-                    o[m][n][0] *= decay[m][0], o[m][n][1] *= decay[m][0];
-                    o[m][n][2] *= decay[m][1], o[m][n][3] *= decay[m][1];
-                }
+        if (any_lane(changes)) KVC_UNROLL
+        for (int m = 0; m < kTiles; ++m) KVC_UNROLL
+        for (int n = 0; n < 2 * kUnits; ++n) {
+            o[m][n][0] *= decay[m][0], o[m][n][1] *= decay[m][0];
+            o[m][n][2] *= decay[m][1], o[m][n][3] *= decay[m][1];
+        }
         uint32_t p[kTiles][kDepths][4];
         KVC_UNROLL
-        for (int m = 0; m < kTiles; ++m)
-            KVC_UNROLL
-            for (int k = 0; k < kDepths; ++k)
-                load_matrices<false>(p[m][k], weights + (16 * m + lane % 16) * Shape::kWeightPitch + 32 * k + lane / 16 * 16);
+        for (int m = 0; m < kTiles; ++m) KVC_UNROLL
+        for (int k = 0; k < kDepths; ++k)
+            load_matrices<false>(p[m][k],
+                                 weights + (16 * m + lane % 16) * Shape::kWeightPitch + 32 * k + lane / 16 * 16);
         const uint8_t* value = latents + lane % 16 * token_pitch + lane / 16 * 16;
         KVC_UNROLL
         for (int n = 0; n < kUnits; ++n) {

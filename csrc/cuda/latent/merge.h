@@ -10,14 +10,16 @@ constexpr int kMergeThreads = 128;
 
 // A block per row. Splits without tokens are the last ones, and have written no output.
 template <bool BF16>
-KVC_KERNEL_OF(kMergeThreads, 8) latent_merge(KVC_ARGUMENT(LatentArgs) args) {
+KVC_KERNEL_OF(kMergeThreads, 8)
+latent_merge(KVC_ARGUMENT(LatentArgs) args) {
     const int request = block_y(), first_token = args.query_starts[request];
     const int64_t token = first_token + block_x() / args.num_heads;
     if (token >= args.query_starts[request + 1]) return;
     const int head = block_x() % args.num_heads;
     const int64_t row = token * args.num_heads + head;
-    auto* weights = reinterpret_cast<float*>(shared_memory());                 // [splits]
-    auto* found = reinterpret_cast<float2*>(weights + (args.splits + 1) / 2 * 2);  // [warps]: largest level, splits with tokens
+    auto* weights = reinterpret_cast<float*>(shared_memory());  // [splits]
+    auto* found =
+        reinterpret_cast<float2*>(weights + (args.splits + 1) / 2 * 2);  // [warps]: largest level, splits with tokens
 
     float top = -INFINITY;
     int used = 0;
@@ -48,7 +50,8 @@ KVC_KERNEL_OF(kMergeThreads, 8) latent_merge(KVC_ARGUMENT(LatentArgs) args) {
         float sum = 0;
         for (int split = 0; split < used; ++split) {
             const float weight = exp2_of(weights[split] - top);
-            const float4 x = *reinterpret_cast<const float4*>(args.partial + (split * args.rows + row) * rank + channel);
+            const float4 x =
+                *reinterpret_cast<const float4*>(args.partial + (split * args.rows + row) * rank + channel);
             mixed.x += weight * x.x, mixed.y += weight * x.y, mixed.z += weight * x.z, mixed.w += weight * x.w;
             sum += weight;
         }

@@ -10,14 +10,16 @@ constexpr int kLatentSteps = 9;
 
 // Query rows 16 m + g and 16 m + g + 8 as the first operand, channels 16 step ...
 template <int TILES>
-KVC_DEVICE void load_queries(const LatentArgs& args, const LatentRows& rows, int part, int parts, uint32_t (&query)[TILES][kLatentSteps][4]) {
+KVC_DEVICE void load_queries(const LatentArgs& args, const LatentRows& rows, int part, int parts,
+                             uint32_t (&query)[TILES][kLatentSteps][4]) {
     const int lane = thread_index() % 32, g = lane / 4, t = lane % 4, steps = args.token_bytes / 32;
     KVC_UNROLL
     for (int i = 0; i < 2 * TILES; ++i) {
         const int row = 8 * i + g;
         const bool used = row < rows.count;
         const uint16_t* from = args.query;
-        if (used) from += rows.token(args, row) * args.query_token_stride + rows.head(args, row) * args.query_head_stride;
+        if (used)
+            from += rows.token(args, row) * args.query_token_stride + rows.head(args, row) * args.query_head_stride;
         KVC_UNROLL
         for (int n = 0; n < kLatentSteps; ++n) {
             const int step = part + n * parts;
@@ -36,9 +38,11 @@ KVC_DEVICE void stage_queries(const LatentArgs& args, const LatentRows& rows, ui
     for (int row = thread_index() / 32; row < ROWS; row += kLatentWarps) {
         const bool used = row < rows.count;
         const uint16_t* from = args.query;
-        if (used) from += rows.token(args, row) * args.query_token_stride + rows.head(args, row) * args.query_head_stride;
+        if (used)
+            from += rows.token(args, row) * args.query_token_stride + rows.head(args, row) * args.query_head_stride;
         auto* there = reinterpret_cast<uint32_t*>(to + row * (args.token_bytes + kTokenPadding));
-        for (int i = thread_index() % 32; i < words; i += 32) there[i] = used ? reinterpret_cast<const uint32_t*>(from)[i] : 0;
+        for (int i = thread_index() % 32; i < words; i += 32)
+            there[i] = used ? reinterpret_cast<const uint32_t*>(from)[i] : 0;
     }
 }
 

@@ -10,10 +10,11 @@ template <int TOKENS>
 class Tiles {
     static constexpr int kLanes = kLatentThreads / TOKENS;  // of one token
 
-   public:
+ public:
     // Tiles from `first` on, of tokens below `end`. `memory` has `stages` tiles, `barriers` as many words. Every thread of
     // the block makes one, and they meet before the first request.
-    KVC_DEVICE Tiles(const LatentArgs& args, const int32_t* table, uint8_t* memory, uint64_t* barriers, int first, int end)
+    KVC_DEVICE Tiles(const LatentArgs& args, const int32_t* table, uint8_t* memory, uint64_t* barriers, int first,
+                     int end)
         : args_(args), table_(table), memory_(memory), barriers_(barriers), next_token_(TOKENS * first), end_(end) {
 #if KVC_BULK_COPIES
         if (thread_index() == 0) {
@@ -33,7 +34,8 @@ class Tiles {
     KVC_DEVICE void request() {
         if (next_token_ < end_) {
             const int token = next_token_ + thread_index() / kLanes, part = thread_index() % kLanes;
-            uint8_t* to = memory_ + asked_ * bytes(args_.token_bytes) + thread_index() / kLanes * (args_.token_bytes + kTokenPadding);
+            uint8_t* to = memory_ + asked_ * bytes(args_.token_bytes) +
+                          thread_index() / kLanes * (args_.token_bytes + kTokenPadding);
             const uint8_t* from = args_.pages + block_ * args_.block_stride + within_ * args_.token_stride;
 #if KVC_BULK_COPIES
             if (thread_index() == 0) {
@@ -46,7 +48,8 @@ class Tiles {
                 for (int at = 16 * part; at < args_.token_bytes; at += 16 * kLanes) copy_16_bytes(to + at, from + at);
 #endif
             if (token >= end_)
-                for (int at = 16 * part; at < args_.token_bytes; at += 16 * kLanes) *reinterpret_cast<uint4*>(to + at) = {0, 0, 0, 0};
+                for (int at = 16 * part; at < args_.token_bytes; at += 16 * kLanes)
+                    *reinterpret_cast<uint4*>(to + at) = {0, 0, 0, 0};
         }
 #if !KVC_BULK_COPIES
         commit_copies();
@@ -80,7 +83,7 @@ class Tiles {
         return tile;
     }
 
-   private:
+ private:
     // The block of the thread's token of the next tile, a tile before that is asked for: it takes its time.
     KVC_DEVICE void look_up() {
         if (next_token_ + thread_index() / kLanes < end_) block_ = table_[index_];

@@ -1,8 +1,8 @@
 // Attention of layers that share a latent: the C interface, choice of instance and of shared memory.
 #include "cuda/core/absorbed.h"
+#include "cuda/shared/exact.h"
 #include "cuda/shared/make_record.h"
 #include "cuda/shared/own_scores.h"
-#include "cuda/shared/exact.h"
 #include "cuda/shared/scores.h"
 
 namespace kvcompress::cuda {
@@ -20,16 +20,22 @@ struct Problem {
 bool make_problem(const kvc_shared_cuda_attend_args& from, Problem& problem) {
     problem.from = &from;
     const int heads = from.batch.num_heads, kv_heads = from.num_kv_heads;
-    if (from.num_stripes < 1 || from.num_stripes > kMaxStripes || from.num_k != (from.k_decode ? from.num_stripes : 1)) return false;
-    if (kv_heads <= 0 || heads <= 0 || heads % kv_heads || from.head_dim <= 0 || from.head_dim > kMostChannels || from.head_dim % 2) return false;
-    if (from.score_splits < 1 || from.run.splits < 1 || from.requests_at_once < 1 || from.score_stride % kMixTokens) return false;
+    if (from.num_stripes < 1 || from.num_stripes > kMaxStripes || from.num_k != (from.k_decode ? from.num_stripes : 1))
+        return false;
+    if (kv_heads <= 0 || heads <= 0 || heads % kv_heads || from.head_dim <= 0 || from.head_dim > kMostChannels ||
+        from.head_dim % 2)
+        return false;
+    if (from.score_splits < 1 || from.run.splits < 1 || from.requests_at_once < 1 || from.score_stride % kMixTokens)
+        return false;
     if (!make_record(from.k[0], problem.k) || !make_record(from.v[0], problem.v)) return false;
     for (int stripe = 0; stripe < from.num_k; ++stripe)
         if (!make_stripe(from.k[stripe], problem.k_stripes[stripe])) return false;
     for (int stripe = 0; stripe < from.num_stripes; ++stripe)
         if (!make_stripe(from.v[stripe], problem.v_stripes[stripe])) return false;
     if (from.k_decode) {
-        if ((from.k_channels != 64 && from.k_channels != 128 && from.k_channels != 256) || from.head_dim > from.k_channels) return false;
+        if ((from.k_channels != 64 && from.k_channels != 128 && from.k_channels != 256) ||
+            from.head_dim > from.k_channels)
+            return false;
     } else if (from.k_channels != kTileChannels * problem.k.num_tiles || from.k[0].records != kv_heads) {
         return false;
     }
@@ -87,18 +93,21 @@ int start_shared(const Problem& problem, int first_request, int requests) {
         args.frequency_at = arena.take(2 * WIDTH);
         args.decode_slots = slots;
         args.decode_at = arena.take(static_cast<int64_t>(slots) * kSliceTiles * 2 * kTileChannels * WIDTH);
-        args.codes_at = arena.take(static_cast<int64_t>(warps) * 2 * warp_tokens<WIDTH>() * problem.k.token_bytes + kReadBeyond);
+        args.codes_at =
+            arena.take(static_cast<int64_t>(warps) * 2 * warp_tokens<WIDTH>() * problem.k.token_bytes + kReadBeyond);
         return arena.used;
     };
     // Many tokens share a decoder on its way; then, if there is room, it makes that way only once.
     int warps = kScoreThreads / 32;
     const int two = all < 2 ? all : 2;
     while (warps > 1 && lay_out(warps, two) > problem.shared_limit) warps /= 2;
-    while (args.rows.row_tiles > 1 && lay_out(warps, two) > problem.shared_limit) choose_rows(problem, args.rows, args.rows.row_tiles / 2);
+    while (args.rows.row_tiles > 1 && lay_out(warps, two) > problem.shared_limit)
+        choose_rows(problem, args.rows, args.rows.row_tiles / 2);
     int64_t bytes = lay_out(warps, all);
     if (bytes > problem.shared_limit) bytes = lay_out(warps, two);
     if (bytes > problem.shared_limit) return -KVC_BAD_SHAPE;
-    return launch<score_shared<WIDTH>>(score_grid(problem, args.rows, requests), 32 * warps, bytes, from.run.stream, args);
+    return launch<score_shared<WIDTH>>(score_grid(problem, args.rows, requests), 32 * warps, bytes, from.run.stream,
+                                       args);
 }
 
 int start_own(const Problem& problem, int first_request, int requests) {
@@ -158,7 +167,8 @@ int start_exact(const Problem& problem, int first_request, int requests) {
     const kvc_shared_cuda_attend_args& from = *problem.from;
     ExactArgs args{};
     args.step = problem.step;
-    args.query = token_rows(from.query), args.keys = token_rows(from.exact.keys), args.values = token_rows(from.exact.values);
+    args.query = token_rows(from.query), args.keys = token_rows(from.exact.keys),
+    args.values = token_rows(from.exact.values);
     args.scores = from.k_decode ? nullptr : from.scores, args.score_stride = from.score_stride;
     args.output = from.exact_THD, args.lse = from.exact_lse_TH;
     args.query_starts = from.batch.query_starts, args.seq_lens = from.batch.seq_lens;
@@ -181,7 +191,8 @@ int32_t kvc_cuda_shared_attend(const kvc_shared_cuda_attend_args* from) {
     if (const int error = shared_limit(problem.shared_limit)) return error;
     // One stream: scores of one part of the requests are read before those of the next overwrite them.
     for (int first = 0; first < from->batch.num_requests; first += from->requests_at_once) {
-        const int left = from->batch.num_requests - first, requests = left < from->requests_at_once ? left : from->requests_at_once;
+        const int left = from->batch.num_requests - first,
+                  requests = left < from->requests_at_once ? left : from->requests_at_once;
         for (const auto start : {start_scores, start_mix, start_exact})
             if (const int error = start(problem, first, requests)) return error;
     }

@@ -1,13 +1,15 @@
 // Encoding latents into records: the C interface. Compiled without fused multiply-add: bytes are then the reference's.
-#include "cuda/shared/make_record.h"
 #include "cuda/shared/encode.h"
+#include "cuda/shared/make_record.h"
 
 using namespace kvcompress::cuda;
 
 int32_t kvc_cuda_shared_store(const kvc_shared_store_args* from) {
     StoreArgs args{};
     Stripe stripe{};
-    if (!make_record(from->records, args.record) || !make_stripe(from->records, stripe) || from->latents.dtype != KVC_FLOAT32) return -KVC_BAD_SHAPE;
+    if (!make_record(from->records, args.record) || !make_stripe(from->records, stripe) ||
+        from->latents.dtype != KVC_FLOAT32)
+        return -KVC_BAD_SHAPE;
     if (from->num_tokens == 0) return KVC_OK;
     args.data = from->records.data, args.block_stride = from->records.block_stride;
     args.num_slots = from->records.num_blocks * from->records.block_size;

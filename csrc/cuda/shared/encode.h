@@ -17,14 +17,15 @@ struct StoreArgs {
     int block_size, records;
     const float* latents;  // [tokens, records, rank], strides in entries
     int64_t token_stride, record_stride;
-    const float* weight;   // [records, rank]
+    const float* weight;  // [records, rank]
     const int64_t* slots;  // below 0 or outside the cache: none
     int64_t num_tokens;
 };
 
 // UNITS of a lane at most.
 template <int UNITS>
-KVC_KERNEL(kEncodeThreads) store(KVC_ARGUMENT(StoreArgs) args) {
+KVC_KERNEL(kEncodeThreads)
+store(KVC_ARGUMENT(StoreArgs) args) {
     const int lane = thread_index() % 32;
     const int64_t number = static_cast<int64_t>(block_x()) * (num_threads() / 32) + thread_index() / 32;
     const int64_t token = number / args.records;
@@ -72,8 +73,9 @@ KVC_KERNEL(kEncodeThreads) store(KVC_ARGUMENT(StoreArgs) args) {
         for (int i = 0; i < kGroup; ++i) {
             const int c = kGroup * n + i;
             if (bits == 0) continue;
-            const uint32_t code = bits == 16 ? float_to_half(between(own.latent[c], -kHalfMax, kHalfMax))
-                                             : static_cast<uint32_t>(nearest_code(own.latent[c], gain, own.step[c], bits));
+            const uint32_t code = bits == 16
+                                      ? float_to_half(between(own.latent[c], -kHalfMax, kHalfMax))
+                                      : static_cast<uint32_t>(nearest_code(own.latent[c], gain, own.step[c], bits));
             // Sixteen bits at a time, as records are aligned.
             const int bit = bits * i % 16;
             word |= code << bit;

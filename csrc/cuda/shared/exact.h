@@ -11,7 +11,7 @@ struct ExactArgs {
     const float* scores;  // of keys of the layer's own, as `mix_shared` has them; null: scores are of `keys`
     int64_t score_stride;
     float* output;  // [tokens, heads, head_dim]
-    float* lse;     // [tokens, heads]
+    float* lse;  // [tokens, heads]
     const int32_t* query_starts;
     const int32_t* seq_lens;
     int first_request, max_queries, num_heads, group, head_dim;
@@ -45,7 +45,8 @@ KVC_KERNEL(kMaxThreads) attend_exact(KVC_ARGUMENT(ExactArgs) args) {
                 score = args.scores[score_row * args.score_stride + stored + start + i];
             } else if (row >= 0) {
                 float product = 0;
-                for (int d = lane; d < args.head_dim; d += 32) product += load_entry(args.query, token, head, d) * load_entry(args.keys, row, kv_head, d);
+                for (int d = lane; d < args.head_dim; d += 32)
+                    product += load_entry(args.query, token, head, d) * load_entry(args.keys, row, kv_head, d);
                 score = sum_lanes(product) * args.softmax_scale * kLog2E;
             }
             if (lane == 0) weights[i] = score;

@@ -10,7 +10,8 @@ namespace kvcompress::cuda {
 // Keys of one token, row g + 8 R of the products, in their true size, rotated, times a power of two that makes halves of
 // them; what undoes that.
 template <int R, int COLUMNS>
-KVC_DEVICE float finish_keys(float (&key)[COLUMNS][4], float unit, const float* means, const float* frequencies, float position, int t) {
+KVC_DEVICE float finish_keys(float (&key)[COLUMNS][4], float unit, const float* means, const float* frequencies,
+                             float position, int t) {
     float largest = 0;
     KVC_UNROLL
     for (int column = 0; column < COLUMNS; ++column) {
@@ -40,14 +41,14 @@ KVC_DEVICE float finish_keys(float (&key)[COLUMNS][4], float unit, const float* 
 
 // Scores of sixteen tokens, whose keys become the first operand, and all rows.
 template <int COLUMNS>
-KVC_DEVICE void score_keys(const ScoreArgs& args, const ScoreRows& rows, const float (&key)[COLUMNS][4], int first, float unit0, float unit1,
-                           const uint8_t* shared) {
+KVC_DEVICE void score_keys(const ScoreArgs& args, const ScoreRows& rows, const float (&key)[COLUMNS][4], int first,
+                           float unit0, float unit1, const uint8_t* shared) {
     constexpr int kTiles = COLUMNS / 2;
     uint32_t a[kTiles][4];
     KVC_UNROLL
     for (int tile = 0; tile < kTiles; ++tile) {
-        const float(&low)[4] = key[2 * tile];
-        const float(&high)[4] = key[2 * tile + 1];
+        const float (&low)[4] = key[2 * tile];
+        const float (&high)[4] = key[2 * tile + 1];
         a[tile][0] = halves_of(low[0], low[1]), a[tile][1] = halves_of(low[2], low[3]);
         a[tile][2] = halves_of(high[0], high[1]), a[tile][3] = halves_of(high[2], high[3]);
     }

@@ -9,8 +9,10 @@ namespace kvcompress::cuda {
 inline bool make_record(const kvc_shared_records& from, Record& record) {
     record = {};
     const kvc_side& side = from.side;
-    record.rank = side.rank, record.token_bytes = from.token_bytes, record.gain_offset = static_cast<int>(side.gain_offset);
-    if (side.outliers || from.token_bytes % 2 || !make_tiles(side, 1, kMaxRecordTiles, record.tiles, record.num_tiles)) return false;
+    record.rank = side.rank, record.token_bytes = from.token_bytes,
+    record.gain_offset = static_cast<int>(side.gain_offset);
+    if (side.outliers || from.token_bytes % 2 || !make_tiles(side, 1, kMaxRecordTiles, record.tiles, record.num_tiles))
+        return false;
     for (int tile = 0; tile < record.num_tiles; ++tile)
         if (record.tiles[tile].bits > record.widest) record.widest = record.tiles[tile].bits;
     if (record.widest == 16 && (record.tiles[0].offset % 16 || from.token_bytes % 16)) return false;

@@ -19,7 +19,9 @@ struct StepRows {
     const int32_t* exact_rows;
     const int32_t* exact_starts;
 
-    KVC_DEVICE int row_of(int request, int token) const { return exact_rows[exact_starts[request] + token - stored_lens[request]]; }
+    KVC_DEVICE int row_of(int request, int token) const {
+        return exact_rows[exact_starts[request] + token - stored_lens[request]];
+    }
 };
 
 struct MixArgs {
@@ -28,14 +30,14 @@ struct MixArgs {
     StepRows step;
     const float* scores;  // [requests, max_queries, heads, score_stride], in the exponent of 2
     int64_t score_stride;
-    float* output;        // [splits, tokens, heads, stripes * rank]
-    float* lse;           // [splits, tokens, heads]
+    float* output;  // [splits, tokens, heads, stripes * rank]
+    float* lse;  // [splits, tokens, heads]
     const int32_t* query_starts;
     const int32_t* seq_lens;
     int first_request, max_queries, num_heads, num_stripes;
     int channel_blocks;  // of a stripe
-    int64_t rows;        // tokens * heads
-    int code_places;     // two, or one where shared memory has no room
+    int64_t rows;  // tokens * heads
+    int code_places;  // two, or one where shared memory has no room
     int codes_at, weights_at, kept_at, rows_at;
 };
 
@@ -45,7 +47,8 @@ KVC_KERNEL(32 * kMixWarps) mix_shared(KVC_ARGUMENT(MixArgs) args) {
     const int g = lane / 4, t = lane % 4;
     const Record& record = args.record;
     const int request = args.first_request + block_z();
-    const int stripe = block_y() / args.channel_blocks % args.num_stripes, channel_block = block_y() % args.channel_blocks;
+    const int stripe = block_y() / args.channel_blocks % args.num_stripes,
+              channel_block = block_y() % args.channel_blocks;
     const int first_row = block_y() / (args.channel_blocks * args.num_stripes) * kMixRows;
     const int first_token = args.query_starts[request], queries = args.query_starts[request + 1] - first_token;
     int count = queries * args.num_heads - first_row;
@@ -63,12 +66,18 @@ KVC_KERNEL(32 * kMixWarps) mix_shared(KVC_ARGUMENT(MixArgs) args) {
         if (says_lse && thread_index() < count) lse[thread_index()] = -INFINITY;
         return;
     }
-    const float* scores = args.scores + (static_cast<int64_t>(block_z()) * args.max_queries * args.num_heads + first_row) * args.score_stride;
+    const float* scores =
+        args.scores +
+        (static_cast<int64_t>(block_z()) * args.max_queries * args.num_heads + first_row) * args.score_stride;
     const int stored = args.step.stored_lens[request];
-    const auto kept = [&](int token) { return token < limit && (token < stored || args.step.row_of(request, token) < 0); };
+    const auto kept = [&](int token) {
+        return token < limit && (token < stored || args.step.row_of(request, token) < 0);
+    };
 
     const int run_bytes = kRun * record.token_bytes;
-    const auto codes_of = [&](int tile) { return shared + args.codes_at + (tile - begin) % args.code_places * kMixWarps * run_bytes; };
+    const auto codes_of = [&](int tile) {
+        return shared + args.codes_at + (tile - begin) % args.code_places * kMixWarps * run_bytes;
+    };
     // Each warp one run.
     const auto request_codes = [&](int tile) {
         const int token = tile * kMixTokens + warp * kRun;
@@ -127,19 +136,18 @@ KVC_KERNEL(32 * kMixWarps) mix_shared(KVC_ARGUMENT(MixArgs) args) {
         const int token = tile * kMixTokens + warp * kRun + 2 * t;
         KVC_UNROLL
         for (int n = 0; n < kRowTiles; ++n)
-            if (tile < end && seen[n])
-                KVC_UNROLL
-                for (int i = 0; i < 2; ++i)
-                    score[n][i] = *reinterpret_cast<const float2*>(scores + (kRows * n + g) * args.score_stride + token + 8 * i);
+            if (tile < end && seen[n]) KVC_UNROLL
+        for (int i = 0; i < 2; ++i)
+            score[n][i] =
+                *reinterpret_cast<const float2*>(scores + (kRows * n + g) * args.score_stride + token + 8 * i);
     };
     load_scores(begin);
     auto* weights = reinterpret_cast<uint2*>(shared + args.weights_at);  // [row tiles][runs][lanes]
-    auto* is_kept = shared + args.kept_at;                               // [tokens]
+    auto* is_kept = shared + args.kept_at;  // [tokens]
     float o[kMixTiles][kRowTiles][4];
     KVC_UNROLL
-    for (int i = 0; i < kMixTiles; ++i)
-        KVC_UNROLL
-        for (int n = 0; n < kRowTiles; ++n) o[i][n][0] = o[i][n][1] = o[i][n][2] = o[i][n][3] = 0;
+    for (int i = 0; i < kMixTiles; ++i) KVC_UNROLL
+    for (int n = 0; n < kRowTiles; ++n) o[i][n][0] = o[i][n][1] = o[i][n][2] = o[i][n][3] = 0;
     const int first_tile = channel_block * kMixTiles * kMixWarps + warp;
 
     for (int tile = begin; tile < end; ++tile) {
@@ -158,11 +166,13 @@ KVC_KERNEL(32 * kMixWarps) mix_shared(KVC_ARGUMENT(MixArgs) args) {
                     const int within = 2 * t + e + 8 * i, token = tile * kMixTokens + warp * kRun + within;
                     const bool keep = kept(token);
                     // What is not kept may be anything, NaN included.
-                    const float gain = keep && record.gain_offset >= 0 ? gain_of(record, tokens + within * record.token_bytes) : 1;
+                    const float gain =
+                        keep && record.gain_offset >= 0 ? gain_of(record, tokens + within * record.token_bytes) : 1;
                     if (g == 0) is_kept[warp * kRun + within] = keep;
                     KVC_UNROLL
                     for (int n = 0; n < kRowTiles; ++n) {
-                        const float p = keep && token < seen[n] ? exp2_of((e ? score[n][i].y : score[n][i].x) - top[n]) : 0;
+                        const float p =
+                            keep && token < seen[n] ? exp2_of((e ? score[n][i].y : score[n][i].x) - top[n]) : 0;
                         sum[n] += p;
                         weight[n][e] = p * gain;
                     }
@@ -198,7 +208,9 @@ KVC_KERNEL(32 * kMixWarps) mix_shared(KVC_ARGUMENT(MixArgs) args) {
                         KVC_UNROLL
                         for (int half = 0; half < 2; ++half) {
                             // 16-bit channels that are not kept may be NaN; codes never are.
-                            const uint32_t x = bits.value == 16 ? (keep[r] ? pair[half] : 0) : fma_halves(pair[half], halves_of(1, 1), halves_of(0.5f, 0.5f));
+                            const uint32_t x = bits.value == 16
+                                                   ? (keep[r] ? pair[half] : 0)
+                                                   : fma_halves(pair[half], halves_of(1, 1), halves_of(0.5f, 0.5f));
                             a[2 * r + half] = transpose(x);
                         }
                     }
@@ -235,24 +247,24 @@ KVC_KERNEL(32 * kMixWarps) mix_shared(KVC_ARGUMENT(MixArgs) args) {
     const int width = args.num_stripes * record.rank;
     float* output = args.output + (block_x() * args.rows + number) * width + stripe * record.rank;
     KVC_UNROLL
-    for (int n = 0; n < kRowTiles; ++n)
+    for (int n = 0; n < kRowTiles; ++n) KVC_UNROLL
+    for (int e = 0; e < 2; ++e) {
+        const int row = kRows * n + 2 * t + e;
+        if (row >= count) continue;
+        const float total = total_of(row), inverse = total == 0 ? 0 : 1 / total;
         KVC_UNROLL
-        for (int e = 0; e < 2; ++e) {
-            const int row = kRows * n + 2 * t + e;
-            if (row >= count) continue;
-            const float total = total_of(row), inverse = total == 0 ? 0 : 1 / total;
+        for (int i = 0; i < kMixTiles; ++i) {
+            if (first_tile + i * kMixWarps >= record.num_tiles) break;
+            const Tile& it = record.tiles[first_tile + i * kMixWarps];
             KVC_UNROLL
-            for (int i = 0; i < kMixTiles; ++i) {
-                if (first_tile + i * kMixWarps >= record.num_tiles) break;
-                const Tile& it = record.tiles[first_tile + i * kMixWarps];
-                KVC_UNROLL
-                for (int half = 0; half < 2; ++half) {
-                    const int channel = channel_of(g + 8 * half);
-                    if (channel < kGroup * it.units)
-                        output[static_cast<int64_t>(row) * width + it.channel + channel] = o[i][n][2 * half + e] * it.step * inverse;
-                }
+            for (int half = 0; half < 2; ++half) {
+                const int channel = channel_of(g + 8 * half);
+                if (channel < kGroup * it.units)
+                    output[static_cast<int64_t>(row) * width + it.channel + channel] =
+                        o[i][n][2 * half + e] * it.step * inverse;
             }
         }
+    }
 }
 
 }  // namespace kvcompress::cuda

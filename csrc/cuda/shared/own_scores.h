@@ -35,7 +35,8 @@ KVC_KERNEL(kMaxThreads) score_own(KVC_ARGUMENT(OwnScoreArgs) args) {
     prepare_queries(
         args.rows, rows, kTileChannels * record.num_tiles, shared,
         [&](int row, int c) {
-            return load_entry(args.rows.query, rows.first_token + rows.token_of(args.rows, row), rows.head_of(args.rows, row), c);
+            return load_entry(args.rows.query, rows.first_token + rows.token_of(args.rows, row),
+                              rows.head_of(args.rows, row), c);
         },
         [](int channel) { return 2 * (channel / 4) + 8 * (channel / 2 % 2) + channel % 2; });  // inverse of channel_of
     sync_block();
@@ -49,7 +50,8 @@ KVC_KERNEL(kMaxThreads) score_own(KVC_ARGUMENT(OwnScoreArgs) args) {
         const uint8_t* tokens = codes + (place * kRun + g) * record.token_bytes;
         float s[kMostRowTiles][4];
         KVC_UNROLL
-        for (int row_tile = 0; row_tile < kMostRowTiles; ++row_tile) s[row_tile][0] = s[row_tile][1] = s[row_tile][2] = s[row_tile][3] = 0;
+        for (int row_tile = 0; row_tile < kMostRowTiles; ++row_tile)
+            s[row_tile][0] = s[row_tile][1] = s[row_tile][2] = s[row_tile][3] = 0;
         KVC_ROLLED
         for (int n = 0; n < record.num_tiles; ++n) {
             const Tile& tile = record.tiles[n];
@@ -60,7 +62,9 @@ KVC_KERNEL(kMaxThreads) score_own(KVC_ARGUMENT(OwnScoreArgs) args) {
                     uint32_t pair[2];
                     unpack_four<bits.value>(tokens + r * 8 * record.token_bytes, tile, t, pair);
                     KVC_UNROLL
-                    for (int i = 0; i < 2; ++i) a[2 * i + r] = bits.value == 16 ? pair[i] : fma_halves(pair[i], halves_of(1, 1), halves_of(0.5f, 0.5f));
+                    for (int i = 0; i < 2; ++i)
+                        a[2 * i + r] =
+                            bits.value == 16 ? pair[i] : fma_halves(pair[i], halves_of(1, 1), halves_of(0.5f, 0.5f));
                 }
             });
             KVC_UNROLL
@@ -72,10 +76,12 @@ KVC_KERNEL(kMaxThreads) score_own(KVC_ARGUMENT(OwnScoreArgs) args) {
                 }
         }
         const bool has_gain = record.gain_offset >= 0;
-        const float gain0 = has_gain ? gain_of(record, tokens) : 1, gain1 = has_gain ? gain_of(record, tokens + 8 * record.token_bytes) : 1;
+        const float gain0 = has_gain ? gain_of(record, tokens) : 1,
+                    gain1 = has_gain ? gain_of(record, tokens + 8 * record.token_bytes) : 1;
         KVC_UNROLL
         for (int row_tile = 0; row_tile < kMostRowTiles; ++row_tile)
-            if (kRows * row_tile < rows.count) write_scores(args.rows, rows, row_tile, run * kRun, gain0, gain1, s[row_tile], shared);
+            if (kRows * row_tile < rows.count)
+                write_scores(args.rows, rows, row_tile, run * kRun, gain0, gain1, s[row_tile], shared);
     }
 }
 

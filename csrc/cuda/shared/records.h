@@ -22,7 +22,7 @@ constexpr int kReadBeyond = 16;  // bytes behind a record that reading its last 
 struct Record {
     int rank, token_bytes;
     int gain_offset;  // -1 for 16-bit channels
-    int widest;       // bits
+    int widest;  // bits
     int num_tiles;
     Tile tiles[kMaxRecordTiles];  // offsets are within a token
 };

@@ -40,7 +40,9 @@ struct ScoreRows {
         return count > 0 && limit > 0;
     }
     KVC_DEVICE int token_of(const ScoreArgs& args, int row) const { return (first + row) / args.group; }
-    KVC_DEVICE int head_of(const ScoreArgs& args, int row) const { return head * args.group + (first + row) % args.group; }
+    KVC_DEVICE int head_of(const ScoreArgs& args, int row) const {
+        return head * args.group + (first + row) % args.group;
+    }
     KVC_DEVICE float* scores(const ScoreArgs& args, int row) const {
         const int64_t token = static_cast<int64_t>(block_z()) * args.max_queries + token_of(args, row);
         return args.scores + (token * args.num_heads + head_of(args, row)) * args.score_stride;
@@ -50,7 +52,8 @@ struct ScoreRows {
 // Rows as halves in the order of the second operand, tile by tile of 16 channels, the factor that undoes their scale, and
 // where their scores go. entry(row, channel) is a query's, depth(channel) its depth in the tile.
 template <typename Entry, typename Depth>
-KVC_DEVICE void prepare_queries(const ScoreArgs& args, const ScoreRows& rows, int channels, uint8_t* shared, const Entry& entry, const Depth& depth) {
+KVC_DEVICE void prepare_queries(const ScoreArgs& args, const ScoreRows& rows, int channels, uint8_t* shared,
+                                const Entry& entry, const Depth& depth) {
     const int lane = thread_index() % 32, warp = thread_index() / 32, warps = num_threads() / 32;
     auto* halves = reinterpret_cast<uint16_t*>(shared + args.query_at);
     auto* factor = reinterpret_cast<float*>(shared + args.factor_at);
@@ -74,8 +77,8 @@ KVC_DEVICE void prepare_queries(const ScoreArgs& args, const ScoreRows& rows, in
 }
 
 // Scores of tokens first + g and first + g + 8 and of rows 2 t and 2 t + 1 of a tile, each times its token's factor.
-KVC_DEVICE void write_scores(const ScoreArgs& args, const ScoreRows& rows, int row_tile, int first, float unit0, float unit1, const float (&s)[4],
-                             const uint8_t* shared) {
+KVC_DEVICE void write_scores(const ScoreArgs& args, const ScoreRows& rows, int row_tile, int first, float unit0,
+                             float unit1, const float (&s)[4], const uint8_t* shared) {
     const int g = thread_index() % 32 / 4, t = thread_index() % 4;
     const auto* factor = reinterpret_cast<const float*>(shared + args.factor_at);
     const auto* target = reinterpret_cast<float* const*>(shared + args.target_at);

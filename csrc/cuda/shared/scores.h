@@ -20,11 +20,11 @@ constexpr int kSliceTiles = 4;
 
 struct SharedScoreArgs {
     ScoreArgs rows;
-    const uint8_t* decode;       // halves [heads, stripes, tiles, pairs of column tiles, lanes, 8]
-    const float* decode_unit;    // [heads]: what they are to be multiplied by
-    const float* mean;           // [heads, WIDTH]
-    const float* frequency;      // [WIDTH / 2]
-    const float* amplitude;      // of the rotation
+    const uint8_t* decode;  // halves [heads, stripes, tiles, pairs of column tiles, lanes, 8]
+    const float* decode_unit;  // [heads]: what they are to be multiplied by
+    const float* mean;  // [heads, WIDTH]
+    const float* frequency;  // [WIDTH / 2]
+    const float* amplitude;  // of the rotation
     int head_dim;
     int decode_slots;  // slices that shared memory has room for: two, or all
     int codes_at, mean_at, frequency_at, decode_at;
@@ -55,7 +55,8 @@ struct SliceStep {
 
 // WIDTH channels hold head_dim of them: each half of a key fills the beginning of a half.
 template <int WIDTH>
-KVC_LONE_KERNEL(kScoreThreads) score_shared(KVC_ARGUMENT(SharedScoreArgs) args) {
+KVC_LONE_KERNEL(kScoreThreads)
+score_shared(KVC_ARGUMENT(SharedScoreArgs) args) {
     constexpr int kRuns = warp_tokens<WIDTH>() / kRun, kColumns = WIDTH / 8, kTileBytes = 2 * kTileChannels * WIDTH;
     uint8_t* shared = shared_memory();
     const int lane = thread_index() % 32, warp = thread_index() / 32, warps = num_threads() / 32;
@@ -83,10 +84,14 @@ KVC_LONE_KERNEL(kScoreThreads) score_shared(KVC_ARGUMENT(SharedScoreArgs) args) 
     const auto request = [&](const SliceStep& step) {
         if (step.tile < end) {
             if (!resident || step.tile == begin) {
-                const int left = record.num_tiles - step.slice * kSliceTiles, count = left < kSliceTiles ? left : kSliceTiles;
-                const uint8_t* from = decode + (static_cast<int64_t>(step.stripe) * record.num_tiles + step.slice * kSliceTiles) * kTileBytes;
+                const int left = record.num_tiles - step.slice * kSliceTiles,
+                          count = left < kSliceTiles ? left : kSliceTiles;
+                const uint8_t* from =
+                    decode +
+                    (static_cast<int64_t>(step.stripe) * record.num_tiles + step.slice * kSliceTiles) * kTileBytes;
                 uint8_t* to = slot_of(step);
-                for (int at = 16 * thread_index(); at < count * kTileBytes; at += 16 * num_threads()) copy_16_bytes(to + at, from + at);
+                for (int at = 16 * thread_index(); at < count * kTileBytes; at += 16 * num_threads())
+                    copy_16_bytes(to + at, from + at);
             }
             if (step.slice == 0) {
                 KVC_UNROLL
@@ -112,8 +117,8 @@ KVC_LONE_KERNEL(kScoreThreads) score_shared(KVC_ARGUMENT(SharedScoreArgs) args) 
         [&](int row, int c) {
             const int within = c % (WIDTH / 2), half = args.head_dim / 2;
             if (within >= half) return 0.f;
-            return load_entry(args.rows.query, rows.first_token + rows.token_of(args.rows, row), rows.head_of(args.rows, row),
-                              c / (WIDTH / 2) * half + within);
+            return load_entry(args.rows.query, rows.first_token + rows.token_of(args.rows, row),
+                              rows.head_of(args.rows, row), c / (WIDTH / 2) * half + within);
         },
         [](int n) { return n; });
     // Half of 2^bits, the largest code's distance from zero, times the largest gain is less than a half's largest.
@@ -139,15 +144,15 @@ KVC_LONE_KERNEL(kScoreThreads) score_shared(KVC_ARGUMENT(SharedScoreArgs) args) 
             const uint8_t* tokens = codes_of(now) + g * record.token_bytes;
             if (now.slice == 0 && record.gain_offset >= 0) {
                 KVC_UNROLL
-                for (int run = 0; run < kRuns; ++run)
-                    KVC_UNROLL
-                    for (int r = 0; r < 2; ++r) {
-                        const float x = gain_of(record, tokens + run * run_bytes + r * 8 * record.token_bytes) * down;
-                        gain[run][r] = halves_of(x, x), half_gain[run][r] = halves_of(x / 2, x / 2);
-                    }
+                for (int run = 0; run < kRuns; ++run) KVC_UNROLL
+                for (int r = 0; r < 2; ++r) {
+                    const float x = gain_of(record, tokens + run * run_bytes + r * 8 * record.token_bytes) * down;
+                    gain[run][r] = halves_of(x, x), half_gain[run][r] = halves_of(x / 2, x / 2);
+                }
             }
             const int first_tile = now.slice * kSliceTiles;
-            const int last_tile = first_tile + kSliceTiles < record.num_tiles ? first_tile + kSliceTiles : record.num_tiles;
+            const int last_tile =
+                first_tile + kSliceTiles < record.num_tiles ? first_tile + kSliceTiles : record.num_tiles;
             const auto* factors = reinterpret_cast<const uint4*>(slot_of(now)) + lane;
             KVC_ROLLED
             for (int n = first_tile; n < last_tile; ++n, factors += kTileBytes / 16) {
@@ -155,15 +160,16 @@ KVC_LONE_KERNEL(kScoreThreads) score_shared(KVC_ARGUMENT(SharedScoreArgs) args) 
                 uint32_t a[kRuns][4];
                 with_bits<0>(tile.bits, [&](auto bits) {
                     KVC_UNROLL
-                    for (int run = 0; run < kRuns; ++run)
+                    for (int run = 0; run < kRuns; ++run) KVC_UNROLL
+                    for (int r = 0; r < 2; ++r) {
+                        uint32_t pair[2];
+                        unpack_four<bits.value>(tokens + run * run_bytes + r * 8 * record.token_bytes, tile, t, pair);
+                        // Codes stand for numbers around zero, half a step off.
                         KVC_UNROLL
-                        for (int r = 0; r < 2; ++r) {
-                            uint32_t pair[2];
-                            unpack_four<bits.value>(tokens + run * run_bytes + r * 8 * record.token_bytes, tile, t, pair);
-                            // Codes stand for numbers around zero, half a step off.
-                            KVC_UNROLL
-                            for (int i = 0; i < 2; ++i) a[run][2 * i + r] = bits.value == 16 ? pair[i] : fma_halves(pair[i], gain[run][r], half_gain[run][r]);
-                        }
+                        for (int i = 0; i < 2; ++i)
+                            a[run][2 * i + r] =
+                                bits.value == 16 ? pair[i] : fma_halves(pair[i], gain[run][r], half_gain[run][r]);
+                    }
                 });
                 KVC_UNROLL
                 for (int pair = 0; pair < kColumns / 2; ++pair) {
@@ -183,7 +189,8 @@ KVC_LONE_KERNEL(kScoreThreads) score_shared(KVC_ARGUMENT(SharedScoreArgs) args) 
                 for (int run = 0; run < kRuns; ++run) {
                     const float beginning = position + static_cast<float>(run * kRun);
                     const float unit0 = finish_keys<0>(key[run], unit, means, frequencies, beginning, t) * amplitude;
-                    const float unit1 = finish_keys<1>(key[run], unit, means, frequencies, beginning + 8, t) * amplitude;
+                    const float unit1 =
+                        finish_keys<1>(key[run], unit, means, frequencies, beginning + 8, t) * amplitude;
                     score_keys(args.rows, rows, key[run], first + run * kRun, unit0, unit1, shared);
                     KVC_UNROLL
                     for (int column = 0; column < kColumns; ++column)
