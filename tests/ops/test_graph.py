@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.cases import blocks as blocks_cases
 from benchmarks.cases.blocks_sides import cuda_sides
 from benchmarks.cases.heads import Cache, bands, random_cache, random_codec
 from kvcompress.ops import graph
@@ -15,7 +16,6 @@ from kvcompress.ops.blocks import graph as blocks_graph
 from kvcompress.ops.heads import graph as heads_graph
 from kvcompress.ops.heads.attention import bind
 from tests.ops import emulated
-from tests.ops.blocks import cases as blocks_cases
 
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
 OPS = torch.ops.kvcompress
