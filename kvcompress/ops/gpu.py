@@ -79,11 +79,11 @@ def run(
     Args:
         width: numbers that a split leaves of a row, beside their weight.
     """
-    run = Run(stream=stream(device), num_tokens=tokens, max_query_len=max_query_len, splits=splits)
+    workspace = None
     if splits > 1:
-        room = splits * tokens * num_heads * (width + 1)
-        run.point("workspace", torch.empty(room, dtype=torch.float32, device=device))
-    return run
+        workspace = torch.empty(splits * tokens * num_heads * (width + 1), dtype=torch.float32, device=device)
+    numbers = {"num_tokens": tokens, "max_query_len": max_query_len, "splits": splits}
+    return Run(stream=stream(device), workspace=workspace, **numbers)
 
 
 def workspace_bytes(head_dim: int, k_rank: int, v_rank: int, tokens: int, num_heads: int, device: torch.device) -> int:

@@ -82,7 +82,12 @@ def level() -> int:
 
 def run(split_tokens: int = 0) -> Run:
     """How a call runs on this machine: threads and instructions; `split_tokens` of attention."""
-    return Run(threads=torch.get_num_threads(), level=level(), split_tokens=split_tokens)
+    return _run(torch.get_num_threads(), level(), split_tokens)
+
+
+@functools.cache
+def _run(threads: int, level: int, split_tokens: int) -> Run:
+    return Run(threads=threads, level=level, split_tokens=split_tokens)
 
 
 def check(status: int) -> None:

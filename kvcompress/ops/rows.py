@@ -21,7 +21,8 @@ def rows_struct(rows_THD: Tensor) -> Rows:
     """The C description of rows of float32, bfloat16 or float16 numbers, those of a row side by side."""
     assert rows_THD.stride(-1) == 1, rows_THD.stride()
     assert rows_THD.dtype in DTYPES, rows_THD.dtype
-    return Rows(rows_THD, rows_THD.stride(0), rows_THD.stride(1), DTYPES[rows_THD.dtype])
+    strides = rows_THD.stride()
+    return Rows.plain(rows_THD, rows_THD.data_ptr(), strides[0], strides[1], DTYPES[rows_THD.dtype])
 
 
 def batch_struct(
@@ -34,17 +35,21 @@ def batch_struct(
     """The C description of a step's requests; numbers are as `int32_rows` makes them, the others attention's."""
     requests = seq_lens.shape[0]
     assert query_starts.shape[0] == requests + 1
-    batch = Batch(query_starts, seq_lens, block_table_RN, 0, requests, num_heads, softmax_scale)
+    assert query_starts.dtype == seq_lens.dtype == torch.int32
+    table, stride = None, 0
     if block_table_RN is not None:
+        assert block_table_RN.dtype == torch.int32
         assert block_table_RN.shape[0] >= requests
         assert block_table_RN.stride(-1) == 1
-        batch.block_table_stride = table_stride(block_table_RN[:requests])
-    return batch
+        table, stride = block_table_RN.data_ptr(), table_stride(block_table_RN, requests)
+    pointers = (query_starts.data_ptr(), seq_lens.data_ptr(), table)
+    keep = (query_starts, seq_lens, block_table_RN)
+    return Batch.plain(keep, *pointers, stride, requests, num_heads, softmax_scale)
 
 
-def table_stride(table_RN: Tensor) -> int:
+def table_stride(table_RN: Tensor, requests: int) -> int:
     """Between requests; with one request, as far as it may read."""
-    return table_RN.stride(0) if table_RN.shape[0] > 1 else table_RN.shape[1]
+    return table_RN.stride(0) if requests > 1 else table_RN.shape[1]
 
 
 def int32_rows(numbers: Numbers, device: torch.device | str = "cpu") -> Tensor:

@@ -46,4 +46,4 @@ def test_a_field_takes_no_tensor_of_other_numbers() -> None:
     with pytest.raises(AssertionError):
         Records(data=torch.zeros(1))
     with pytest.raises(AssertionError):
-        Records().point("block_table", torch.zeros(1, dtype=torch.int64))
+        Records().filled(block_table=torch.zeros(1, dtype=torch.int64))

@@ -40,19 +40,23 @@ class CpuBlocks(BlocksOp):
 
     def __init__(self, compiled: ctypes.CDLL, codec: BlocksCodec) -> None:
         super().__init__(codec)
-        self._compiled = compiled
+        self._compiled, (k, v) = compiled, (self.plan.codec.k, self.plan.codec.v)
+        # What never changes.
+        self._attend = AttendArgs(
+            k_decode_HDR=self.plan.k_decode_HDR, k_mean_HD=k.mean_HD, v_decode_HRD=v.decode_HRD, v_mean_HD=v.mean_HD
+        )
 
     def attend(
         self, call: Call, keys_THD: Tensor, values_THD: Tensor, pages_NHMB: Tensor, rings_NHXPD: Tensor, ring_R: Numbers
     ) -> None:
-        spec, codec = self.plan.spec, self.plan.codec
+        spec = self.plan.spec
         assert pages_NHMB.dtype == torch.uint8
         assert pages_NHMB.stride()[2:] == (spec.record_bytes, 1), pages_NHMB.stride()
         batch = call.batch()
         # A column of an engine's block table is one way to say which rings: its numbers are not side by side.
         rings_R = int32_rows(ring_R)
         assert len(rings_R) == batch.num_requests
-        args = AttendArgs(
+        args = self._attend.filled(
             pages=self.plan.pages_struct(pages_NHMB),
             rings=rings_struct(rings_NHXPD),
             query=rows_struct(call.query_THD),
@@ -60,10 +64,6 @@ class CpuBlocks(BlocksOp):
             values=rows_struct(values_THD),
             output=rows_struct(call.output_THD),
             lse_TH=call.lse_TH,
-            k_decode_HDR=self.plan.k_decode_HDR,
-            k_mean_HD=codec.k.mean_HD,
-            v_decode_HRD=codec.v.decode_HRD,
-            v_mean_HD=codec.v.mean_HD,
             ring_of=rings_R,
             batch=batch,
             run=library.run(-(-self.split_tokens // spec.block) * spec.block),

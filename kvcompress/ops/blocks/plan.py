@@ -36,12 +36,13 @@ class BlocksPlan:
 
     def pages_struct(self, pages_NHMB: Tensor) -> Pages:
         """The C description of a cache."""
-        struct = Pages.from_buffer_copy(self._struct)
-        struct.point("data", pages_NHMB)
-        struct.num_blocks = pages_NHMB.shape[0]
-        struct.block_stride, struct.head_stride = pages_NHMB.stride(0), pages_NHMB.stride(1)
-        struct.block_size = pages_NHMB.shape[2] * self.spec.block
-        return struct
+        return self._struct.filled(
+            data=pages_NHMB,
+            num_blocks=pages_NHMB.shape[0],
+            block_stride=pages_NHMB.stride(0),
+            head_stride=pages_NHMB.stride(1),
+            block_size=pages_NHMB.shape[2] * self.spec.block,
+        )
 
 
 def rings_struct(rings_NHXPD: Tensor) -> Rings:

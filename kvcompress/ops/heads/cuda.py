@@ -20,7 +20,6 @@ from kvcompress.codec.layout import CHUNK_TOKENS, FRAGMENT
 from kvcompress.ops import cuda_library, gpu
 from kvcompress.ops.call import Call
 from kvcompress.ops.heads import prefill
-from kvcompress.ops.heads.plan import encoder_struct
 from kvcompress.ops.heads.reference import HeadsOp
 from kvcompress.ops.interface.common import MAX_BANDS
 from kvcompress.ops.interface.heads import CUDA_MAX_RANK, CUDA_MAX_TILES, AppendArgs, GatherArgs, Pages
@@ -95,14 +94,14 @@ class CudaHeads(HeadsOp):
     ) -> None:
         numbers = numbers.to(pages_NHX.device, torch.int64).contiguous()
         args = AppendArgs(
-            pages=self.plan.pages_struct(pages_NHX, self.layout(pages_NHX)),
+            pages=self.plan.pages_struct(pages_NHX, self.order),
             keys=rows_struct(keys_THD),
             values=rows_struct(values_THD),
             slots=None if whole_blocks else numbers,
             blocks=numbers if whole_blocks else None,
             num_tokens=keys_THD.shape[0],
-            k=encoder_struct(self.plan.codec.k),
-            v=encoder_struct(self.plan.codec.v),
+            k=self.plan.encoders[0],
+            v=self.plan.encoders[1],
             run=gpu.run(keys_THD.device, keys_THD.shape[0]),
         )
         cuda_library.check(self._kernels, self._kernels.kvc_cuda_heads_append(ctypes.byref(args)))
@@ -116,7 +115,7 @@ class CudaHeads(HeadsOp):
             torch.empty(length, spec.num_kv_heads, side.rank, dtype=dtype, device=device) for side in (spec.k, spec.v)
         )
         args = GatherArgs(
-            pages=self.plan.pages_struct(pages_NHX, self.layout(pages_NHX)),
+            pages=self.plan.pages_struct(pages_NHX, self.order),
             keys_THR=k_THR,
             values_THR=v_THR,
             dtype=DTYPES[dtype],
@@ -160,7 +159,7 @@ class CudaHeads(HeadsOp):
             absorbed_THR: queries times k_decode, float32, contiguous `[tokens, query heads, k rank]`.
         """
         layout = self.layout(pages_NHX)
-        pages = self.plan.pages_struct(pages_NHX, layout)
+        pages = self.plan.pages_struct(pages_NHX, self.order)
         shape = (layout.num_kv_heads, layout.block_size, self.plan.spec.v.rank)
         kernel = self._kernels.kvc_cuda_heads_attend
         return gpu.attend_latents(self._kernels, kernel, pages, call, absorbed_THR, shape, splits)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor
@@ -46,27 +45,51 @@ class Field(tuple[str, Any]):
 class Struct(ctypes.Structure):
     """Tensors that a field is set to are pointed into, and kept; a field that is not set is 0 or null."""
 
+    _dtypes: ClassVar[dict[str, torch.dtype | None]]
+    """Of every field, of numbers in a tensor that it may point into."""
+    _kept: list[object]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls._dtypes = {each[0]: each.type.dtype if isinstance(each.type, Type) else None for each in fields(cls)}
+
     def __init__(self, *values: object, **named: object) -> None:
-        types = _dtypes(type(self))
-        self.__dict__["_kept"] = kept = {**dict(zip(types, values, strict=False)), **named}
-        super().__init__(**{name: _plain(value, types[name]) for name, value in kept.items()})
+        named = {**dict(zip(self._dtypes, values, strict=False)), **named}
+        kept: list[object] = []
+        super().__init__(**{name: _plain(value, name, self._dtypes[name], kept) for name, value in named.items()})
+        self._kept = kept
 
-    def point(self, name: str, tensor: Tensor) -> None:
-        """Have a field of a struct that is there already point into a tensor."""
-        self.__dict__.setdefault("_kept", {})[name] = tensor
-        setattr(self, name, _plain(tensor, _dtypes(type(self))[name]))
+    @classmethod
+    def plain(cls, keep: object, *values: object) -> Self:
+        """All fields in order, pointers as numbers, unchecked: for what is made anew at every step of a server.
+
+        Args:
+            keep: what the pointers point into.
+        """
+        made = cls.__new__(cls)
+        ctypes.Structure.__init__(made, *values)
+        made._kept = [keep]
+        return made
+
+    def filled(self, **named: object) -> Self:
+        """A copy with fields set, of a struct that has what never changes."""
+        made = type(self).from_buffer_copy(self)
+        kept: list[object] = [self._kept]
+        for name, value in named.items():
+            setattr(made, name, _plain(value, name, self._dtypes[name], kept))
+        made._kept = kept
+        return made
 
 
-def _plain(value: object, dtype: torch.dtype | None) -> object:
-    if not isinstance(value, Tensor):
-        return value
-    assert dtype in (None, value.dtype), (dtype, value.dtype)
-    return value.data_ptr()
-
-
-@functools.cache
-def _dtypes(struct: type[Struct]) -> dict[str, torch.dtype | None]:
-    return {each[0]: each.type.dtype if isinstance(each.type, Type) else None for each in fields(struct)}
+def _plain(value: object, name: str, dtype: torch.dtype | None, kept: list[object]) -> object:
+    """A field's value as ctypes takes it; what it points into is kept."""
+    if isinstance(value, Tensor):
+        assert dtype is None or value.dtype == dtype, (name, value.dtype)
+        kept.append(value)
+        return value.data_ptr()
+    if isinstance(value, Struct):
+        kept.append(value)
+    return value
 
 
 def fields(struct: type[Struct]) -> tuple[Field, ...]:

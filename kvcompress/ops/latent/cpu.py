@@ -33,23 +33,13 @@ class CpuLatent(LatentOp):
     def append(self, pages_NSC: Tensor, key_TC: Tensor, slots_T: Tensor) -> None:
         assert key_TC.shape[0] == slots_T.shape[0]
         slots_T = slots_T.to(torch.int64).contiguous()
-        args = AppendArgs(
-            pages=latent_pages_struct(pages_NSC),
-            keys=rows_struct(key_TC[:, None]),
-            slots=slots_T,
-            num_tokens=slots_T.shape[0],
-            run=library.run(),
-        )
+        pages, keys = latent_pages_struct(pages_NSC), rows_struct(key_TC[:, None])
+        args = AppendArgs.plain(slots_T, pages, keys, slots_T.data_ptr(), slots_T.shape[0], library.run())
         library.check(self._compiled.kvc_latent_append(ctypes.byref(args)))
 
     def attend(self, call: Call, pages_NSC: Tensor) -> None:
         assert call.query_THD.shape[2] == pages_NSC.shape[2]
-        args = AttendArgs(
-            pages=latent_pages_struct(pages_NSC),
-            query=rows_struct(call.query_THD),
-            output=rows_struct(call.output_THD),
-            batch=call.batch(),
-            rank=call.output_THD.shape[2],
-            run=library.run(self.split_tokens),
-        )
+        rows, batch = (rows_struct(call.query_THD), rows_struct(call.output_THD)), call.batch()
+        pages, rank = latent_pages_struct(pages_NSC), call.output_THD.shape[2]
+        args = AttendArgs.plain(batch, pages, *rows, batch, rank, library.run(self.split_tokens))
         library.check(self._compiled.kvc_latent_attend(ctypes.byref(args)))

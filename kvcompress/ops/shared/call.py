@@ -79,8 +79,11 @@ class SharedCall:
 
     def runs(self, on_kernels: Callable[[int], bool]) -> list[tuple[Self, bool]]:
         """Neighbours whose numbers of queries go the same way; which way is the second of each pair. On the host."""
-        flags = [on_kernels(queries) for queries in self.query_starts.diff().tolist()]
+        queries = self.query_starts.diff().tolist()
+        flags = [on_kernels(each) for each in queries]
         ends = [i + 1 for i, flag in enumerate(flags) if i + 1 == len(flags) or flags[i + 1] != flag]
+        if len(ends) == 1:
+            return [(replace(self, max_query_len=max(queries)), flags[0])]
         exact_R = self.exact_starts_R
         return [(self._part(start, stop, exact_R), flags[start]) for start, stop in zip([0, *ends], ends, strict=False)]
 
