@@ -46,5 +46,5 @@ class Form:
         return importlib.import_module(f"{self.package}.serving.{engine}.{self.name}")
 
 
-FORMS = {"per_head": Form("heads")} | {name: Form(name) for name in ("shared", "blocks", "prompt", "latent")}
-"""By the name that config.json has for them."""
+FORMS = {name: Form(name) for name in ("heads", "shared", "blocks", "latent", "prompt")}
+"""By name, which is also what config.json says."""

@@ -23,7 +23,7 @@ INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_FILE = "adapter_config.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 QUANT_METHOD = "kvcompress"
-CONFIG_VERSION = 1  # of the quantization_config section we write
+CONFIG_VERSION = 2  # of the quantization_config section we write
 
 
 @dataclass(frozen=True)

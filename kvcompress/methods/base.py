@@ -147,7 +147,7 @@ class Profile:
     attention output, relative to the residual stream, to first order.
     """
 
-    form: ClassVar[str] = "per_head"
+    form: ClassVar[str] = "heads"
     """Of the layer's cache, as in `kvcompress.forms.FORMS`."""
 
     k_rank: int
@@ -293,7 +293,7 @@ class BasisMethod(ModelBasis[C]):
 class EncodingMethod(Method[C]):
     """Latents become bytes."""
 
-    forms: ClassVar[tuple[str, ...]] = ("per_head",)
+    forms: ClassVar[tuple[str, ...]] = ("heads",)
     """Forms of cache it can write."""
 
     def specs(self, config: C, geometry: ModelGeometry, profiles: Sequence[Profile]) -> Sequence[CacheSpec]:

@@ -95,11 +95,11 @@ class Scalar(EncodingMethod[ScalarConfig]):
     )
     paper = "Max 1960 (quantizer); reverse water-filling, Cover & Thomas 10.3.3"
     config = ScalarConfig
-    forms = ("per_head", "shared")
+    forms = ("heads", "shared")
 
     def layers(self, config: ScalarConfig, geometry: ModelGeometry, profiles: Sequence[Profile]) -> list[CacheSpec]:
         if isinstance(config.target_bits_per_channel, float):
-            if any(layer.form != "per_head" for layer in profiles):
+            if any(layer.form != "heads" for layer in profiles):
                 raise ValueError(
                     "scalar: one target_bits_per_channel for the whole model needs a basis per layer and head; give "
                     "target_bits_per_channel for k and v"

@@ -1,6 +1,6 @@
 """Linear layers stored as two factors: the module, how a model gets it, and what config.json says of it.
 
-    "quantization_config": {"quant_method": "kvcompress", "version": 1,
+    "quantization_config": {"quant_method": "kvcompress", "version": 2,
                             "weights": {"model.layers.0.self_attn.q_proj": {"rank": 64}, ...}}
 
 The checkpoint then has `NAME.down_weight` [rank, in] and `NAME.up_weight` [out, rank] in place of `NAME.weight`; a

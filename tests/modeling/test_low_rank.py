@@ -8,7 +8,7 @@ from kvcompress.modeling.low_rank import LowRankLinear, product, ranks_of, repla
 
 
 def config(weights: object) -> dict[str, object]:
-    return {"quantization_config": {"quant_method": "kvcompress", "version": 1, "weights": weights}}
+    return {"quantization_config": {"quant_method": "kvcompress", "version": 2, "weights": weights}}
 
 
 @pytest.mark.parametrize("bias", [False, True])

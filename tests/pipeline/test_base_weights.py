@@ -69,7 +69,7 @@ def test_weights_are_kept_byte_for_byte(base: Path, compressed: Path) -> None:
     written = section(compressed)
     assert {key: written[key] for key in ("quant_method", "version", "base")} == {
         "quant_method": "kvcompress",
-        "version": 1,
+        "version": 2,
         "base": section(base),
     }
     assert section(base)["quant_method"] in (compressed / "README.md").read_text()

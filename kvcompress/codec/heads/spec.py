@@ -11,9 +11,9 @@ from kvcompress.codec.bands import SideSpec
 
 @dataclass(frozen=True)
 class HeadsSpec:
-    """Form `per_head`: every token and KV head by itself, keys after RoPE, both sides with bands of their own."""
+    """Form `heads`: every token and KV head by itself, keys after RoPE, both sides with bands of their own."""
 
-    form: ClassVar[str] = "per_head"
+    form: ClassVar[str] = "heads"
     group: ClassVar[None] = None
 
     num_kv_heads: int

@@ -16,7 +16,7 @@ from kvcompress.codec.groups import Share, check_group
 class SharedSpec:
     """One layer of a group. `v`, and `k` where keys are shared, are the bands of the layer's stripe.
 
-    With share "v", `k` holds the bands of every head's own latent, as in form `per_head`.
+    With share "v", `k` holds the bands of every head's own latent, as in form `heads`.
     """
 
     form: ClassVar[str] = "shared"

@@ -1,6 +1,6 @@
 """The quantization method `kvcompress`: vLLM asks it about every layer of every model class.
 
-`config.json` says `quantization_config: {"quant_method": "kvcompress", "version": 1, "codec": ..., "weights": ...}`. An
+`config.json` says `quantization_config: {"quant_method": "kvcompress", "version": 2, "codec": ..., "weights": ...}`. An
 attention layer with a codec gets the compressed cache, before vLLM sizes its cache. Linear layers that `weights` lists
 are served from their factors; all others keep their ordinary weights, or those of the quantization that the section has
 as `base` (`compat.delegation`).

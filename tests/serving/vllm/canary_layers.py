@@ -33,7 +33,7 @@ from tests.serving.vllm import engines
 HEADS, KV_HEADS, HEAD_DIM, BLOCK, NUM_BLOCKS = 6, 2, 32, 32, 12
 SCALE = HEAD_DIM**-0.5
 TOKENS = canary.PROMPT_TOKENS
-FORMS = ("per_head", "blocks", "shared", "shared values", "latent")
+FORMS = ("heads", "blocks", "shared", "shared values", "latent")
 K_BANDS, V_BANDS = (Band(8, 16), Band(4, 8)), (Band(8, 8), Band(4, 16), Band(2, 8))
 
 
@@ -78,7 +78,7 @@ def make(form: str, stated: bool = True) -> tuple[list[Served], list[Inputs]]:
         layer.module.kv_cache = torch.zeros(NUM_BLOCKS, 1, BLOCK, HEAD_DIM)
         return [Served(0, layer, codec)], [Inputs(given.query_THD, given.key_THD, value_THD)]
     inputs = [activations(seed) for seed in range(3 if form.startswith("shared") else 1)]
-    if form == "per_head":
+    if form == "heads":
         codecs: list[Any] = [HeadsCodec(fitted(inputs[0].key_THD, K_BANDS), fitted(inputs[0].value_THD, V_BANDS, 1))]
     elif form == "blocks":
         given = inputs[0]

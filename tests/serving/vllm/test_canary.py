@@ -49,7 +49,7 @@ def check(members: list[Served], inputs: list[Inputs]) -> None:
 
 @pytest.mark.parametrize(
     ("form", "dtype"),
-    [*((form, torch.float32) for form in canary_layers.FORMS), ("per_head", torch.bfloat16), ("shared", torch.float16)],
+    [*((form, torch.float32) for form in canary_layers.FORMS), ("heads", torch.bfloat16), ("shared", torch.float16)],
 )
 @pytest.mark.usefixtures("kernels")
 def test_sound_layers_pass_and_the_cache_is_left_as_it_was(form: str, dtype: torch.dtype) -> None:
@@ -95,7 +95,7 @@ FAULTS: dict[str, Callable[[SideCodec], dict[str, Tensor]]] = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_codec_that_is_not_what_it_states_is_named(fault: str) -> None:
-    members, inputs = canary_layers.make("per_head")
+    members, inputs = canary_layers.make("heads")
     wrong = replace(members[0], codec=side_fault(FAULTS[fault])(members[0].codec))  # type: ignore[arg-type]
     wrong.layer.impl.use_codec(wrong.codec, torch.device("cpu"), 512)
     with pytest.raises(ValueError, match=r"stops the server: layer 0 \(layers.0.attn\) loses .* of its values in KV"):
@@ -103,7 +103,7 @@ def test_a_codec_that_is_not_what_it_states_is_named(fault: str) -> None:
     canary.check_paths(None, [wrong], inputs)  # the path does what this codec says; only the statement knows better
 
 
-@pytest.mark.parametrize("form", ["per_head", "blocks", "shared", "shared values"])
+@pytest.mark.parametrize("form", ["heads", "blocks", "shared", "shared values"])
 def test_swapped_codecs_are_named(form: str) -> None:
     """Each layer with another one's tensors: here, codecs on another seed's activations."""
     members, _ = canary_layers.make(form)
@@ -113,7 +113,7 @@ def test_swapped_codecs_are_named(form: str) -> None:
 
 
 def test_a_codec_that_states_nothing_may_not_lose_more_than_all() -> None:
-    members, inputs = canary_layers.make("per_head", stated=False)
+    members, inputs = canary_layers.make("heads", stated=False)
     check(members, inputs)
     codec: Any = members[0].codec
     negative = HeadsCodec(codec.k, replace(codec.v, inverse_HRD=-codec.v.inverse_HRD, mean_HD=-codec.v.mean_HD))
@@ -133,7 +133,7 @@ def rotated(given: Inputs, theta: float) -> Inputs:
 
 
 def test_wrong_rotary_positions_are_named() -> None:
-    [served], [given] = canary_layers.make("per_head")
+    [served], [given] = canary_layers.make("heads")
     canary.check_inputs(served, rotated(given, 1e4))
     shifted = given._replace(key_THD=given.key_THD.roll(1, 0))
     for wrong in (rotated(given, 2e4), shifted):
@@ -183,7 +183,7 @@ PATH_FAULTS = {
 
 
 @pytest.mark.parametrize("path", PATH_FAULTS)
-@pytest.mark.parametrize("form", ["per_head", "blocks", "latent"])
+@pytest.mark.parametrize("form", ["heads", "blocks", "latent"])
 def test_a_fault_on_one_path_is_named_with_it(path: str, form: str) -> None:
     members, inputs = canary_layers.make(form)
     faulty(members[0], *PATH_FAULTS[path])
@@ -209,7 +209,7 @@ def test_one_layer_of_a_group_that_reads_the_wrong_pages_is_named() -> None:
 
 @pytest.mark.usefixtures("kernels")
 def test_kernels_with_a_tensor_of_another_codec_are_named() -> None:
-    [served], inputs = canary_layers.make("per_head")
+    [served], inputs = canary_layers.make("heads")
     codec: Any = served.codec
     served.layer.impl.use_codec(
         HeadsCodec(codec.k, replace(codec.v, inverse_HRD=-codec.v.inverse_HRD)), torch.device("cpu"), 512
@@ -220,7 +220,7 @@ def test_kernels_with_a_tensor_of_another_codec_are_named() -> None:
 
 @pytest.mark.usefixtures("kernels")
 def test_answers_from_spoiled_pages_are_named() -> None:
-    [served], inputs = canary_layers.make("per_head")
+    [served], inputs = canary_layers.make("heads")
 
     def spoil(batch: Any, cache: Tensor) -> Any:
         cache.fill_(0xFF)  # gains that are not numbers
@@ -264,7 +264,7 @@ def test_layers_that_share_their_memory_get_blocks_apart() -> None:
 
 
 def test_a_cache_without_room_is_said_to_have_none(caplog: pytest.LogCaptureFixture) -> None:
-    members, inputs = canary_layers.make("per_head")
+    members, inputs = canary_layers.make("heads")
     members[0].layer.module.kv_cache = members[0].layer.cache[:2]
     canary.compat.logger.addHandler(caplog.handler)
     try:

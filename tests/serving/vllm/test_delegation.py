@@ -27,7 +27,7 @@ W8A8 = quantize.int8_config(quantize.PER_TOKEN)
 
 
 def config_of(base: dict[str, Any] | None) -> KVCompressConfig:
-    section = {"quant_method": "kvcompress", "version": 1, "codec": tiny.mixed_spec().to_json()}
+    section = {"quant_method": "kvcompress", "version": 2, "codec": tiny.mixed_spec().to_json()}
     return KVCompressConfig.from_config(section if base is None else section | {"base": base})
 
 

@@ -270,7 +270,7 @@ def test_batches_made_up_for_graphs_are_nothing_to_the_sentinel() -> None:
 
 def watched_by_the_canary() -> tuple[Served, canary.Inputs]:
     """A layer of `canary_layers` with this form's implementation and pages."""
-    [served], [given] = canary_layers.make("per_head")
+    [served], [given] = canary_layers.make("heads")
     codec: Any = served.codec
     served.layer.module.impl = DeviceHeadsImpl(
         served.layer.num_heads, served.layer.head_size, served.layer.scale, served.layer.num_kv_heads

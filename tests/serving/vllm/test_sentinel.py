@@ -60,7 +60,7 @@ def test_damage_is_seen_and_sound_pages_are_not_damaged(form: str, monkeypatch: 
 
 
 def test_one_gain_out_of_range_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    [served] = filled("per_head", monkeypatch)
+    [served] = filled("heads", monkeypatch)
     gains = served.layer.cache[TABLE[0]].view(canary_layers.KV_HEADS, -1)[:, : 2 * BLOCK].view(torch.float16)
     assert float(gains.max()) < 100
     gains[1, 4] = 60000.0
@@ -104,7 +104,7 @@ def counts(folder: Path) -> tuple[int, int]:
 def test_a_damaged_page_is_logged_with_its_layer_and_counted(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    members = filled("per_head", monkeypatch)
+    members = filled("heads", monkeypatch)
     sentinel = Sentinel(members, Numbers("0-0", 0, 100, 400, 1000), Clock(0.0))
     names = [members[0].layer.name]
     compat.logger.addHandler(caplog.handler)
@@ -125,7 +125,7 @@ def test_a_damaged_page_is_logged_with_its_layer_and_counted(
 
 
 def test_pages_that_are_not_full_or_changed_hands_are_left_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    [served] = filled("per_head", monkeypatch)
+    [served] = filled("heads", monkeypatch)
     served.layer.cache[list(TABLE)] = 0xFF
     sentinel = Sentinel([served], Numbers("0-0", 0, 100, 400, 1000), Clock(0.0))
     names = [served.layer.name]
@@ -140,7 +140,7 @@ def test_pages_that_are_not_full_or_changed_hands_are_left_alone(folder: Path, m
 
 def test_it_waits_for_the_layers_turn(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Builders of other layers are asked in the same step, when its pages are not written yet."""
-    [served] = filled("per_head", monkeypatch)
+    [served] = filled("heads", monkeypatch)
     sentinel = Sentinel([served], Numbers("0-0", 0, 100, 400, 1000), Clock(0.0))
     for _ in range(10):
         sentinel.step(["another layer"], batch(2 * BLOCK))
@@ -149,7 +149,7 @@ def test_it_waits_for_the_layers_turn(folder: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("step", [0.002, 0.05, 0.1])
 def test_it_keeps_to_its_share_of_the_time(step: float, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    [served] = filled("per_head", monkeypatch)
+    [served] = filled("heads", monkeypatch)
     clock = Clock(0.001)  # every look takes a millisecond or more
     sentinel = Sentinel([served], Numbers("0-0", 0, 100, 400, 1000), clock)
     clock.now, clock.reading = 0.0, 0.0
@@ -170,7 +170,7 @@ def test_it_keeps_to_its_share_of_the_time(step: float, folder: Path, monkeypatc
 
 
 def test_idle_time_is_not_work(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    [served] = filled("per_head", monkeypatch)
+    [served] = filled("heads", monkeypatch)
     clock = Clock(0.0)
     sentinel = Sentinel([served], Numbers("0-0", 0, 100, 400, 1000), clock)
     clock.now += 3600

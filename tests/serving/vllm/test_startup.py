@@ -34,7 +34,7 @@ from kvcompress.serving.vllm.served import Served
 from kvcompress.serving.vllm.startup import SKIP_VERIFY, Startup, check_files, checkpoint_directory, heads_of_rank
 from tests.serving.vllm import engines
 
-SECTION = {"quant_method": "kvcompress", "version": 1, "codec": tiny.mixed_spec().to_json()}
+SECTION = {"quant_method": "kvcompress", "version": 2, "codec": tiny.mixed_spec().to_json()}
 
 
 def layer_spec(index: int) -> HeadsSpec:
@@ -115,7 +115,7 @@ def test_the_config_travels_between_processes() -> None:
     assert pickle.loads(pickle.dumps(config)).codec_spec == tiny.mixed_spec()
 
 
-@pytest.mark.parametrize("change", [{"version": 2}, {"codec": {}}])
+@pytest.mark.parametrize("change", [{"version": 3}, {"codec": {}}])
 def test_a_section_that_cannot_be_read_is_refused(change: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"kvcompress format|cannot be read"):
         KVCompressConfig.from_config(SECTION | change)
